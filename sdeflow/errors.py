@@ -1,0 +1,51 @@
+"""The errors of sdeflow: each says what was asked, what is possible and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SdeflowError(Exception):
+    """Base class of every error that sdeflow raises on purpose."""
+
+
+class UnknownNameError(SdeflowError, ValueError):
+    """A name that no registry knows."""
+
+
+class BudgetError(SdeflowError, ValueError):
+    """A number of function evaluations that a solver cannot spend exactly."""
+
+
+class GridError(SdeflowError, ValueError):
+    """A time grid that no solver can run on."""
+
+
+class SolverError(SdeflowError, RuntimeError):
+    """A solve that could not go on; says at which time, which step size and which sample."""
+
+
+class NonFiniteError(SdeflowError, ArithmeticError):
+    """A network returned NaN or infinity."""
+
+
+class CheckpointError(SdeflowError, ValueError):
+    """A checkpoint that is missing, corrupt, or could not be written."""
+
+
+class MissingExtraError(SdeflowError, ImportError):
+    """A feature whose optional packages are not installed."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """The error for `name`, which is no `kind` we know, with the nearest names that we do."""
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
+    """The error for an optional `package` that is not installed."""
+    return MissingExtraError(f"{purpose} needs {package}, which is not installed; run: pip install 'sdeflow[{extra}]'")
