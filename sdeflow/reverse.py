@@ -1,0 +1,72 @@
+"""A process and a denoiser together: what a solver asks of them, and the only place where a denoiser is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow.denoiser import Denoiser
+from sdeflow.process import Level, Process
+
+
+class Reverse:
+    """The reverse of a process, as a denoiser knows it: `x0`, `eps`, `score` and `velocity` of a state at a level.
+
+    Each of the four calls the denoiser once and is counted in `nfe`. They use only `+`, `-` and `*`, so that the same
+    solver step runs on tensors (the textbook) and on symbolic operands (`sdeflow.plan`).
+    """
+
+    def __init__(self, denoiser: Denoiser, condition: Mapping[str, Any] | None = None):
+        self.denoiser = denoiser
+        self.process: Process = denoiser.process
+        self.condition = dict(condition or {})
+        self.nfe = 0
+        self._known: dict[float, Level] = {}
+
+    def prepare(self, times: Tensor) -> list[Level]:
+        """The levels at `times`, computed in one vectorised pass and remembered."""
+        levels = self.process.levels(times)
+        if levels and isinstance(levels[0].t, float):
+            self._known.update((level.t, level) for level in levels)
+        return levels
+
+    def level(self, t: float | Tensor) -> Level:
+        """The process at one time; a lookup where `prepare` has seen it."""
+        known = self._known.get(t) if isinstance(t, float) else None
+        return known if known is not None else self.process.level(t)
+
+    def level_of_lam(self, lam: float | Tensor) -> Level:
+        """The process at the time where `log(s / sigma) = lam`."""
+        t = self.process.t_of_lam(lam)
+        return self.level(t if isinstance(lam, Tensor) else float(t))
+
+    def __call__(self, x: Any, t: Level) -> Any:
+        """`E[x0 | x(t) = x]`."""
+        self.nfe += 1
+        time = torch.as_tensor(t.t, dtype=torch.float64)
+        return self.denoiser(x, time.reshape(-1) if time.ndim else time, **self.condition)
+
+    def calls(self, times: Tensor, x: Tensor) -> Sequence[Callable[[Tensor], Tensor]]:
+        """The denoiser at each of `times`, prepared; whoever runs them adds their number to `nfe`."""
+        return self.denoiser.at(times, x, **self.condition)
+
+    def eps(self, x: Any, t: Level) -> Any:
+        """`eps = (x - s x0) / sigma`."""
+        return eps_of(x, self(x, t), t)
+
+    def score(self, x: Any, t: Level) -> Any:
+        """`score = -eps / sigma`."""
+        return self.eps(x, t) * (-1.0 / t.sigma)
+
+    def velocity(self, x: Any, t: Level) -> Any:
+        """`dx/dt = s' x0 + sigma' eps`, the right-hand side of the probability-flow ODE."""
+        x0 = self(x, t)
+        return t.ds * x0 + t.dsigma * eps_of(x, x0, t)
+
+
+def eps_of(x: Any, x0: Any, t: Level) -> Any:
+    """`eps = (x - s x0) / sigma`, for states or symbolic operands."""
+    return (x - t.s * x0) * (1.0 / t.sigma)

@@ -1,0 +1,268 @@
+"""What a solver is: a frozen value with a step, an order and a budget; and what a solve returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import BudgetError, GridError, SolverError
+from sdeflow.noise import Noise
+from sdeflow.plan import Call, Plan, Trace, optimise
+from sdeflow.process import Level, Process
+from sdeflow.reverse import Reverse
+
+OnCall = Callable[[int, Call, Tensor, Tensor], None]
+"""`on_call(k, call, x, x0)`, after the k-th network call; what it keeps, it must clone."""
+
+
+@dataclass
+class Solution:
+    """A solve, with everything about how it was made.
+
+    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch, `network_calls` forwards of the network in all.
+    `trajectory` (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there on request.
+    """
+
+    x: Tensor
+    nfe: int
+    network_calls: int = 0
+    plan: Plan | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    trajectory: Tensor | None = None
+    x0s: Tensor | None = None
+    times: Tensor | None = None
+    solver: Solver | None = None
+    process: Process | None = None
+    grid: str = ""
+    seeds: tuple[int, ...] = ()
+    noise: str = ""
+    condition: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    dtype: str = ""
+    seconds: float = 0.0
+    version: str = ""
+    interpolant: Callable[[float], Tensor] | None = None
+
+    def __str__(self) -> str:
+        """How it was made, in a few lines."""
+        lines = [
+            f"{tuple(self.x.shape)} {self.dtype} on {self.device} in {self.seconds:.2f} s, sdeflow {self.version}",
+            f"solver   {self.solver}",
+            f"process  {self.process}",
+            f"NFE      {self.nfe} ({self.network_calls} network calls)",
+        ]
+        if self.times is not None and len(self.times):
+            lines.append(f"times    {len(self.times)} levels, {float(self.times[0]):g} -> {float(self.times[-1]):g} ({self.grid})")
+        if self.seeds:
+            shown = ", ".join(map(str, self.seeds[:4])) + (", ..." if len(self.seeds) > 4 else "")
+            lines.append(f"noise    {self.noise}, seeds {shown}")
+        lines += [f"{key:<8} {value}" for key, value in self.statistics.items() if not isinstance(value, Tensor)]
+        return "\n".join(lines)
+
+
+class Solver(ABC):
+    """A method for the reverse SDE or the probability-flow ODE; a frozen dataclass whose fields are its parameters.
+
+    `order` is its order of convergence (weak order where `stochastic`), on grids that are not uniform too; `source` the
+    paper; `cost` the network calls a step, in words.
+    """
+
+    order: ClassVar[int]
+    stochastic: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
+    reversible: ClassVar[bool] = True
+    """Whether it also runs from small `t` to large (encoding)."""
+    source: ClassVar[str]
+    cost: ClassVar[str] = "1 a step"
+
+    @abstractmethod
+    def levels(self, nfe: int, *, finish: bool = True) -> int:
+        """Grid levels with which the solver spends exactly `nfe` calls; `BudgetError` names the nearest budgets."""
+
+    @abstractmethod
+    def integrate(
+        self,
+        reverse: Reverse,
+        x: Tensor,
+        times: Tensor,
+        noise: Noise | None,
+        *,
+        finish: bool = True,
+        record: bool = False,
+        on_call: OnCall | None = None,
+    ) -> Solution:
+        """Take the state `x` at `times[0]` along `times` (float64, `[levels]`), and to zero noise if `finish`.
+
+        `record` keeps the state at every level in `Solution.trajectory`.
+        """
+
+
+class GridSolver(Solver):
+    """A solver that steps from level to level of a grid: one `step`, traced over the grid into a plan and executed."""
+
+    calls_per_step: ClassVar[int] = 1
+
+    def start(self) -> Any:
+        """The state of a fresh solve: nested tuples of operands and numbers, or None."""
+        return None
+
+    @abstractmethod
+    def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        """`(x_next, state)`: the textbook's step from level `t` to `t_next`, with `+`, `-`, `*` on what is not a number.
+
+        `noise(t, t_next)` is a standard normal for the interval, `noise()` an independent one.
+        """
+
+    def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
+        """The step from the last level to zero noise: the denoised prediction."""
+        return reverse(x, t)
+
+    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
+        """Times between the levels at which `step` will need the process, so that they are computed in the same pass."""
+        return None
+
+    def calls(self, levels: int, *, finish: bool = True) -> int:
+        """Network calls on a grid of `levels`; override it where steps differ in cost."""
+        return self.calls_of_step * (levels - 1) + int(finish)
+
+    @property
+    def calls_of_step(self) -> int:
+        """Network calls a step, of this instance."""
+        return self.calls_per_step
+
+    def levels(self, nfe: int, *, finish: bool = True) -> int:
+        if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+            raise BudgetError(f"nfe is a whole number of network calls, at least 1; got {nfe!r}")
+        levels, below = 1 if finish else 2, 0
+        while (cost := self.calls(levels, finish=finish)) < nfe:
+            levels, below = levels + 1, cost
+        if cost != nfe:
+            near = f"{below} and {cost}" if below else f"{cost}"
+            raise BudgetError(f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can {'are' if below else 'is'} {near}")
+        return levels
+
+    # -------------------------------------------------------------------------------------------------------------------
+
+    def plan(self, process: Process, times: Tensor | Sequence[float], *, finish: bool = True, record: bool = False) -> Plan:
+        """The solver traced over `times` of `process`: see `sdeflow.plan.Plan`."""
+        times = check_times(times)
+        self._check_direction(times, finish)
+        # Only value-like processes can be keys: others may have changed since.
+        key: Any = None
+        if not times.requires_grad and dataclasses.is_dataclass(process) and _hashable(process):
+            key = (self, type(process), process, tuple(times.tolist()), finish, record)
+            if (known := _PLANS.get(key)) is not None:
+                _PLANS.move_to_end(key)
+                return known
+        plan = self._trace(process, times, finish, record)
+        if key is not None and not plan.differentiable:
+            _PLANS[key] = plan
+            if len(_PLANS) > 128:
+                _PLANS.popitem(last=False)
+        return plan
+
+    def _trace(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
+        from sdeflow.plan import Operand
+
+        trace = Trace(process)
+        levels = self._levels(trace, times)
+        x, state = Operand({0: 1.0}), self.start()
+        for index, (t, t_next) in enumerate(zip(levels, levels[1:], strict=False)):
+            if record:
+                trace.record(index, x)
+            x, state = self.step(trace, x, t, t_next, trace.draw, state)
+            trace.keep((x, state))
+        if record:
+            trace.record(len(levels) - 1, x)
+        if finish:
+            x = self.finish(trace, x, levels[-1], trace.draw, state)
+        instructions, registers, result = optimise(trace.instructions, trace.value(x))
+        grid = tuple((float(level.t), float(level.s), float(level.sigma)) for level in levels)
+        return Plan(instructions, registers, result, grid, finish, repr(self), repr(process))
+
+    def _levels(self, reverse: Reverse, times: Tensor) -> list[Level]:
+        """The levels of the grid; those of `extra_times` are prepared in the same pass."""
+        extra = self.extra_times(reverse.process, times)
+        if extra is None or extra.numel() == 0:
+            return reverse.prepare(times)
+        return reverse.prepare(torch.cat([times, extra.reshape(-1).to(times)]))[: len(times)]
+
+    def integrate(
+        self,
+        reverse: Reverse,
+        x: Tensor,
+        times: Tensor,
+        noise: Noise | None,
+        *,
+        finish: bool = True,
+        record: bool = False,
+        on_call: OnCall | None = None,
+    ) -> Solution:
+        plan = self.plan(reverse.process, times, finish=finish, record=record)
+        return run_plan(plan, reverse, x, noise, on_call)
+
+    def textbook(self, reverse: Reverse, x: Tensor, times: Tensor, noise: Noise | None, *, finish: bool = True) -> Tensor:
+        """The same solve with the steps run on tensors, as they are written: what a plan is tested against."""
+        times = check_times(times)
+        self._check_direction(times, finish)
+        levels, state = self._levels(reverse, times), self.start()
+
+        def draw(t: Level | None = None, t_next: Level | None = None) -> Tensor:
+            if noise is None:
+                raise SolverError(f"{type(self).__name__} draws noise: give it a source of noise")
+            between = (None, None) if t is None or t_next is None else (float(t.nsr), float(t_next.nsr))
+            return noise.draw(*between).to(x)
+
+        for t, t_next in zip(levels, levels[1:], strict=False):
+            x, state = self.step(reverse, x, t, t_next, draw, state)
+        return self.finish(reverse, x, levels[-1], draw, state) if finish else x
+
+    def _check_direction(self, times: Tensor, finish: bool) -> None:
+        upward = len(times) > 1 and bool(times[-1] > times[0])
+        if upward and finish:
+            raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
+        if upward and not self.reversible:
+            raise GridError(f"{type(self).__name__} only runs from noise to data; encode with a solver of the ODE, such as Heun")
+
+
+def run_plan(plan: Plan, reverse: Reverse, x: Tensor, noise: Noise | None, on_call: OnCall | None = None) -> Solution:
+    """Execute a plan and say so in a `Solution`."""
+    result, recorded = plan.execute(reverse, x, noise, on_call)
+    trajectory = torch.stack([*recorded, result] if plan.finished else recorded) if recorded else None
+    return Solution(result, plan.nfe, plan=plan, trajectory=trajectory, statistics={"draws": plan.draws, "buffers": plan.buffers})
+
+
+_PLANS: OrderedDict[Any, Plan] = OrderedDict()
+
+
+def _hashable(process: Process) -> bool:
+    try:
+        hash(process)
+    except TypeError:
+        return False
+    return True
+
+
+def check_times(times: Tensor | Sequence[float]) -> Tensor:
+    """`times` as a float64 vector on the CPU, strictly monotone and finite, or a `GridError` that says where it is not."""
+    grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if grid.ndim != 1 or len(grid) < 1:
+        raise GridError(f"a grid is a vector of at least one time; got shape {tuple(grid.shape)}")
+    if not bool(torch.isfinite(grid).all()):
+        raise GridError(f"a grid has only finite times; got {grid.tolist()}")
+    steps = grid.diff()
+    wrong = steps >= 0 if len(grid) > 1 and grid[-1] < grid[0] else steps <= 0
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise GridError(
+            f"a grid runs strictly one way, from noise to data (decreasing) or from data to noise (increasing); "
+            f"times[{i}]={float(grid[i]):.6g} is followed by times[{i + 1}]={float(grid[i + 1]):.6g}"
+        )
+    return grid
