@@ -1,0 +1,121 @@
+"""Names: solvers, grids and processes, with their aliases; the documentation, the command line and the tests iterate over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sdeflow import grid
+from sdeflow.errors import unknown
+from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
+from sdeflow.solvers.adaptive import RK45
+from sdeflow.solvers.base import Solver
+from sdeflow.solvers.exponential import DDIM
+from sdeflow.solvers.external import TorchDiffEq, TorchSDE
+from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston
+from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
+from sdeflow.solvers.wrappers import Langevin
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered name: what makes the thing, and the other names it goes by."""
+
+    name: str
+    make: Callable[..., Any]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its documentation."""
+        text = " ".join((self.make.__doc__ or "").split("\n\n")[0].split())
+        return text.split(". ")[0].rstrip(".") + "."
+
+
+def _table(*entries: Entry) -> dict[str, Entry]:
+    return {entry.name: entry for entry in entries}
+
+
+SOLVERS = _table(
+    Entry("euler", Euler),
+    Entry("heun", Heun),
+    Entry("midpoint", Midpoint),
+    Entry("ralston", Ralston),
+    Entry("rk4", RK4),
+    Entry("ddim", DDIM),
+    Entry("euler_maruyama", EulerMaruyama, ("em", "reverse_sde")),
+    Entry("ddpm", DDPM, ("ancestral",)),
+    Entry("langevin", Langevin, ("predictor_corrector", "pc")),
+    Entry("annealed_langevin", AnnealedLangevin, ("ncsn", "ald")),
+    Entry("rk45", RK45, ("dopri5", "dormand_prince")),
+    Entry("torchdiffeq", TorchDiffEq),
+    Entry("torchsde", TorchSDE),
+)
+"""Solvers by name; `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries."""
+
+GRIDS = _table(
+    Entry("uniform_t", grid.uniform_t, ("uniform",)),
+    Entry("uniform_sqrt_t", grid.uniform_sqrt_t, ("sqrt_t",)),
+    Entry("power_t", grid.power_t),
+    Entry("uniform_lam", grid.uniform_lam, ("exponential", "logsnr")),
+    Entry("uniform_angle", grid.uniform_angle),
+    Entry("karras", grid.karras, ("edm",)),
+    Entry("quadratic", grid.quadratic),
+    Entry("leading", grid.leading),
+    Entry("trailing", grid.trailing),
+    Entry("linspace", grid.linspace),
+)
+"""Grids by name."""
+
+PROCESSES = _table(
+    Entry("vp", VP, ("ddpm_continuous",)),
+    Entry("subvp", SubVP),
+    Entry("cosine", Cosine),
+    Entry("ve", VE, ("ncsn",)),
+    Entry("edm", EDM, ("karras",)),
+    Entry("rectified_flow", RectifiedFlow, ("flow", "rf")),
+)
+"""Processes by name, with their default parameters."""
+
+
+def lookup(table: dict[str, Entry], kind: str, name: str) -> Entry:
+    """The entry under a name or an alias; `UnknownNameError` names the nearest."""
+    key = name.strip().lower().replace("-", "_")
+    for entry in table.values():
+        if key == entry.name or key in entry.aliases:
+            return entry
+    raise unknown(kind, name, [*table, *(alias for entry in table.values() for alias in entry.aliases)])
+
+
+def solver(what: str | Solver) -> Solver:
+    """The solver of a name; solvers pass through."""
+    if isinstance(what, Solver):
+        return what
+    if isinstance(what, type) and issubclass(what, Solver):
+        return what()
+    if not isinstance(what, str):
+        raise TypeError(f"a solver is a name or a Solver; got {type(what).__name__}")
+    name, _, method = what.partition(":")
+    entry = lookup(SOLVERS, "solver", name)
+    if not method:
+        return entry.make()
+    if entry.make not in (TorchDiffEq, TorchSDE):
+        raise unknown("solver", what, [f"{name}" for name in SOLVERS])
+    return entry.make(method)
+
+
+def process(what: str | Process) -> Process:
+    """The process of a name, with default parameters; processes pass through."""
+    if isinstance(what, Process):
+        return what
+    if isinstance(what, type) and issubclass(what, Process):
+        return what()
+    if not isinstance(what, str):
+        raise TypeError(f"a process is a name or a Process; got {type(what).__name__}")
+    return lookup(PROCESSES, "process", what).make()
+
+
+def grid_function(what: str | grid.GridFunction) -> grid.GridFunction:
+    """The grid of a name; functions pass through."""
+    return what if callable(what) else lookup(GRIDS, "grid", what).make
