@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from sdeflow._math import as_time, expand
+from sdeflow._math import Scalar, as_time, evenly, expand
 from sdeflow.errors import unknown
 from sdeflow.process import EDM, FromBetas, Process
 
@@ -66,6 +66,13 @@ class Denoiser(ABC):
         """The same denoiser on the path of another process: `nsr` is matched and `x` rescaled."""
         return self if process == self.process else _Under(self, process)
 
+    def rows(self, index: Tensor) -> Denoiser:
+        """The denoiser for the samples `index` of its batch; override it where it holds something for each sample.
+
+        Adaptive solvers call it: samples that have arrived leave the batch.
+        """
+        return self
+
 
 def match(process: Process, native: Process, nsr_range: tuple[float, float], t: Tensor) -> tuple[Tensor, Tensor]:
     """Where a denoiser of `native` must be asked for time `t` of `process`: `(native time, factor for x)`, float64.
@@ -99,16 +106,26 @@ class _Under(Denoiser):
         return getattr(self.__dict__["inner"], name)
 
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
-        t_native, factor = match(self.process, self.inner.process, self.nsr_range, as_time(t).to("cpu", torch.float64))
+        def matched(t: Tensor) -> Tensor:
+            return torch.stack(match(self.process, self.inner.process, self.nsr_range, t))
+
+        t_native, factor = evenly(matched, as_time(t).to("cpu", torch.float64))
         return self.inner(x * expand(factor, x), t_native, **condition)
 
     def at(self, times: Tensor, x: Tensor, /, **condition: Any) -> Sequence[Callable[[Tensor], Tensor]]:
         t_native, factors = match(self.process, self.inner.process, self.nsr_range, times)
         calls = self.inner.at(t_native, x, **condition)
-        return [lambda x, call=call, factor=factor: call(x * factor) for call, factor in zip(calls, factors.tolist(), strict=True)]  # type: ignore[misc]
+        return [partial(_rescaled, call, factor) for call, factor in zip(calls, factors.tolist(), strict=True)]
 
     def under(self, process: Process) -> Denoiser:
         return self.inner.under(process)
+
+    def rows(self, index: Tensor) -> Denoiser:
+        return _Under(self.inner.rows(index), self.process)
+
+
+def _rescaled(call: Callable[[Tensor], Tensor], factor: float, x: Tensor) -> Tensor:
+    return call(x * factor)
 
 
 class Affine(NamedTuple):
@@ -171,7 +188,11 @@ class Network(Denoiser):
         return affine
 
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
-        numbers = self.numbers(as_time(t).to("cpu", torch.float64))
+        t = as_time(t).to("cpu", torch.float64)
+        # A time a sample: rounded the same way whatever the batch (see `_math.evenly`).
+        numbers = self.numbers(t if t.ndim == 0 else torch.cat([t, t[-1:].expand(-len(t) % 16)]))
+        if t.ndim:
+            numbers = Affine(*(c[: len(t)] if c.ndim else c for c in numbers))
         skip, out, scale = (expand(c, x) for c in numbers[:3])
         time = self._network_time(numbers.time, x)
         return skip * x + out * self._run(x * scale, time, condition)
@@ -181,13 +202,17 @@ class Network(Denoiser):
         self._check_condition(condition)
         numbers = self.numbers(times)
         rows = self._network_time(numbers.time.unsqueeze(-1), x).unbind()
-        coefficients = zip(*(c.unbind() if c.requires_grad else c.tolist() for c in torch.broadcast_tensors(*numbers[:3])), strict=True)
-        return [partial(self._call, *c, time, condition) for c, time in zip(coefficients, rows, strict=True)]
+        skip, out, scale = (
+            [*c.unbind()] if c.requires_grad else c.tolist() for c in torch.broadcast_tensors(*numbers[:3])
+        )
+        return [partial(self._call, skip[k], out[k], scale[k], time, condition) for k, time in enumerate(rows)]
 
-    def _call(self, skip: float, out: float, scale: float, time: Tensor, condition: dict[str, Any], x: Tensor) -> Tensor:
+    def _call(
+        self, skip: Scalar, out: Scalar, scale: Scalar, time: Tensor, condition: dict[str, Any], x: Tensor
+    ) -> Tensor:
         output = self._run(x if scale == 1.0 else x * scale, time, condition)
         if skip == 0.0:
-            return output if out == 1.0 and output.dtype == x.dtype else (output * out).to(x.dtype)
+            return output if out == 1.0 else output * out
         if isinstance(out, Tensor):
             return x * skip + output * out
         return torch.add(x * skip, output, alpha=out)
@@ -203,10 +228,17 @@ class Network(Denoiser):
         if not isinstance(output, Tensor) or output.shape != x.shape:
             got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             hint = ""
-            if isinstance(output, Tensor) and x.ndim > 1 and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+            if (
+                isinstance(output, Tensor)
+                and x.ndim > 1
+                and output.ndim == x.ndim
+                and output.shape[1] == 2 * x.shape[1]
+            ):
                 hint = "; twice the channels is a learned variance: wrap the network so that it returns the first half"
-            raise ValueError(f"the network returned {got} for a state of shape {tuple(x.shape)}; it must return the same shape{hint}")
-        return output
+            raise ValueError(
+                f"the network returned {got} for a state of shape {tuple(x.shape)}; it must return the same shape{hint}"
+            )
+        return output.to(x.dtype)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -230,7 +262,9 @@ class Network(Denoiser):
         known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][2:]
         for name in condition:
             if name not in known:
-                raise TypeError(f"the network takes no condition {name!r}; it takes {', '.join(map(repr, known)) or 'none'}")
+                raise TypeError(
+                    f"the network takes no condition {name!r}; it takes {', '.join(map(repr, known)) or 'none'}"
+                )
 
 
 class Prediction(Network):
@@ -265,8 +299,8 @@ class Prediction(Network):
             raise ValueError(f'time is "continuous", "index" or a function of t; got {time!r}')
         if time == "index" and not isinstance(process, FromBetas):
             raise ValueError('time="index" needs a table of times: use process=Process.from_betas(betas)')
-        if nsr_range is None and predicts in ("eps", "score") and trained_range(process)[1] == math.inf:
-            # They do not determine x0 where no signal is left: there, ask at the nearest level where they do.
+        if nsr_range is None and predicts in ("eps", "score") and trained_range(process)[1] > 1e6:
+            # They do not determine x0 where no signal is left (Cosine's s(1) is 6e-17): ask at the nearest level that does.
             nsr_range = (0.0, 1e3)
         super().__init__(network, process, nsr_range, shape)
         self.predicts, self.time = predicts, time
@@ -300,13 +334,14 @@ class Prediction(Network):
             table = self.native
             assert isinstance(table, FromBetas)
             return table.index(t).round().clamp(0, len(table.betas) - 1).long()
-        return torch.as_tensor(self.time(t))  # type: ignore[operator]
+        return torch.as_tensor(self.time(t))
 
 
 class Preconditioned(Network):
     r"""A network behind EDM's preconditioning: `x0 = c_skip x + c_out F(c_in x, log(nsr)/4)`, of process `EDM`.
 
-    With $n$ = nsr and $d$ = `sigma_data`: $c_{skip} = d^2/(n^2 + d^2)$, $c_{out} = n d/\sqrt{n^2 + d^2}$, $c_{in} = 1/\sqrt{n^2 + d^2}$.
+    With $n$ = nsr and $d$ = `sigma_data`: $c_{skip} = d^2/(n^2 + d^2)$, $c_{out} = n d/\sqrt{n^2 + d^2}$ and
+    $c_{in} = 1/\sqrt{n^2 + d^2}$.
 
     Source: Karras et al. (2022), table 1 and section 5.
     """
@@ -345,7 +380,9 @@ def as_denoiser(score_fn: Any, process: Process | None) -> Denoiser:
             "'velocity'), or Preconditioned(module) for EDM's preconditioning; only a plain function is taken for a score"
         )
     if not callable(score_fn):
-        raise TypeError(f"the first argument is a Denoiser or a score function score_fn(x, t); got {type(score_fn).__name__}")
+        raise TypeError(
+            f"the first argument is a Denoiser or a score function score_fn(x, t); got {type(score_fn).__name__}"
+        )
     if process is None:
         raise TypeError("a score function score_fn(x, t) needs the process that its times belong to: process=VP(), say")
     return Prediction(score_fn, "score", process)

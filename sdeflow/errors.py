@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class SdeflowError(Exception):
@@ -23,11 +24,18 @@ class GridError(SdeflowError, ValueError):
 
 
 class SolverError(SdeflowError, RuntimeError):
-    """A solve that could not go on; says at which time, which step size and which sample."""
+    """A solve that could not go on; says at which time, which step size and which sample.
+
+    `partial` is the `Solution` as far as it was reached, where there is one.
+    """
+
+    partial: Any = None
 
 
 class NonFiniteError(SdeflowError, ArithmeticError):
-    """A network returned NaN or infinity."""
+    """A network returned NaN or infinity; `partial` is the `Solution` as far as it was reached, where there is one."""
+
+    partial: Any = None
 
 
 class CheckpointError(SdeflowError, ValueError):

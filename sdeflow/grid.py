@@ -49,7 +49,9 @@ def _pin(times: Tensor, low: float, high: float) -> Tensor:
     return times
 
 
-def power_t(process: Process, n: int, *, rho: float = 2.0, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+def power_t(
+    process: Process, n: int, *, rho: float = 2.0, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
     r"""Uniform in $t^{1/\rho}$: `rho=1` is uniform in `t`, 2 in the square root.
 
     Source: the power schedules of DDIM, DEIS and EDM in one.
@@ -67,12 +69,17 @@ def uniform_t(process: Process, n: int, *, t_min: float | None = None, t_max: fl
 
 
 def uniform_sqrt_t(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
-    """Uniform in the square root of time: finer near the data. Source: the "quadratic" grid of DDIM (Song et al., 2020), continuous."""
+    """Uniform in the square root of time: finer near the data. Source: DDIM's "quadratic" grid (Song et al., 2020)."""
     return power_t(process, n, rho=2.0, t_min=t_min, t_max=t_max)
 
 
 def _in_nsr(
-    process: Process, n: int, t_min: float | None, t_max: float | None, nsr_min: float | None, nsr_max: float | None,
+    process: Process,
+    n: int,
+    t_min: float | None,
+    t_max: float | None,
+    nsr_min: float | None,
+    nsr_max: float | None,
     lay: Callable[[float, float, int], Tensor],
 ) -> Tensor:
     """A grid laid by `lay(top, bottom, n)` in nsr, between the process's ends or the given bounds."""
@@ -81,7 +88,9 @@ def _in_nsr(
     bottom = ends[0] if nsr_min is None else float(nsr_min)
     top = ends[1] if nsr_max is None else float(nsr_max)
     if not 0 < bottom < top:
-        raise GridError(f"a grid in nsr needs 0 < nsr_min < nsr_max; got {bottom:g} and {top:g} (nsr is 0 at t_min={low:g}?)")
+        raise GridError(
+            f"a grid in nsr needs 0 < nsr_min < nsr_max; got {bottom:g} and {top:g} (nsr is 0 at t_min={low:g}?)"
+        )
     infront = nsr_max is None and top > NSR_TOP
     if infront and n == 1:
         return torch.tensor([high], dtype=torch.float64)
@@ -96,8 +105,14 @@ def _in_nsr(
 
 
 def karras(
-    process: Process, n: int, *, rho: float = 7.0, nsr_min: float | None = None, nsr_max: float | None = None,
-    t_min: float | None = None, t_max: float | None = None,
+    process: Process,
+    n: int,
+    *,
+    rho: float = 7.0,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> Tensor:
     r"""Uniform in $\mathrm{nsr}^{1/\rho}$; `n` positive levels, as EDM counts them. Source: Karras et al. (2022), equation 5."""
     if not rho > 0:
@@ -111,8 +126,13 @@ def karras(
 
 
 def uniform_lam(
-    process: Process, n: int, *, nsr_min: float | None = None, nsr_max: float | None = None,
-    t_min: float | None = None, t_max: float | None = None,
+    process: Process,
+    n: int,
+    *,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> Tensor:
     """Uniform in `log(s / sigma)`: every scale of the data gets the same share of steps. Source: Lu et al., DPM-Solver (2022)."""
 
@@ -135,26 +155,40 @@ def uniform_angle(process: Process, n: int, *, t_min: float | None = None, t_max
 def _table(process: Process, n: int, t_max: float | None) -> tuple[FromBetas, int]:
     """The table behind a discrete grid, and how many of its entries lie at or below `t_max`."""
     if not isinstance(process, FromBetas):
-        raise GridError(f"this grid stands on the entries of a table of betas; {type(process).__name__} has none: use uniform_t, or Process.from_betas")
+        raise GridError(
+            f"this grid stands on the entries of a table of betas; {type(process).__name__} has none: "
+            "use uniform_t, or Process.from_betas"
+        )
     size = len(process.betas)
     if t_max is not None:
-        size = int(round(float(process.index(t_max)) + 1.0))
+        size = round(float(process.index(t_max)) + 1.0)
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= size:
         raise GridError(f"a grid on a table of {size} entries has 1 to {size} levels; got {n!r}")
     return process, size
 
 
-def leading(process: Process, n: int, *, offset: int = 0, t_min: float | None = None, t_max: float | None = None) -> Tensor:
-    """Entries `j floor(N/n) + offset` of the table, counted from 0; never visits the last entry. Source: DDIM, Stable Diffusion (offset 1)."""
+def leading(
+    process: Process, n: int, *, offset: int = 0, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
+    """Entries `j floor(N/n) + offset` of the table, counted from 0; never visits the last entry.
+
+    Source: DDIM (Song et al., 2020); Stable Diffusion takes an offset of 1.
+    """
     table, size = _table(process, n, t_max)
     stride = size // n
     if not 0 <= offset < max(stride, 2) or (n - 1) * stride + offset >= size:
-        raise GridError(f"leading spacing with {n} of {size} entries takes an offset from 0 to {min(stride - 1, size - 1 - (n - 1) * stride)}; got {offset}")
+        raise GridError(
+            f"leading spacing with {n} of {size} entries takes an offset from 0 to "
+            f"{min(stride - 1, size - 1 - (n - 1) * stride)}; got {offset}"
+        )
     return table.time(torch.arange(n - 1, -1, -1) * stride + offset)
 
 
 def trailing(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
-    """Entries `round(N - j N/n) - 1`: starts at the last, right for few steps. Source: Lin et al., "Common diffusion noise schedules" (2023)."""
+    """Entries `round(N - j N/n) - 1`: starts at the last, right for few steps.
+
+    Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed" (2023).
+    """
     table, size = _table(process, n, t_max)
     return table.time(torch.round(size - torch.arange(n, dtype=torch.float64) * size / n) - 1)
 

@@ -125,13 +125,17 @@ class Plan:
     @property
     def differentiable(self) -> bool:
         """Whether gradients flow through a coefficient or a time."""
-        numbers = [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [c.t for c in self._calls]
+        numbers = [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [
+            c.t for c in self._calls
+        ]
         return any(isinstance(number, Tensor) and number.requires_grad for number in numbers)
 
     def with_numbers(self, coefficients: Tensor | None = None, times: Tensor | None = None) -> Plan:
         """The same table with other coefficients and call times; gradients flow through them where they require it."""
         if coefficients is not None and coefficients.shape != self.coefficients.shape:
-            raise ValueError(f"this plan has {len(self.coefficients)} coefficients; got shape {tuple(coefficients.shape)}")
+            raise ValueError(
+                f"this plan has {len(self.coefficients)} coefficients; got shape {tuple(coefficients.shape)}"
+            )
         if times is not None and times.shape != (self.nfe,):
             raise ValueError(f"this plan makes {self.nfe} calls; got times of shape {tuple(times.shape)}")
         c = iter(_scalars(coefficients if coefficients is not None else self.coefficients))
@@ -183,7 +187,11 @@ class Plan:
         if [type(i) for i in self.instructions] != [type(i) for i in other.instructions] or self.result != other.result:
             return False
         for a, b in zip(self.instructions, other.instructions, strict=True):
-            if isinstance(a, Combine) and isinstance(b, Combine) and (a.out, [r for r, _ in a.terms]) != (b.out, [r for r, _ in b.terms]):
+            if (
+                isinstance(a, Combine)
+                and isinstance(b, Combine)
+                and (a.out, [r for r, _ in a.terms]) != (b.out, [r for r, _ in b.terms])
+            ):
                 return False
         close = torch.allclose(self.coefficients, other.coefficients, rtol=rtol, atol=atol)
         return close and torch.allclose(self.times, other.times, rtol=rtol, atol=atol)
@@ -195,7 +203,10 @@ class Plan:
         names = {0: "x"}
         head = f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} -> {self.grid[-1][0]:g}"
         head += " -> zero noise" if self.finished else ""
-        lines = [f"{head} | NFE {self.nfe} | {self.draws} draws | {self.buffers} buffers", f"{'call':>4}  {'t':>10}  {'nsr':>10}  input"]
+        lines = [
+            f"{head} | NFE {self.nfe} | {self.draws} draws | {self.buffers} buffers",
+            f"{'call':>4}  {'t':>10}  {'nsr':>10}  input",
+        ]
         pending: list[str] = []
         number = 0
         for i in self.instructions:
@@ -212,7 +223,9 @@ class Plan:
                     lines.append(f"{number:>4}  {float(i.t):>10.5g}  {nsr:>10.5g}  {what}")
                     names[i.out] = f"F{number}"
                     number, pending = number + 1, []
-        lines.append(f"{'end':>4}  {'':>10}  {'':>10}  {'; '.join(pending) or names.get(self.result, f'r{self.result}')}")
+        lines.append(
+            f"{'end':>4}  {'':>10}  {'':>10}  {'; '.join(pending) or names.get(self.result, f'r{self.result}')}"
+        )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,7 +251,9 @@ class Plan:
             raise ValueError("this is not a plan saved by sdeflow (its format should be 'sdeflow-plan-1')")
         makers: dict[str, Callable[..., Instruction]] = {"draw": Draw, "call": Call, "record": Record}
         instructions = tuple(
-            Combine(row[1], tuple((int(r), float(c)) for r, c in row[2])) if row[0] == "combine" else makers[row[0]](*row[1:])
+            Combine(row[1], tuple((int(r), float(c)) for r, c in row[2]))
+            if row[0] == "combine"
+            else makers[row[0]](*row[1:])
             for row in data["instructions"]
         )
         keys = ("registers", "result", "finished", "solver", "process")
@@ -311,24 +326,27 @@ class Plan:
 
 
 def _combine_into(i: Combine, registers: list[Any], owned: dict[int, Tensor], like: Tensor) -> Tensor:
-    """A linear combination written into the register's own buffer, in as few passes as there are."""
+    """A linear combination written into the register's own buffer, two terms in the first pass and one in each other."""
     terms = i.terms
     out = owned.get(i.out)
     if out is None:
         out = owned[i.out] = torch.empty_like(like)
-    (first, c0) = terms[0]
+    first, a = terms[0]
     x = registers[first]
     if len(terms) == 1:
-        return torch.mul(x, c0, out=out)
-    second, c1 = terms[1]
+        return torch.mul(x, a, out=out)
+    second, b = terms[1]
     y = registers[second]
-    if abs(c0 + c1 - 1.0) < 1e-15 and y.dtype == x.dtype:
-        torch.lerp(y, x, c0, out=out)
-    elif c0 == 1.0:
-        torch.add(x, y, alpha=c1, out=out)
+    if y.dtype != x.dtype or not (x.is_contiguous() and y.is_contiguous()):
+        torch.mul(x, a, out=out).add_(y, alpha=b)
+    elif abs(a + b - 1.0) < 1e-15:
+        torch.lerp(y, x, a, out=out)
     else:
-        torch.mul(x, c0, out=out)
-        out.add_(y, alpha=c1)
+        # a x + b y in one pass: torch names that beta x + alpha (outer product of [1] and y).
+        one = owned.get(-1)
+        if one is None:
+            one = owned[-1] = x.new_ones(1)
+        torch.addr(x.view(1, -1), one, y.view(-1), beta=a, alpha=b, out=out.view(1, -1))
     for register, c in terms[2:]:
         out.add_(registers[register], alpha=c)
     return out
@@ -391,7 +409,9 @@ class Operand:
         return self * (1.0 / divisor)
 
     def __bool__(self) -> bool:
-        raise SolverError("a step asked for the value of a state: steps of a plan cannot depend on it; override integrate instead")
+        raise SolverError(
+            "a step asked for the value of a state: steps of a plan cannot depend on it; override integrate instead"
+        )
 
 
 class Trace(Reverse):
@@ -415,7 +435,9 @@ class Trace(Reverse):
                 return value
         for c in terms.values():
             if isinstance(c, float) and not math.isfinite(c):
-                raise SolverError(f"a step has a coefficient of {c}: the method is not defined on this grid (zero noise, or no signal left?)")
+                raise SolverError(
+                    f"a step has a coefficient of {c}: the method is not defined on this grid (zero noise, or no signal left?)"
+                )
         out = self._new()
         self.instructions.append(Combine(out, tuple(terms.items())))
         operand.terms = {out: 1.0}

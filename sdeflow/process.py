@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sdeflow import _math
-from sdeflow._math import Scalar, as_time, derivative, expand
+from sdeflow._math import Scalar, as_time, derivative, expand, with_derivative
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,8 @@ class Process(ABC):
         The entries are Python floats, or 0-d tensors where gradients flow through the times or the process.
         """
         t = torch.as_tensor(times, dtype=torch.float64)
-        s, ds = torch.func.jvp(self.s, (t,), (torch.ones_like(t),))
-        sigma, dsigma = torch.func.jvp(self.sigma, (t,), (torch.ones_like(t),))
+        s, ds = with_derivative(self.s, t)
+        sigma, dsigma = with_derivative(self.sigma, t)
         columns = [torch.broadcast_to(column, t.shape) for column in (t, s, sigma, ds, dsigma)]
         if any(column.requires_grad for column in columns) and torch.is_grad_enabled():
             return [Level(*row) for row in zip(*(column.unbind() for column in columns), strict=True)]
@@ -189,7 +189,7 @@ class Process(ABC):
         return expand(self.f(t), x) * x - expand(self.g2(t), x) * score
 
     def velocity(self, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
-        r"""Right-hand side of the probability-flow ODE, $dx/dt = s' x_0 + \sigma' \varepsilon = f x - \tfrac12 g^2 \nabla\log p$."""
+        r"""Right-hand side of the probability-flow ODE, $dx/dt = s' x_0 + \sigma' \varepsilon = f x - g^2 \nabla\log p / 2$."""
         return expand(self.ds(t), x0) * x0 + expand(self.dsigma(t), x0) * eps
 
     # ---------------------------------------------------------------------------------------------------- conversions
@@ -263,12 +263,16 @@ class Process(ABC):
 
 def _check_span(process: Process) -> None:
     if not process.t_min < process.t_max:
-        raise ValueError(f"a process runs from t_min to a larger t_max; got t_min={process.t_min}, t_max={process.t_max}")
+        raise ValueError(
+            f"a process runs from t_min to a larger t_max; got t_min={process.t_min}, t_max={process.t_max}"
+        )
 
 
 @dataclass(frozen=True)
 class VP(Process):
-    r"""Variance preserving, linear beta: $\beta(t) = \beta_{min} + t(\beta_{max} - \beta_{min})$, $s = e^{-\frac12\int\beta}$, $s^2 + \sigma^2 = 1$.
+    r"""Variance preserving, linear beta: $s = \exp(-\frac12\int_0^t\beta)$ and $s^2 + \sigma^2 = 1$.
+
+    $\beta(t) = \beta_{min} + t(\beta_{max} - \beta_{min})$, $t \in [0, 1]$.
 
     Source: Song et al. (2021), equation 11; the continuous form of DDPM (Ho et al., 2020).
     """
@@ -302,7 +306,8 @@ class VP(Process):
     def t_of_lam(self, lam: float | Tensor) -> Tensor:
         """Closed form: the positive root of the quadratic `-log s(t) = log(1 + e^(-2 lam)) / 2`."""
         lam = as_time(lam)
-        decay = 0.5 * torch.logaddexp(torch.zeros_like(lam), -2.0 * lam)
+        # Finite, so that no signal is a time, if a large one, and not a NaN.
+        decay = 0.5 * torch.logaddexp(torch.zeros_like(lam), -2.0 * lam).clamp_max(torch.finfo(lam.dtype).max / 1e8)
         half = 0.5 * self.beta_min
         return 2.0 * decay / (half + (half**2 + (self.beta_max - self.beta_min) * decay).sqrt())
 
@@ -337,7 +342,8 @@ class SubVP(Process):
 
     def t_of_lam(self, lam: float | Tensor) -> Tensor:
         """Closed form, from `nsr = 1/s - s = 2 sinh(-log s)`."""
-        decay = torch.asinh(0.5 * torch.exp(-as_time(lam)))
+        lam = as_time(lam)
+        decay = torch.asinh(0.5 * torch.exp(-lam)).clamp_max(torch.finfo(lam.dtype).max / 1e8)
         half = 0.5 * self.beta_min
         return 2.0 * decay / (half + (half**2 + (self.beta_max - self.beta_min) * decay).sqrt())
 
@@ -490,6 +496,8 @@ class FromBetas(Process):
     """
 
     betas: tuple[float, ...]
+    _nodes: Tensor = field(init=False, repr=False, compare=False)
+    _slopes: Tensor = field(init=False, repr=False, compare=False)
     t_min: float = field(init=False)
     t_max: float = field(init=False, default=1.0)
     default_grid: ClassVar[str] = "quadratic"
@@ -499,7 +507,11 @@ class FromBetas(Process):
         if betas.ndim != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(
                 "a table of betas is a vector with every entry inside (0, 1)"
-                + ("; a last beta of 1 means zero-terminal SNR: drop it, or use a continuous process" if len(betas) and float(betas.max()) >= 1 else "")
+                + (
+                    "; a last beta of 1 means zero-terminal SNR: drop it, or use a continuous process"
+                    if len(betas) and float(betas.max()) >= 1
+                    else ""
+                )
             )
         n = len(betas)
         nodes = torch.cat([torch.zeros(1, dtype=torch.float64), -0.5 * torch.log1p(-betas).cumsum(0)])
@@ -518,7 +530,7 @@ class FromBetas(Process):
     def _decay(self, t: Tensor) -> Tensor:
         """`-log s(t)`: the cubic Hermite curve through the table."""
         n = len(self.betas)
-        nodes, slopes = self._nodes.to(t.device, t.dtype), self._slopes.to(t.device, t.dtype)  # type: ignore[attr-defined]
+        nodes, slopes = self._nodes.to(t.device, t.dtype), self._slopes.to(t.device, t.dtype)
         i = (t.detach() * n * (1 + 1e-15)).floor().long().clamp(0, n - 1)
         u, h = t * n - i, 1.0 / n
         return (
@@ -569,6 +581,9 @@ class FromSDE(Process):
     sigma0: float = 0.0
     t_min: float = 1e-3
     t_max: float = 1.0
+    _edges: Tensor = field(init=False, repr=False)
+    _log_s: Tensor = field(init=False, repr=False)
+    _nsr2: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_span(self)
@@ -581,13 +596,18 @@ class FromSDE(Process):
                 bad |= values < 0
             if bool(bad.any()):
                 where = float(probe[bad][0])
-                raise ValueError(f"{name}({where:.6g}) = {float(values[bad][0])}: from_sde needs finite f and g2 >= 0 on [0, t_max]; lower t_max?")
+                raise ValueError(
+                    f"{name}({where:.6g}) = {float(values[bad][0])}: from_sde needs finite f and g2 >= 0 on [0, t_max]; "
+                    "lower t_max?"
+                )
         edges = self._refine(probe[::16].contiguous())
         log_s = self._integrate(self._f, edges[:-1], edges[1:]).cumsum(0)
         object.__setattr__(self, "_edges", edges)
         object.__setattr__(self, "_log_s", torch.cat([torch.zeros(1, dtype=torch.float64), log_s]))
         growth = self._integrate(self._growth, edges[:-1], edges[1:]).cumsum(0)
-        object.__setattr__(self, "_nsr2", (self.sigma0 / self.s0) ** 2 + torch.cat([torch.zeros(1, dtype=torch.float64), growth]))
+        object.__setattr__(
+            self, "_nsr2", (self.sigma0 / self.s0) ** 2 + torch.cat([torch.zeros(1, dtype=torch.float64), growth])
+        )
 
     def _f(self, t: Tensor) -> Tensor:
         return torch.broadcast_to(torch.as_tensor(self.f_given(t), dtype=t.dtype), t.shape)
@@ -627,12 +647,14 @@ class FromSDE(Process):
         return edges
 
     def _panel(self, t: Tensor) -> Tensor:
-        return (torch.searchsorted(self._edges.to(t.device), t.detach().double().contiguous(), right=True) - 1).clamp(0, len(self._edges) - 2)  # type: ignore[attr-defined]
+        return (torch.searchsorted(self._edges.to(t.device), t.detach().double().contiguous(), right=True) - 1).clamp(
+            0, len(self._edges) - 2
+        )
 
     def _log_signal(self, t: Tensor) -> Tensor:
         """`log(s / s0)`."""
         i = self._panel(t)
-        return self._log_s.to(t.device, t.dtype)[i] + self._integrate(self._f, self._edges.to(t.device, t.dtype)[i], t)  # type: ignore[attr-defined]
+        return self._log_s.to(t.device, t.dtype)[i] + self._integrate(self._f, self._edges.to(t.device, t.dtype)[i], t)
 
     def s(self, t: Tensor) -> Tensor:
         """`s0 exp(int f)`."""
@@ -641,8 +663,8 @@ class FromSDE(Process):
     def variance(self, t: Tensor) -> Tensor:
         """`s^2 (sigma0^2 / s0^2 + int g2 / s^2)`."""
         i = self._panel(t)
-        growth = self._integrate(self._growth, self._edges.to(t.device, t.dtype)[i], t)  # type: ignore[attr-defined]
-        return self.s(t) ** 2 * (self._nsr2.to(t.device, t.dtype)[i] + growth)  # type: ignore[attr-defined]
+        growth = self._integrate(self._growth, self._edges.to(t.device, t.dtype)[i], t)
+        return self.s(t) ** 2 * (self._nsr2.to(t.device, t.dtype)[i] + growth)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Square root of `variance`."""

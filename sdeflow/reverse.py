@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ class Reverse:
     solver step runs on tensors (the textbook) and on symbolic operands (`sdeflow.plan`).
     """
 
+    _by_lam: Sequence[Level] = ()  # what is known, by `lam`
+
     def __init__(self, denoiser: Denoiser, condition: Mapping[str, Any] | None = None):
         self.denoiser = denoiser
         self.process: Process = denoiser.process
@@ -31,6 +35,7 @@ class Reverse:
         levels = self.process.levels(times)
         if levels and isinstance(levels[0].t, float):
             self._known.update((level.t, level) for level in levels)
+            self._by_lam = sorted(self._known.values(), key=_lam)
         return levels
 
     def level(self, t: float | Tensor) -> Level:
@@ -39,19 +44,48 @@ class Reverse:
         return known if known is not None else self.process.level(t)
 
     def level_of_lam(self, lam: float | Tensor) -> Level:
-        """The process at the time where `log(s / sigma) = lam`."""
+        """The process at the time where `log(s / sigma) = lam`; a lookup where `prepare` has seen it, to rounding."""
+        if isinstance(lam, float):
+            i = bisect_left(self._by_lam, lam, key=_lam)
+            for known in self._by_lam[max(i - 1, 0) : i + 1]:
+                if abs(known.lam - lam) <= 1e-13 * (1.0 + abs(lam)):
+                    return known
         t = self.process.t_of_lam(lam)
         return self.level(t if isinstance(lam, Tensor) else float(t))
 
     def __call__(self, x: Any, t: Level) -> Any:
         """`E[x0 | x(t) = x]`."""
-        self.nfe += 1
         time = torch.as_tensor(t.t, dtype=torch.float64)
-        return self.denoiser(x, time.reshape(-1) if time.ndim else time, **self.condition)
+        return self.ask(x, time.reshape(-1) if time.ndim else time)
+
+    def ask(self, x: Tensor, t: Tensor) -> Tensor:
+        """`E[x0 | x(t) = x]` at one time, or at one a sample (`[B]`)."""
+        self.nfe += 1
+        return self.denoiser(x, t, **self.condition)
+
+    def rows(self, index: Tensor, size: int) -> Reverse:
+        """The same for the samples `index` of a batch of `size`, with a counter of its own.
+
+        Conditions that are tensors of `size` rows are cut along; so is what the denoiser holds for each sample
+        (`Denoiser.rows`).
+        """
+
+        def cut(value: Any) -> Any:
+            per_sample = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+            return value.index_select(0, index.to(value.device)) if per_sample else value
+
+        some = copy(self)
+        some.denoiser, some.nfe = self.denoiser.rows(index), 0
+        some.condition = {name: cut(value) for name, value in self.condition.items()}
+        return some
 
     def calls(self, times: Tensor, x: Tensor) -> Sequence[Callable[[Tensor], Tensor]]:
         """The denoiser at each of `times`, prepared; whoever runs them adds their number to `nfe`."""
         return self.denoiser.at(times, x, **self.condition)
+
+    def keep(self, state: Any) -> Any:
+        """`state` itself. A trace then holds its operands in values of their own: call it between steps within a step."""
+        return state
 
     def eps(self, x: Any, t: Level) -> Any:
         """`eps = (x - s x0) / sigma`."""
@@ -70,3 +104,7 @@ class Reverse:
 def eps_of(x: Any, x0: Any, t: Level) -> Any:
     """`eps = (x - s x0) / sigma`, for states or symbolic operands."""
     return (x - t.s * x0) * (1.0 / t.sigma)
+
+
+def _lam(t: Level) -> float:
+    return t.lam

@@ -95,8 +95,25 @@ def sample(
     `NonFiniteError` where the network returned NaN; all of them say what to do.
     """
     return solve(
-        score_fn, process, solver=solver, nfe=nfe, grid=grid, shape=shape, n=n, seeds=seeds, condition=condition, x=x, x0=x0,
-        t=t, finish=finish, noise=noise, batch_size=batch_size, device=device, dtype=dtype, progress=progress, callback=callback,
+        score_fn,
+        process,
+        solver=solver,
+        nfe=nfe,
+        grid=grid,
+        shape=shape,
+        n=n,
+        seeds=seeds,
+        condition=condition,
+        x=x,
+        x0=x0,
+        t=t,
+        finish=finish,
+        noise=noise,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        callback=callback,
         requires_grad=requires_grad,
     ).x
 
@@ -143,7 +160,10 @@ def solve(
     _warn_training(denoiser)
 
     parts: list[Solution] = []
-    with torch.enable_grad() if requires_grad else torch.no_grad(), _bar(progress, method, times, finish, start.n, size) as bar:
+    with (
+        torch.enable_grad() if requires_grad else torch.no_grad(),
+        _bar(progress, method, times, finish, start.n, size) as bar,
+    ):
         for first in range(0, start.n, size):
             rows = slice(first, min(first + size, start.n))
             source = _noise(noise, start.seeds[rows], start.shape, start.device, start.dtype)
@@ -197,8 +217,16 @@ def encode(
         count = 2 if method.adaptive else method.levels(_encoding_budget(method, nfe), finish=False)
         grid = _lay(denoiser.process, grid, count, None).flip(0)
     return sample(
-        denoiser, solver=solver, grid=grid, condition=condition, x=x0, t=float(torch.as_tensor(grid)[0]), finish=False,
-        batch_size=batch_size, progress=progress, requires_grad=requires_grad,
+        denoiser,
+        solver=solver,
+        grid=grid,
+        condition=condition,
+        x=x0,
+        t=float(torch.as_tensor(grid)[0]),
+        finish=False,
+        batch_size=batch_size,
+        progress=progress,
+        requires_grad=requires_grad,
     )
 
 
@@ -235,7 +263,9 @@ class _Start:
         if x is not None and x0 is not None:
             raise ValueError("start from a state x or from data x0, not from both")
         if x0 is not None and t is None:
-            raise ValueError("x0= starts from data noised to a time: say which, t=0.5 (its noise level is the strength)")
+            raise ValueError(
+                "x0= starts from data noised to a time: say which, t=0.5 (its noise level is the strength)"
+            )
         if t is not None and given is None:
             raise ValueError("t= is the time of a state x= (or of data x0= noised to it): give one of them")
         if given is not None and (not isinstance(given, Tensor) or given.ndim < 1 or not given.is_floating_point()):
@@ -244,16 +274,24 @@ class _Start:
             raise NonFiniteError("the state to start from holds NaN or infinity")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
-            asked = tuple(_positive("shape", int(size), least=0) for size in ([shape] if isinstance(shape, int) else shape))
+            asked = tuple(
+                _positive("shape", int(size), least=0) for size in ([shape] if isinstance(shape, int) else shape)
+            )
             if known is not None and asked != known:
-                raise ValueError(f"shape is that of one sample, without the batch: {known} here, not {asked}; n= says how many")
+                raise ValueError(
+                    f"shape is that of one sample, without the batch: {known} here, not {asked}; n= says how many"
+                )
             known = asked
         if known is None:
-            raise ValueError("this model does not know its shape: pass shape= of one sample, without the batch, such as shape=(3, 32, 32)")
+            raise ValueError(
+                "this model does not know its shape: pass shape= of one sample, without the batch, such as shape=(3, 32, 32)"
+            )
         self.shape, self.x, self.x0, self.t = known, x, x0, t
         self.n = _count(n, seeds, given)
         self.seeds = _seeds(seeds, self.n)
-        self.device = torch.device(device) if device is not None else given.device if given is not None else device_of(denoiser)
+        self.device = (
+            torch.device(device) if device is not None else given.device if given is not None else device_of(denoiser)
+        )
         self.dtype = dtype or (given.dtype if given is not None else torch.float32)
         if not self.dtype.is_floating_point:
             raise TypeError(f"dtype is that of the state, a floating one; got {self.dtype}")
@@ -273,21 +311,28 @@ class _Conditions:
 
     def __init__(self, condition: Mapping[str, Any] | None, n: int, device: torch.device):
         if condition is not None and not isinstance(condition, Mapping):
-            raise TypeError(f"condition is a mapping of names to values, such as {{'label': labels}}; got {type(condition).__name__}")
+            raise TypeError(
+                f"condition is a mapping of names to values, such as {{'label': labels}}; got {type(condition).__name__}"
+            )
         self.whole: dict[str, Any] = {}
         for name, value in (condition or {}).items():
             if isinstance(value, list | tuple) and value and all(isinstance(v, int | float) for v in value):
                 value = torch.tensor(value)
             if isinstance(value, Tensor):
                 if value.ndim and value.shape[0] not in (1, n):
-                    raise ValueError(f"condition {name!r} has {value.shape[0]} rows for {n} samples: give one row a sample, or one for all")
+                    raise ValueError(
+                        f"condition {name!r} has {value.shape[0]} rows for {n} samples: give one row a sample, or one for all"
+                    )
                 value = value.to(device)
                 value = value.expand(n, *value.shape[1:]) if value.ndim else value
             self.whole[name] = value
 
     def rows(self, rows: slice) -> dict[str, Any]:
         """The condition of some rows."""
-        return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in self.whole.items()}
+        return {
+            name: value[rows] if isinstance(value, Tensor) and value.ndim else value
+            for name, value in self.whole.items()
+        }
 
 
 def _times(
@@ -301,11 +346,15 @@ def _times(
     """The times of the solve and the name of their grid."""
     if isinstance(method, Plan):
         if grid is not None or nfe not in (None, method.nfe):
-            raise ValueError(f"a plan brings its own grid and budget (NFE {method.nfe}): pass neither grid= nor another nfe=")
+            raise ValueError(
+                f"a plan brings its own grid and budget (NFE {method.nfe}): pass neither grid= nor another nfe="
+            )
         levels = process.levels([t for t, _, _ in method.grid])
         for mine, (time, s, sigma) in zip(levels, method.grid, strict=True):
             if abs(mine.s - s) > 1e-9 * (1 + abs(s)) or abs(mine.sigma - sigma) > 1e-9 * (1 + abs(sigma)):
-                raise ValueError(f"this plan was traced under {method.process}, and {process!r} differs from it at t={time:g}: pass process=")
+                raise ValueError(
+                    f"this plan was traced under {method.process}, and {process!r} differs from it at t={time:g}: pass process="
+                )
         if t is not None and t != method.grid[0][0]:
             raise ValueError(f"this plan starts at t={method.grid[0][0]:g}, not at t={t:g}")
         if finish != method.finished:
@@ -314,15 +363,22 @@ def _times(
     if grid is not None and not isinstance(grid, str) and not callable(grid):
         times = check_times(grid)
         if nfe is not None and not method.adaptive and method.levels(nfe, finish=finish) != len(times):
-            raise BudgetError(f"the grid has {len(times)} levels, and {type(method).__name__} at nfe={nfe} needs {method.levels(nfe, finish=finish)}")
+            needed = method.levels(nfe, finish=finish)
+            raise BudgetError(f"the grid has {len(times)} levels; {type(method).__name__} needs {needed} for nfe={nfe}")
         if t is not None and float(times[0]) != t:
             raise GridError(f"the grid starts at t={float(times[0]):g}, the state at t={t:g}: they must be the same")
         return times, "given"
     if method.adaptive:
         count = 2 if nfe is None else method.levels(nfe, finish=finish)
     else:
-        count = method.levels(DEFAULT_NFE if nfe is None else nfe, finish=finish) if nfe is not None else _default_levels(method, finish)
-    name = grid if isinstance(grid, str) else process.default_grid if grid is None else getattr(grid, "__name__", "given")
+        count = (
+            method.levels(DEFAULT_NFE if nfe is None else nfe, finish=finish)
+            if nfe is not None
+            else _default_levels(method, finish)
+        )
+    name = (
+        grid if isinstance(grid, str) else process.default_grid if grid is None else getattr(grid, "__name__", "given")
+    )
     return _lay(process, grid, count, t), name
 
 
@@ -348,14 +404,23 @@ def _lay(process: Process, grid: str | GridFunction | None, levels: int, t: floa
 
 
 def _integrate(
-    method: Solver | Plan, reverse: Reverse, x: Tensor, times: Tensor, noise: Noise, finish: bool, record: bool, watch: OnCall | None
+    method: Solver | Plan,
+    reverse: Reverse,
+    x: Tensor,
+    times: Tensor,
+    noise: Noise,
+    finish: bool,
+    record: bool,
+    watch: OnCall | None,
 ) -> Solution:
     if isinstance(method, Plan):
         return run_plan(method, reverse, x, noise, watch)
     return method.integrate(reverse, x, times, noise, finish=finish, record=record, on_call=watch)
 
 
-def _noise(noise: str | Noise, seeds: tuple[int, ...], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Noise:
+def _noise(
+    noise: str | Noise, seeds: tuple[int, ...], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Noise:
     if isinstance(noise, Noise):
         return noise
     kinds = {"seeded": SeededNoise, "brownian": BrownianNoise}
@@ -364,7 +429,9 @@ def _noise(noise: str | Noise, seeds: tuple[int, ...], shape: tuple[int, ...], d
     return kinds[noise](seeds, shape, device=device, dtype=dtype)
 
 
-def _watcher(bar: tqdm[Any] | None, callback: Callable[[Step], Any] | None, x0s: list[Tensor] | None, rows: slice) -> OnCall | None:
+def _watcher(
+    bar: tqdm[Any] | None, callback: Callable[[Step], Any] | None, x0s: list[Tensor] | None, rows: slice
+) -> OnCall | None:
     """What is done after each network call, or None where nothing is."""
     if bar is None and callback is None and x0s is None:
         return None
@@ -382,7 +449,9 @@ def _watcher(bar: tqdm[Any] | None, callback: Callable[[Step], Any] | None, x0s:
 
 
 @contextlib.contextmanager
-def _bar(progress: bool, method: Solver | Plan, times: Tensor, finish: bool, n: int, size: int) -> Iterator[tqdm[Any] | None]:
+def _bar(
+    progress: bool, method: Solver | Plan, times: Tensor, finish: bool, n: int, size: int
+) -> Iterator[tqdm[Any] | None]:
     if not progress:
         yield None
         return
@@ -397,8 +466,15 @@ def _bar(progress: bool, method: Solver | Plan, times: Tensor, finish: bool, n: 
 
 
 def _find_nonfinite(
-    method: Solver | Plan, reverse: Reverse, start: _Start, process: Process, times: Tensor, finish: bool, rows: slice,
-    noise: str | Noise, part: Solution,
+    method: Solver | Plan,
+    reverse: Reverse,
+    start: _Start,
+    process: Process,
+    times: Tensor,
+    finish: bool,
+    rows: slice,
+    noise: str | Noise,
+    part: Solution,
 ) -> None:
     """Raise the error for a result that is not finite, having run the batch again to find the first call at fault."""
     bad = (~torch.isfinite(part.x).flatten(1).all(1)).nonzero().flatten().tolist()
@@ -419,7 +495,7 @@ def _find_nonfinite(
             where = str(found)
     error = NonFiniteError(
         f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number {names}).{where} "
-        "Half precision overflows, an eps-prediction far outside its training range, or a score of the wrong scale are the usual causes."
+        "The usual causes: half precision overflows, an eps-prediction far outside its training range, a score of the wrong scale."
     )
     error.solution = part  # type: ignore[attr-defined]
     raise error
@@ -464,8 +540,13 @@ def device_of(denoiser: Denoiser) -> torch.device:
 
 def _warn_training(denoiser: Denoiser) -> None:
     network = getattr(denoiser, "network", None)
-    if isinstance(network, nn.Module) and any(m.training and isinstance(m, nn.Dropout | nn.modules.batchnorm._BatchNorm) for m in network.modules()):
-        warnings.warn("the network is in training mode, so dropout or batch norm will disturb the samples: call network.eval() first", stacklevel=4)
+    if isinstance(network, nn.Module) and any(
+        m.training and isinstance(m, nn.Dropout | nn.modules.batchnorm._BatchNorm) for m in network.modules()
+    ):
+        warnings.warn(
+            "the network is in training mode, so dropout or batch norm will disturb the samples: call network.eval() first",
+            stacklevel=4,
+        )
 
 
 def _positive(name: str, value: int, least: int = 1) -> int:

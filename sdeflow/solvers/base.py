@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +60,9 @@ class Solution:
             f"NFE      {self.nfe} ({self.network_calls} network calls)",
         ]
         if self.times is not None and len(self.times):
-            lines.append(f"times    {len(self.times)} levels, {float(self.times[0]):g} -> {float(self.times[-1]):g} ({self.grid})")
+            lines.append(
+                f"times    {len(self.times)} levels, {float(self.times[0]):g} -> {float(self.times[-1]):g} ({self.grid})"
+            )
         if self.seeds:
             shown = ", ".join(map(str, self.seeds[:4])) + (", ..." if len(self.seeds) > 4 else "")
             lines.append(f"noise    {self.noise}, seeds {shown}")
@@ -145,12 +148,16 @@ class GridSolver(Solver):
             levels, below = levels + 1, cost
         if cost != nfe:
             near = f"{below} and {cost}" if below else f"{cost}"
-            raise BudgetError(f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can {'are' if below else 'is'} {near}")
+            raise BudgetError(
+                f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can {'are' if below else 'is'} {near}"
+            )
         return levels
 
     # -------------------------------------------------------------------------------------------------------------------
 
-    def plan(self, process: Process, times: Tensor | Sequence[float], *, finish: bool = True, record: bool = False) -> Plan:
+    def plan(
+        self, process: Process, times: Tensor | Sequence[float], *, finish: bool = True, record: bool = False
+    ) -> Plan:
         """The solver traced over `times` of `process`: see `sdeflow.plan.Plan`."""
         times = check_times(times)
         self._check_direction(times, finish)
@@ -174,7 +181,7 @@ class GridSolver(Solver):
         trace = Trace(process)
         levels = self._levels(trace, times)
         x, state = Operand({0: 1.0}), self.start()
-        for index, (t, t_next) in enumerate(zip(levels, levels[1:], strict=False)):
+        for index, (t, t_next) in enumerate(pairwise(levels)):
             if record:
                 trace.record(index, x)
             x, state = self.step(trace, x, t, t_next, trace.draw, state)
@@ -208,7 +215,9 @@ class GridSolver(Solver):
         plan = self.plan(reverse.process, times, finish=finish, record=record)
         return run_plan(plan, reverse, x, noise, on_call)
 
-    def textbook(self, reverse: Reverse, x: Tensor, times: Tensor, noise: Noise | None, *, finish: bool = True) -> Tensor:
+    def textbook(
+        self, reverse: Reverse, x: Tensor, times: Tensor, noise: Noise | None, *, finish: bool = True
+    ) -> Tensor:
         """The same solve with the steps run on tensors, as they are written: what a plan is tested against."""
         times = check_times(times)
         self._check_direction(times, finish)
@@ -220,7 +229,7 @@ class GridSolver(Solver):
             between = (None, None) if t is None or t_next is None else (float(t.nsr), float(t_next.nsr))
             return noise.draw(*between).to(x)
 
-        for t, t_next in zip(levels, levels[1:], strict=False):
+        for t, t_next in pairwise(levels):
             x, state = self.step(reverse, x, t, t_next, draw, state)
         return self.finish(reverse, x, levels[-1], draw, state) if finish else x
 
@@ -229,14 +238,18 @@ class GridSolver(Solver):
         if upward and finish:
             raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
         if upward and not self.reversible:
-            raise GridError(f"{type(self).__name__} only runs from noise to data; encode with a solver of the ODE, such as Heun")
+            raise GridError(
+                f"{type(self).__name__} only runs from noise to data; encode with a solver of the ODE, such as Heun"
+            )
 
 
 def run_plan(plan: Plan, reverse: Reverse, x: Tensor, noise: Noise | None, on_call: OnCall | None = None) -> Solution:
     """Execute a plan and say so in a `Solution`."""
     result, recorded = plan.execute(reverse, x, noise, on_call)
     trajectory = torch.stack([*recorded, result] if plan.finished else recorded) if recorded else None
-    return Solution(result, plan.nfe, plan=plan, trajectory=trajectory, statistics={"draws": plan.draws, "buffers": plan.buffers})
+    return Solution(
+        result, plan.nfe, plan=plan, trajectory=trajectory, statistics={"draws": plan.draws, "buffers": plan.buffers}
+    )
 
 
 _PLANS: OrderedDict[Any, Plan] = OrderedDict()

@@ -91,7 +91,9 @@ class AnnealedLangevin(GridSolver):
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0.0 < self.step_size < 4.0:
-            raise ValueError(f"AnnealedLangevin needs steps >= 1 and 0 < step_size < 4 (beyond, it diverges); got {self.steps}, {self.step_size}")
+            raise ValueError(
+                f"AnnealedLangevin needs steps >= 1 and 0 < step_size < 4 (beyond, it diverges); got {self.steps}, {self.step_size}"
+            )
 
     def calls(self, levels: int, *, finish: bool = True) -> int:
         return self.steps * levels + 1 if finish else self.steps * (levels - 1)
