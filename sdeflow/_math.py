@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -37,10 +38,14 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(device=x.device, dtype=x.dtype)
 
 
+_FORWARD_MODE = threading.RLock()  # torch has one level of forward-mode differentiation for all threads
+
+
 def with_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     """`function(t)` and `d function / dt` at every entry of `t`, by forward-mode differentiation; both differentiable."""
     t = t.contiguous()  # networks are given expanded times, which forward mode does not take
-    value, slope, *_ = torch.func.jvp(function, (t,), (torch.ones_like(t),))
+    with _FORWARD_MODE:
+        value, slope, *_ = torch.func.jvp(function, (t,), (torch.ones_like(t),))
     return value, slope
 
 

@@ -84,6 +84,8 @@ def match(process: Process, native: Process, nsr_range: tuple[float, float], t: 
     low, high = nsr_range
     lam_native = lam.clamp(min=-math.log(high) if high > 0 else None, max=-math.log(low) if low > 0 else None)
     t_native = native.t_of_lam(lam_native)
+    # Where no signal is left, VE and EDM have no time: a million to one is as good.
+    t_native = torch.where(torch.isfinite(t_native), t_native, native.t_of_lam(-math.log(1e6)))
     if process == native:
         t_native = torch.where(lam_native == lam, t, t_native)
     factor = torch.hypot(*native.kernel(t_native)) / torch.hypot(*process.kernel(t))

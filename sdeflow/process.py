@@ -136,7 +136,11 @@ class Process(ABC):
         return torch.atan2(self.sigma(t), self.s(t))
 
     def t_of_lam(self, lam: float | Tensor) -> Tensor:
-        """The time at which `log(s / sigma) = lam`, differentiable; beyond the process's range, the nearer end of it."""
+        """The time at which `log(s / sigma) = lam`, differentiable.
+
+        Found by bisection between `t_min` and `t_max`, beyond which it is the nearer end; closed forms, where a process has
+        one, go on.
+        """
         return _math.monotone_root(self.lam, as_time(lam), self.t_min, self.t_max)
 
     def t_of_nsr(self, nsr: float | Tensor) -> Tensor:
