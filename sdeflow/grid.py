@@ -52,7 +52,7 @@ def _pin(times: Tensor, low: float, high: float) -> Tensor:
 def power_t(
     process: Process, n: int, *, rho: float = 2.0, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    r"""Uniform in $t^{1/\rho}$: `rho=1` is uniform in `t`, 2 in the square root.
+    """Uniform in `t^(1/rho)`: `rho=1` is uniform in `t`, 2 in the square root.
 
     Source: the power schedules of DDIM, DEIS and EDM in one.
     """
@@ -114,7 +114,7 @@ def karras(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    r"""Uniform in $\mathrm{nsr}^{1/\rho}$; `n` positive levels, as EDM counts them. Source: Karras et al. (2022), equation 5."""
+    """Uniform in `nsr^(1/rho)`; `n` positive levels, as EDM counts them. Source: Karras et al. (2022), equation 5."""
     if not rho > 0:
         raise GridError(f"karras needs rho > 0; got {rho}")
 
@@ -143,7 +143,10 @@ def uniform_lam(
 
 
 def uniform_angle(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
-    """Uniform in `atan(sigma / s)`; finite where no signal is left, coarse at small noise."""
+    """Uniform in `atan(sigma / s)`: finite where no signal is left, coarse at small noise.
+
+    Source: the angle of Salimans & Ho, "Progressive distillation" (2022), appendix D.
+    """
     low, high = _ends(process, n, t_min, t_max)
     b, a = process.angle(torch.tensor([low, high], dtype=torch.float64)).tolist()
     return _pin(process.t_of_nsr(torch.tan(a + _ramp(n) * (b - a))), low, high)

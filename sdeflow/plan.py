@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow._files import write_whole
 from sdeflow._math import Scalar
 from sdeflow.errors import SolverError
 from sdeflow.noise import Noise
@@ -88,9 +89,13 @@ class Plan:
     solver: str = ""
     process: str = ""
     _calls: tuple[Call, ...] = field(init=False, repr=False, compare=False)
+    _tensors: bool = field(init=False, repr=False, compare=False)
+    _outlive: frozenset[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_calls", tuple(i for i in self.instructions if isinstance(i, Call)))
+        object.__setattr__(self, "_tensors", any(isinstance(number, Tensor) for number in self._numbers()))
+        object.__setattr__(self, "_outlive", _outlive(self.instructions))
 
     @property
     def nfe(self) -> int:
@@ -125,10 +130,10 @@ class Plan:
     @property
     def differentiable(self) -> bool:
         """Whether gradients flow through a coefficient or a time."""
-        numbers = [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [
-            c.t for c in self._calls
-        ]
-        return any(isinstance(number, Tensor) and number.requires_grad for number in numbers)
+        return self._tensors and any(isinstance(n, Tensor) and n.requires_grad for n in self._numbers())
+
+    def _numbers(self) -> list[Scalar]:
+        return [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [c.t for c in self._calls]
 
     def with_numbers(self, coefficients: Tensor | None = None, times: Tensor | None = None) -> Plan:
         """The same table with other coefficients and call times; gradients flow through them where they require it."""
@@ -262,13 +267,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(json.dumps(self.to_dict(), indent=1))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -292,6 +291,9 @@ class Plan:
         On a device nothing here waits for it. Where gradients flow, combinations make new tensors instead of writing
         into buffers. `on_call(k, call, input, x0)` is called after each network call; what it keeps, it must clone.
         """
+        if self._tensors and not torch.is_grad_enabled():
+            plain = self.with_numbers(self.coefficients.detach(), self.times.detach())
+            return plain.execute(reverse, x, noise, on_call)
         if self.draws and noise is None:
             raise SolverError(f"{self.solver or 'this plan'} draws noise: give it a source of noise")
         calls = iter(reverse.calls(self.times, x)) if self.nfe else iter(())
@@ -301,6 +303,10 @@ class Plan:
         owned: dict[int, Tensor] = {0: registers[0]}
         drawn: dict[int, Tensor] = {}
         recorded: list[Tensor] = []
+        # A network may return one tensor of its own at every call. Where an output must outlive the next call, the first
+        # such tells: it is copied, and held until the next one shows whether it came in the same place.
+        lent: Tensor | None = None
+        reuses: bool | None = None
         number = 0
         for i in self.instructions:
             if type(i) is Combine:
@@ -309,9 +315,13 @@ class Plan:
                 given = registers[i.input]
                 output = next(calls)(given)
                 reverse.nfe += 1
-                # A network may hand back its own input; the buffer behind it will be written again.
-                if output.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+                if lent is not None:
+                    reuses, lent = _share(lent, output), None
+                # Or it may hand back its own input; the buffer behind it will be written again.
+                if _share(given, output) or (reuses and number in self._outlive):
                     output = output.clone()
+                elif reuses is None and number in self._outlive and not torch.is_grad_enabled():
+                    lent, output = output, output.clone()
                 registers[i.out] = output
                 if on_call is not None:
                     on_call(number, i, given, output)
@@ -322,7 +332,28 @@ class Plan:
                 registers[i.out] = noise.draw(i.nsr, i.nsr_next, out=drawn.get(i.out))  # type: ignore[union-attr]
             elif type(i) is Record:
                 recorded.append(registers[i.input].clone())
-        return registers[self.result], recorded
+        result = registers[self.result]
+        # What a network returned may be its own; the result is the caller's.
+        return result if self.result in owned or torch.is_grad_enabled() else result.clone(), recorded
+
+
+def _outlive(instructions: Sequence[Instruction]) -> frozenset[int]:
+    """The calls whose outputs are read after the next call."""
+    holds: dict[int, int] = {}  # register -> number of the call whose output it holds
+    kept: set[int] = set()
+    number = 0
+    for i in instructions:
+        kept.update(holds[r] for r in _reads(i) if r in holds and holds[r] < number - 1)
+        if not isinstance(i, Record):
+            holds.pop(i.out, None)
+        if isinstance(i, Call):
+            holds[i.out] = number
+            number += 1
+    return frozenset(kept)
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _combine_into(i: Combine, registers: list[Any], owned: dict[int, Tensor], like: Tensor) -> Tensor:
@@ -337,16 +368,12 @@ def _combine_into(i: Combine, registers: list[Any], owned: dict[int, Tensor], li
         return torch.mul(x, a, out=out)
     second, b = terms[1]
     y = registers[second]
-    if y.dtype != x.dtype or not (x.is_contiguous() and y.is_contiguous()):
-        torch.mul(x, a, out=out).add_(y, alpha=b)
-    elif abs(a + b - 1.0) < 1e-15:
+    if abs(a + b - 1.0) < 1e-15 and y.dtype == x.dtype:
         torch.lerp(y, x, a, out=out)
     else:
-        # a x + b y in one pass: torch names that beta x + alpha (outer product of [1] and y).
-        one = owned.get(-1)
-        if one is None:
-            one = owned[-1] = x.new_ones(1)
-        torch.addr(x.view(1, -1), one, y.view(-1), beta=a, alpha=b, out=out.view(1, -1))
+        # Not torch.addr, which takes one pass: it rounds the tail of a tensor otherwise than its body, so that the bits of
+        # a sample would depend on its place in the batch.
+        torch.mul(x, a, out=out).add_(y, alpha=b)
     for register, c in terms[2:]:
         out.add_(registers[register], alpha=c)
     return out

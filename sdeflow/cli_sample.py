@@ -1,0 +1,172 @@
+"""The command `sdeflow sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from sdeflow import images, registry
+from sdeflow._files import check_writable
+from sdeflow.errors import unknown
+from sdeflow.models.checkpoint import Pretrained, load
+from sdeflow.sampling import solve
+from sdeflow.solvers.adaptive import Adaptive
+from sdeflow.solvers.base import Solution, Solver
+
+HOW, MACHINE = "How", "Machine and files"
+EPILOG = """
+Examples:
+
+    sdeflow sample                                          20 pictures from the bundled model, into samples.png
+
+    sdeflow sample --classes cat,dog,ship --n 9 --seed 7
+
+    sdeflow sample --process rectified_flow --solver ddim --nfe 10
+
+    sdeflow sample --solver rk45 --rtol 1e-4
+
+    sdeflow sample --solver euler_maruyama --process vp --nfe 100 --gif samples.gif
+
+    sdeflow sample --model runs/photos/model.safetensors --out photos.png
+"""
+
+
+def sample(
+    n: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 20,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Names or numbers of classes, with commas; taken in turn. All of them by default; 'none' for no label."
+        ),
+    ] = None,
+    solver: Annotated[str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)] = "heun",
+    nfe: Annotated[
+        int | None,
+        typer.Option(help="Network calls, exactly (default: 35; not for adaptive solvers).", rich_help_panel=HOW),
+    ] = None,
+    process: Annotated[
+        str | None,
+        typer.Option(help="A name from 'sdeflow info processes' (default: the model's own).", rich_help_panel=HOW),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="A name from 'sdeflow info grids' (default: what suits model and process).", rich_help_panel=HOW
+        ),
+    ] = None,
+    rtol: Annotated[
+        float | None, typer.Option(help="Tolerance of an adaptive solver (default: 1e-3).", rich_help_panel=HOW)
+    ] = None,
+    noise: Annotated[
+        str, typer.Option(help="seeded, or brownian: the same path at every NFE.", rich_help_panel=HOW)
+    ] = "seeded",
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others follow.", rich_help_panel=HOW)] = 0,
+    model: Annotated[
+        str, typer.Option(help="A bundled model or a file that 'sdeflow train' wrote.", rich_help_panel=MACHINE)
+    ] = "cifar10",
+    out: Annotated[Path, typer.Option(help="The picture to write, PNG.", rich_help_panel=MACHINE)] = Path(
+        "samples.png"
+    ),
+    gif: Annotated[
+        Path | None,
+        typer.Option(help="Write the predictions of x0 over time here too, as GIF.", rich_help_panel=MACHINE),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="At most so many at a time.", min=1, rich_help_panel=MACHINE)
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", rich_help_panel=MACHINE)
+    ] = "auto",
+    half: Annotated[bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)
+    ] = False,
+) -> None:
+    """Draw samples from a model into a labelled picture."""
+    for picture_path in (out, gif):
+        if picture_path is not None:
+            check_writable(picture_path, "picture")
+    method = _solver(solver, rtol)
+    along = None if process is None else registry.process(process)
+    place = pick_device(device)
+    denoiser = load(model, place, torch.bfloat16 if half else torch.float32)
+    labels, names, columns = _classes(classes, n, denoiser)
+    if not quiet:
+        typer.echo(f"{model}: {n} pictures of {'x'.join(map(str, denoiser.shape or ()))} on {place}", err=True)
+    solution = solve(
+        denoiser, along, solver=method, nfe=nfe, grid=grid, n=n, seeds=seed, noise=noise,  # type: ignore[arg-type]
+        condition=None if labels is None else {"label": labels}, batch_size=batch_size, progress=not quiet, x0s=gif is not None,
+    )  # fmt: skip
+    picture = images.grid(solution.x.cpu(), columns, labels=names, caption=_caption(solution))
+    images.save_png(out, picture, facts=_facts(solution, model, denoiser))
+    if gif is not None:
+        assert solution.x0s is not None
+        frames = [images.grid(x0.float().cpu(), columns, labels=names, caption=f"call {k + 1} of {len(solution.x0s)}")
+                  for k, x0 in enumerate(solution.x0s)]  # fmt: skip
+        images.save_gif(gif, frames)
+    if not quiet:
+        typer.echo(str(solution))
+        typer.echo(f"written  {out}" + (f", {gif}" if gif is not None else ""))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one. `ValueError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"no device {name!r} on this machine ({str(error).splitlines()[0]}); try --device cpu"
+        ) from error
+    return place
+
+
+def _solver(name: str, rtol: float | None) -> Solver:
+    method = registry.solver(name)
+    if rtol is None:
+        return method
+    if not isinstance(method, Adaptive):
+        raise ValueError(f"--rtol is the tolerance of an adaptive solver, such as rk45; {name} takes --nfe")
+    return type(method)(rtol=rtol, atol=rtol)
+
+
+def _classes(classes: str | None, n: int, denoiser: Pretrained) -> tuple[Tensor | None, list[str] | None, int | None]:
+    """The label of every picture, its name, and the columns of the picture."""
+    if not denoiser.num_classes:
+        if classes not in (None, "none"):
+            raise ValueError("this model is unconditional: it knows no classes; leave --classes out")
+        return None, None, None
+    known = list(denoiser.class_names) or [str(i) for i in range(denoiser.num_classes)]
+    if classes == "none":
+        return torch.full((n,), denoiser.num_classes), None, None
+    asked = [part.strip() for part in classes.split(",") if part.strip()] if classes else known
+    chosen = []
+    for name in asked or known:
+        number = int(name) if name.isdecimal() else known.index(name.lower()) if name.lower() in known else -1
+        if not 0 <= number < denoiser.num_classes:
+            raise unknown("class", name, [*known, *map(str, range(denoiser.num_classes))])
+        chosen.append(number)
+    labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+    columns = len(chosen) if 1 < len(chosen) <= 12 else None
+    return labels, [known[i] for i in labels.tolist()], columns
+
+
+def _caption(solution: Solution) -> str:
+    name, process = type(solution.solver).__name__, type(solution.process).__name__
+    return f"{name}, {process}, NFE {solution.nfe}, seeds {solution.seeds[0]} to {solution.seeds[-1]}"
+
+
+def _facts(solution: Solution, model: str, denoiser: Pretrained) -> dict[str, Any]:
+    """How the pictures were made, to travel in the file; nothing that differs between two equal runs."""
+    return {
+        "model": model, "solver": repr(solution.solver), "process": repr(solution.process), "grid": solution.grid,
+        "nfe": solution.nfe, "seeds": list(solution.seeds), "noise": solution.noise, "version": solution.version,
+        "class_names": list(denoiser.class_names),
+        "labels": solution.condition["label"].tolist() if "label" in solution.condition else None,
+    }  # fmt: skip

@@ -1,0 +1,174 @@
+"""The command line, as a subprocess: what it writes, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from sdeflow.cli import app
+from sdeflow.images import read_facts
+from sdeflow.models import UNet, UNetConfig
+from sdeflow.models.checkpoint import save_model
+
+NAMES = ("ant", "bee", "cat")
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+    command = [sys.executable, "-m", "sdeflow", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random network of three classes, quick to run."""
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    torch.manual_seed(0)
+    config = UNetConfig(
+        size=8,
+        num_classes=3,
+        channels=16,
+        multipliers=(1, 1),
+        blocks=1,
+        attention=(),
+        embedding=16,
+        head_channels=8,
+        group_size=8,
+    )
+    save_model(path, UNet(config), class_names=NAMES, card={"data": "none"})
+    return path
+
+
+def test_sample_writes_a_labelled_picture_and_says_how(tiny: Path, tmp_path: Path) -> None:
+    done = run(
+        "sample",
+        "--model",
+        str(tiny),
+        "--n",
+        "7",
+        "--nfe",
+        "5",
+        "--seed",
+        "3",
+        "--out",
+        "a.png",
+        "--gif",
+        "a.gif",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.mode == "RGB"
+        assert min(picture.size) > 3 * 100  # three columns and rows of about 128 pixels
+    facts = read_facts(tmp_path / "a.png")
+    assert facts["labels"] == [0, 1, 2, 0, 1, 2, 0]
+    assert facts["seeds"] == list(range(3, 10))
+    assert facts["nfe"] == 5
+    with Image.open(tmp_path / "a.gif") as film:
+        assert 1 <= film.n_frames <= 5
+    for said in ("NFE      5", "Heun", "EDM", "written  a.png"):
+        assert said in done.stdout
+    assert "100%" in done.stderr  # the progress bar
+
+
+def test_the_same_seed_makes_the_same_file(tiny: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        done = run("sample", "--model", str(tiny), "--n", "2", "--nfe", "3", "--out", name, "--quiet", cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_classes_solver_process_grid_and_tolerance_are_honoured(tiny: Path, tmp_path: Path) -> None:
+    options = [
+        "--classes",
+        "cat,0",
+        "--process",
+        "vp",
+        "--grid",
+        "uniform_lam",
+        "--solver",
+        "ddpm",
+        "--nfe",
+        "4",
+        "--n",
+        "3",
+    ]
+    done = run("sample", "--model", str(tiny), *options, "--batch-size", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = read_facts(tmp_path / "samples.png")
+    assert facts["labels"] == [2, 0, 2]
+    assert facts["grid"] == "uniform_lam"
+    assert "VP" in facts["process"]
+    assert "DDPM" in facts["solver"]
+    done = run(
+        "sample", "--model", str(tiny), "--solver", "rk45", "--rtol", "1e-2", "--n", "1", "--quiet", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rtol=0.01, atol=0.01" in read_facts(tmp_path / "samples.png")["solver"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--solver", "hen"], 2, "did you mean 'heun'"),
+        (["--nfe", "36"], 2, "35 and 37"),
+        (["--solver", "rk45", "--nfe", "10"], 2, "max_nfe"),
+        (["--rtol", "1e-3"], 2, "adaptive"),
+        (["--process", "vpp"], 2, "did you mean"),
+        (["--grid", "karas"], 2, "did you mean 'karras'"),
+        (["--classes", "bea"], 2, "did you mean 'bee'"),
+        (["--classes", "7"], 2, "unknown class '7'"),
+        (["--device", "nothing"], 2, "no device 'nothing'"),
+        (["--noise", "pink"], 2, "brownian"),
+        (["--n", "0"], 2, "--n"),
+        (["--out", "missing.txt/a.png"], 1, "missing.txt"),
+        (["--model", "nowhere.safetensors"], 1, "no checkpoint 'nowhere.safetensors'"),
+        (["--model", "broken.safetensors"], 1, "damaged"),
+    ],
+)
+def test_errors_teach_in_a_line_and_leave_no_file(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int, said: str
+) -> None:
+    (tmp_path / "missing.txt").write_text("a file where a folder should be")
+    (tmp_path / "broken.safetensors").write_bytes(tiny.read_bytes()[:-100])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["sample", "--model", str(tiny), *arguments])
+    assert done.exit_code == status, done.output
+    assert said in done.output
+    assert "Traceback" not in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_an_error_ends_the_process_with_its_status(tiny: Path, tmp_path: Path) -> None:
+    done = run("sample", "--model", str(tiny), "--nfe", "36", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "error: Heun cannot spend nfe=36; the nearest it can are 35 and 37"
+
+
+def test_help_version_and_info(tmp_path: Path) -> None:
+    done = run("sample", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Examples" in done.stdout
+    assert "sdeflow sample --solver rk45" in done.stdout
+    assert run("--version", cwd=tmp_path).stdout.startswith("sdeflow ")
+    done = run("info", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("rectified_flow", "euler_maruyama", "karras", "cifar10", "15778563"):
+        assert name in done.stdout
+    assert run("info", "solver", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.slow
+def test_the_default_command_draws_the_bundled_model(tmp_path: Path) -> None:
+    done = run("sample", "--n", "2", "--nfe", "9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples.png").stat().st_size > 1000
