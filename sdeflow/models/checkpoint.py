@@ -1,0 +1,178 @@
+"""Checkpoints: safetensors files that are written whole or not at all, and that say what they are.
+
+A file holds tensors, and in its header what a reader needs (a network's configuration, class names, the facts of its training)
+with a SHA-256 of all of it, so that a damaged file is told from a good one. Nothing in it is executable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from sdeflow._files import write_whole
+from sdeflow.denoiser import Preconditioned
+from sdeflow.errors import CheckpointError, SdeflowError
+from sdeflow.models.unet import UNet, UNetConfig
+
+BUNDLED = {"cifar10": Path(__file__).parent / "checkpoints" / "cifar10.safetensors"}
+"""The checkpoints in this package, by name."""
+
+FORMAT = "sdeflow-unet-1"
+HEADER = "sdeflow"
+
+
+class Pretrained(Preconditioned):
+    """A trained network as a denoiser that knows its shape, its noise levels, its classes and where it comes from.
+
+    `card` holds the facts of its training; `num_classes` is 0 for an unconditional network, and label `num_classes` otherwise
+    means "no label".
+    """
+
+    def __init__(
+        self,
+        network: UNet,
+        sigma_data: float = 0.5,
+        nsr_range: tuple[float, float] = (0.002, 80.0),
+        class_names: Sequence[str] = (),
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(network, sigma_data, nsr_range, network.config.shape)
+        self.num_classes = network.num_classes
+        self.class_names = tuple(class_names)
+        self.card = dict(card or {})
+
+
+def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """SHA-256 over `facts` and the names, dtypes, shapes and bytes of `tensors`, in the order of their names."""
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write `tensors` and the JSON-ready `facts` to `path`, atomically: afterwards the file is the old one or the new one.
+
+    Raises `CheckpointError` if it cannot be written (a full disk, say); the old file is then untouched.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry: the library writes several in an arbitrary order, and the same state should make the same file.
+    header = {HEADER: json.dumps({**facts, "sha256": digest(plain, dict(facts))})}
+    try:
+        write_whole(path, serialise(plain, header), "checkpoint")
+    except SdeflowError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and facts that `write_tensors` wrote; raises `CheckpointError` if anything is amiss."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(header[HEADER]) if HEADER in header else {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file of sdeflow ({error}); fetch or train it again"
+        ) from error
+    stated = facts.pop("sha256", None)
+    if stated is None:
+        raise CheckpointError(f"{path} is a safetensors file, but not one that sdeflow wrote")
+    if (found := digest(tensors, facts)) != stated:
+        raise CheckpointError(
+            f"{path} is damaged: its content has SHA-256 {found[:12]}..., its header says {stated[:12]}...; "
+            "fetch or train it again"
+        )
+    return tensors, facts
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    network: UNet,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    sigma_data: float = 0.5,
+    nsr_range: tuple[float, float] = (0.002, 80.0),
+    class_names: Sequence[str] = (),
+    card: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write `network` for inference, in half precision: with its own parameters, or with `parameters` (an EMA's, say).
+
+    Raises `CheckpointError` if a parameter is not finite in `dtype` or the file cannot be written.
+    """
+    source = dict(network.named_parameters()) if parameters is None else parameters
+    tensors = {name: value.detach().to("cpu", dtype) for name, value in source.items()}
+    if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
+        raise CheckpointError(f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}")
+    facts = {
+        "format": FORMAT,
+        "config": network.config.to_dict(),
+        "sigma_data": sigma_data,
+        "nsr_range": list(nsr_range),
+        "class_names": list(class_names),
+        "card": dict(card or {}),
+    }
+    write_tensors(path, tensors, facts)
+
+
+def load_model(
+    path: str | os.PathLike[str], device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Pretrained:
+    """The denoiser in a file that `save_model` wrote, in evaluation mode, without gradients.
+
+    `device=None` is PyTorch's default device. Raises `CheckpointError` if the file is missing, damaged or of another kind.
+    """
+    tensors, facts = read_tensors(path)
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} holds {facts.get('format', 'something unnamed')!r}, not a network for inference ({FORMAT}); "
+            "a training state becomes one with: sdeflow train --out FOLDER --resume --export FILE"
+        )
+    try:
+        network = UNet(UNetConfig.from_dict(facts["config"]))
+        network.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit the configuration in its own header: {error}") from error
+    place = torch.get_default_device() if device is None else torch.device(device)
+    network.to(device=place, dtype=dtype).eval().requires_grad_(False)
+    low, high = facts["nsr_range"]
+    return Pretrained(network, facts["sigma_data"], (low, high), facts["class_names"], facts["card"])
+
+
+def load(
+    name_or_path: str | os.PathLike[str], device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Pretrained:
+    """A trained denoiser: a bundled one by name (`"cifar10"`), or one from a file.
+
+        denoiser = sdeflow.load("cifar10", device="cuda")
+
+    Raises `CheckpointError` if there is none of that name, or the file is missing or damaged.
+    """
+    path = Path(name_or_path)
+    if isinstance(name_or_path, str) and name_or_path in BUNDLED:
+        path = BUNDLED[name_or_path]
+        if not path.is_file():
+            raise CheckpointError(
+                f"the bundled checkpoint {name_or_path!r} is missing from this installation; install sdeflow again"
+            )
+    elif not path.exists():
+        raise CheckpointError(
+            f"no checkpoint {str(name_or_path)!r}: it is neither a bundled one ({', '.join(sorted(BUNDLED))}) nor a file; "
+            "sdeflow train writes such files"
+        )
+    return load_model(path, device, dtype)
