@@ -1,14 +1,14 @@
 """The command line: a thin shell over the library's functions.
 
-Exit status: 0; 1 where something failed (a damaged checkpoint, a full disk, NaN from the network); 2 where it was asked
-for what cannot be (an unknown name, an impossible budget); 130 after Ctrl-C.
+Exit status: 0; 1 where something failed (a damaged checkpoint, a full disk, NaN from the network) or was interrupted; 2 where
+it was asked for what cannot be (an unknown name, an impossible budget).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Annotated, Any
+import sys
+from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -17,30 +17,9 @@ from sdeflow._version import __version__
 from sdeflow.errors import BudgetError, GridError, SdeflowError, UnknownNameError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with errors told in a line instead of a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
-        except (SdeflowError, ValueError, TypeError, OSError, MemoryError) as error:
-            typer.echo(f"error: {error}", err=True)
-            asked = isinstance(error, UnknownNameError | BudgetError | GridError)
-            usage = asked or (isinstance(error, ValueError | TypeError) and not isinstance(error, SdeflowError))
-            raise typer.Exit(2 if usage else 1) from error
-
-    return run
-
-
-app.command(epilog=cli_sample.EPILOG)(_friendly(cli_sample.sample))
-app.command(epilog=cli_train.EPILOG)(_friendly(cli_train.train))
-app.command(epilog=cli_info.EPILOG)(_friendly(cli_info.info))
+app.command(epilog=cli_sample.EPILOG)(cli_sample.sample)
+app.command(epilog=cli_train.EPILOG)(cli_train.train)
+app.command(epilog=cli_info.EPILOG)(cli_info.info)
 
 
 def _version(wanted: bool) -> None:
@@ -58,6 +37,17 @@ def root(
     """Numerical SDE and ODE solvers for diffusion models: draw samples, train, and see what there is."""
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors are told in a line, without a traceback."""
+    try:
+        app(None if arguments is None else list(arguments))
+    except (SdeflowError, ValueError, TypeError, OSError, MemoryError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2 if _is_usage(error) else 1)
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether what was asked for cannot be, in contrast to what went wrong on the way."""
+    if isinstance(error, SdeflowError):
+        return isinstance(error, UnknownNameError | BudgetError | GridError)
+    return isinstance(error, ValueError | TypeError)

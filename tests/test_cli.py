@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from sdeflow.cli import app
+from sdeflow.cli import main
 from sdeflow.images import read_facts
 from sdeflow.models import UNet, UNetConfig
 from sdeflow.models.checkpoint import save_model
@@ -134,16 +133,24 @@ def test_classes_solver_process_grid_and_tolerance_are_honoured(tiny: Path, tmp_
     ],
 )
 def test_errors_teach_in_a_line_and_leave_no_file(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int, said: str
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    said: str,
 ) -> None:
     (tmp_path / "missing.txt").write_text("a file where a folder should be")
     (tmp_path / "broken.safetensors").write_bytes(tiny.read_bytes()[:-100])
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["sample", "--model", str(tiny), *arguments])
-    assert done.exit_code == status, done.output
-    assert said in done.output
-    assert "Traceback" not in done.output
+    with pytest.raises(SystemExit) as end:
+        main(["sample", "--model", str(tiny), *arguments])
+    told = capsys.readouterr().err
+    assert end.value.code == status, told
+    assert said in told
+    assert "Traceback" not in told
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
