@@ -54,11 +54,14 @@ def main() -> None:
         rms = float((few - many).square().mean().sqrt())
         rows.append([name, low, high, f"{rms:.3f}", f"{seconds:.0f}"])
         pictures.append(few.cpu())
-    names = [model.class_names[i] for i in range(10)]
+    names = [model.class_names[i] for i in label.tolist()]
     picture = images.grid(
-        torch.cat(pictures), 10, labels=names, row_labels=[name for name, _ in cases for _ in range(options.rows)],
+        torch.cat(pictures),
+        10,
+        labels=names * len(cases),
+        row_labels=[name for name, _ in cases for _ in range(options.rows)],
         caption="bundled CIFAR-10 model under VP, NFE 35, the same seeds",
-    )  # fmt: skip
+    )
     images.save_png(FIGURE, picture)
     head = ["solver", "NFE", "against NFE", "rms change of the samples", "seconds of the larger"]
     write("samples", {"rows": rows}, table(head, rows))

@@ -1,8 +1,8 @@
 """sdeflow: numerical SDE/ODE solvers for diffusion models, executed as tables of numbers.
 
-    import sdeflow
-    model = sdeflow.load("cifar10")
-    images = sdeflow.sample(model, solver="heun", nfe=35, n=4, seeds=0)
+import sdeflow
+model = sdeflow.load("cifar10")
+images = sdeflow.sample(model, solver="heun", nfe=35, n=4, seeds=0)
 """
 
 from sdeflow import grid
@@ -24,7 +24,7 @@ from sdeflow.plan import Plan
 from sdeflow.process import EDM, VE, VP, Cosine, FromBetas, FromSDE, Level, Process, RectifiedFlow, SubVP
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import Step, encode, sample, solve
-from sdeflow.solvers.adaptive import RK45
+from sdeflow.solvers.adaptive import RK23, RK45
 from sdeflow.solvers.base import GridSolver, Solution, Solver
 from sdeflow.solvers.exponential import DDIM
 from sdeflow.solvers.external import TorchDiffEq, TorchSDE
@@ -38,6 +38,7 @@ __all__ = [
     "DDPM",
     "EDM",
     "RK4",
+    "RK23",
     "RK45",
     "VE",
     "VP",
@@ -67,8 +68,6 @@ __all__ = [
     "Preconditioned",
     "Prediction",
     "Process",
-    "RK4",
-    "RK45",
     "Ralston",
     "RectifiedFlow",
     "Reverse",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -38,15 +37,22 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(device=x.device, dtype=x.dtype)
 
 
-_FORWARD_MODE = threading.RLock()  # torch has one level of forward-mode differentiation for all threads
-
-
 def with_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """`function(t)` and `d function / dt` at every entry of `t`, by forward-mode differentiation; both differentiable."""
-    t = t.contiguous()  # networks are given expanded times, which forward mode does not take
-    with _FORWARD_MODE:
-        value, slope, *_ = torch.func.jvp(function, (t,), (torch.ones_like(t),))
-    return value, slope
+    """`function(t)` and `d function / dt` at every entry of `t`, by automatic differentiation.
+
+    `function` works entry by entry, so the gradient of its sum holds the derivative of every entry: reverse mode, whose first
+    use costs nothing, where forward mode compiles for seconds. Both results carry gradients where `t`, or something in the
+    function, requires them.
+    """
+    value = function(t)
+    onward = value.requires_grad  # never so where the caller has gradients switched off
+    with torch.inference_mode(False), torch.enable_grad():
+        at = t if t.requires_grad and onward else t.detach().clone().requires_grad_()
+        again = function(at)
+        slope = None
+        if again.requires_grad:
+            (slope,) = torch.autograd.grad(again.sum(), at, create_graph=onward, allow_unused=True)
+    return value, torch.zeros_like(t) if slope is None else slope
 
 
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -57,6 +63,11 @@ def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 def is_tensor(*values: Scalar) -> bool:
     """Whether any of `values` is a tensor, so that scalar functions must be torch's."""
     return any(isinstance(value, Tensor) for value in values)
+
+
+def value_of(x: Scalar) -> float:
+    """The value of a float or a 0-d tensor, without its gradient."""
+    return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
 
 def exp(x: Scalar) -> Scalar:

@@ -47,6 +47,8 @@ class Denoiser(ABC):
     process: Process
     nsr_range: tuple[float, float] = (0.0, math.inf)
     shape: tuple[int, ...] | None = None
+    default_grid: str | None = None
+    """The grid that suits this denoiser on its own process, where that is not `Process.default_grid`."""
 
     @abstractmethod
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
@@ -170,6 +172,7 @@ class Network(Denoiser):
         """The same network on the path of another process; its four numbers change, the cost of a call does not."""
         other = copy(self)
         other.process = process
+        other.default_grid = type(self).default_grid if process == self.native else None
         return other
 
     def numbers(self, t: Tensor) -> Affine:
@@ -222,7 +225,9 @@ class Network(Denoiser):
     def _network_time(self, time: Tensor, x: Tensor) -> Tensor:
         """Times as the network takes them: `[..., B]`, float32 (integers stay integers), on the device of `x`."""
         time = time if not time.is_floating_point() else time.to(torch.float32)
-        return time.to(x.device).expand(*time.shape[:-1], x.shape[0])
+        if x.is_cuda and not time.requires_grad:
+            time = time.pin_memory()  # from pageable memory the copy would wait for the device
+        return time.to(x.device, non_blocking=True).expand(*time.shape[:-1], x.shape[0])
 
     def _run(self, x: Tensor, time: Tensor, condition: dict[str, Any]) -> Tensor:
         dtype = self.dtype
@@ -347,6 +352,9 @@ class Preconditioned(Network):
 
     Source: Karras et al. (2022), table 1 and section 5.
     """
+
+    # Images have structure at noise far above their own scale, on which a grid uniform in lam is sparse (docs/defaults.md).
+    default_grid = "karras"
 
     def __init__(
         self,

@@ -26,16 +26,19 @@ class GridError(SdeflowError, ValueError):
 class SolverError(SdeflowError, RuntimeError):
     """A solve that could not go on; says at which time, which step size and which sample.
 
-    `partial` is the `Solution` as far as it was reached, where there is one.
+    `partial` is the `Solution` of the batch as far as it was reached, where there is one; `finished` that of the batches
+    before it.
     """
 
     partial: Any = None
+    finished: Any = None
 
 
 class NonFiniteError(SdeflowError, ArithmeticError):
-    """A network returned NaN or infinity; `partial` is the `Solution` as far as it was reached, where there is one."""
+    """A network returned NaN or infinity; `partial` and `finished` are those of `SolverError`."""
 
     partial: Any = None
+    finished: Any = None
 
 
 class CheckpointError(SdeflowError, ValueError):

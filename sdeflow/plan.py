@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sdeflow._files import write_whole
-from sdeflow._math import Scalar
+from sdeflow._math import Scalar, value_of
 from sdeflow.errors import SolverError
 from sdeflow.noise import Noise
 from sdeflow.process import Level, Process
@@ -175,13 +175,13 @@ class Plan:
                     total: dict[int, float] = {}
                     for register, c in i.terms:
                         for basis, weight in values[register].items():
-                            total[basis] = total.get(basis, 0.0) + float(c) * weight
+                            total[basis] = total.get(basis, 0.0) + value_of(c) * weight
                     values[i.out] = total
                 case Call():
                     held = values[i.input]
-                    signal = max(signal, abs(held.get(0, 0.0) - float(i.s)))
+                    signal = max(signal, abs(held.get(0, 0.0) - value_of(i.s)))
                     std = math.sqrt(sum(w * w for basis, w in held.items() if basis > 0))
-                    noise = max(noise, abs(std / float(i.sigma) - 1.0))
+                    noise = max(noise, abs(std / value_of(i.sigma) - 1.0))
                     values[i.out] = {0: 1.0}
         if self.finished and self._calls:
             result = abs(values[self.result].get(0, 0.0) - 1.0)
@@ -219,13 +219,13 @@ class Plan:
                 case Draw():
                     names[i.out] = "z"
                 case Combine():
-                    terms = " ".join(f"{float(c):+.6g}·{names.get(r, f'r{r}')}" for r, c in i.terms)
+                    terms = " ".join(f"{value_of(c):+.6g}·{names.get(r, f'r{r}')}" for r, c in i.terms)
                     names[i.out] = "x" if i.out == 0 else f"r{i.out}"
                     pending.append(f"{names[i.out]} = {terms}")
                 case Call():
-                    nsr = float(i.sigma) / float(i.s) if float(i.s) else math.inf
+                    nsr = value_of(i.sigma) / value_of(i.s) if value_of(i.s) else math.inf
                     what = "; ".join(pending) or names.get(i.input, f"r{i.input}")
-                    lines.append(f"{number:>4}  {float(i.t):>10.5g}  {nsr:>10.5g}  {what}")
+                    lines.append(f"{number:>4}  {value_of(i.t):>10.5g}  {nsr:>10.5g}  {what}")
                     names[i.out] = f"F{number}"
                     number, pending = number + 1, []
         lines.append(
@@ -241,9 +241,9 @@ class Plan:
                 case Draw():
                     rows.append(["draw", i.out, i.nsr, i.nsr_next])
                 case Combine():
-                    rows.append(["combine", i.out, [[r, float(c)] for r, c in i.terms]])
+                    rows.append(["combine", i.out, [[r, value_of(c)] for r, c in i.terms]])
                 case Call():
-                    rows.append(["call", i.out, i.input, float(i.t), float(i.s), float(i.sigma)])
+                    rows.append(["call", i.out, i.input, value_of(i.t), value_of(i.s), value_of(i.sigma)])
                 case Record():
                     rows.append(["record", i.index, i.input])
         keys = ("registers", "result", "grid", "finished", "solver", "process")
@@ -256,7 +256,7 @@ class Plan:
             raise ValueError("this is not a plan saved by sdeflow (its format should be 'sdeflow-plan-1')")
         makers: dict[str, Callable[..., Instruction]] = {"draw": Draw, "call": Call, "record": Record}
         instructions = tuple(
-            Combine(row[1], tuple((int(r), float(c)) for r, c in row[2]))
+            Combine(row[1], tuple((int(r), value_of(c)) for r, c in row[2]))
             if row[0] == "combine"
             else makers[row[0]](*row[1:])
             for row in data["instructions"]
@@ -484,7 +484,7 @@ class Trace(Reverse):
     def draw(self, t: Level | None = None, t_next: Level | None = None) -> Operand:
         """A standard normal: between two levels, or independent."""
         out = self._new()
-        between = (None, None) if t is None or t_next is None else (float(t.nsr), float(t_next.nsr))
+        between = (None, None) if t is None or t_next is None else (value_of(t.nsr), value_of(t_next.nsr))
         self.instructions.append(Draw(out, *between))
         return Operand({out: 1.0})
 

@@ -11,7 +11,7 @@ $$f = s'/s, \qquad g^2 = (\sigma^2)' - 2 f \sigma^2 = 2(\sigma\sigma' - f\sigma^
 \qquad \mathrm{nsr} = \sigma/s,$$
 
 and back again $s = s_0 \exp\int f$, $\sigma^2 = s^2(\sigma_0^2/s_0^2 + \int g^2/s^2)$ (`from_sde`). All of it is computed in
-float64 by forward-mode differentiation, vectorised over `t`; a solve asks once, before its loop (`Process.levels`).
+float64 by automatic differentiation, vectorised over `t`; a solve asks once, before its loop (`Process.levels`).
 """
 
 from __future__ import annotations
@@ -160,6 +160,8 @@ class Process(ABC):
         t = torch.as_tensor(times, dtype=torch.float64)
         s, ds = with_derivative(self.s, t)
         sigma, dsigma = with_derivative(self.sigma, t)
+        # A signal of rounding's size is none: cos(pi/2) is 6e-17, and may be -6e-17.
+        s = torch.where(s.abs() < 1e-15 * sigma, torch.zeros_like(s), s)
         columns = [torch.broadcast_to(column, t.shape) for column in (t, s, sigma, ds, dsigma)]
         if any(column.requires_grad for column in columns) and torch.is_grad_enabled():
             return [Level(*row) for row in zip(*(column.unbind() for column in columns), strict=True)]
@@ -370,16 +372,14 @@ class Cosine(Process):
         if self.t_max > 1.0 or not 0 < self.offset < 1:
             raise ValueError(f"Cosine needs t_max <= 1 and 0 < offset < 1; got {self.t_max} and {self.offset}")
 
-    def _angle(self, t: Tensor | float) -> Tensor:
-        return (torch.as_tensor(t) + self.offset) * (math.pi / 2 / (1.0 + self.offset))
-
     @property
     def _start(self) -> float:
         return self.offset * math.pi / 2 / (1.0 + self.offset)
 
     def s(self, t: Tensor) -> Tensor:
         """`cos a(t) / cos a(0)`."""
-        return torch.cos(self._angle(t)) / math.cos(self._start)
+        # cos a, from what is missing to a right angle: exact at t = 1, where it is zero.
+        return torch.sin((1.0 - t) * (math.pi / 2 / (1.0 + self.offset))) / math.cos(self._start)
 
     def variance(self, t: Tensor) -> Tensor:
         """`1 - s^2 = sin(a(t) - a(0)) sin(a(t) + a(0)) / cos^2 a(0)`, without cancellation."""

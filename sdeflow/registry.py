@@ -9,7 +9,7 @@ from typing import Any
 from sdeflow import grid
 from sdeflow.errors import unknown
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
-from sdeflow.solvers.adaptive import RK45
+from sdeflow.solvers.adaptive import RK23, RK45
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.exponential import DDIM
 from sdeflow.solvers.external import TorchDiffEq, TorchSDE
@@ -49,6 +49,7 @@ SOLVERS = _table(
     Entry("langevin", Langevin, ("predictor_corrector", "pc")),
     Entry("annealed_langevin", AnnealedLangevin, ("ncsn", "ald")),
     Entry("rk45", RK45, ("dopri5", "dormand_prince")),
+    Entry("rk23", RK23, ("bogacki_shampine",)),
     Entry("torchdiffeq", TorchDiffEq),
     Entry("torchsde", TorchSDE),
 )

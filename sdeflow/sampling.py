@@ -9,6 +9,7 @@ import time as clock
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from sdeflow import registry
 from sdeflow._version import __version__
 from sdeflow.denoiser import Denoiser, as_denoiser
-from sdeflow.errors import BudgetError, GridError, NonFiniteError
+from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.grid import GridFunction
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.plan import Call, Plan
@@ -154,9 +155,15 @@ def solve(
     path = denoiser.process
     method = solver if isinstance(solver, Plan) else registry.solver(DEFAULT_SOLVER if solver is None else solver)
     start = _Start(denoiser, shape, n, seeds, x, x0, t, device, dtype)
+    if grid is None and not isinstance(method, Plan):
+        grid = denoiser.default_grid
     times, grid_name = _times(method, path, nfe, grid, t, finish)
     conditions = _Conditions(condition, start.n, start.device)
     size = start.n if batch_size is None else _positive("batch_size", batch_size)
+    if isinstance(noise, Noise) and size < start.n:
+        raise ValueError(
+            f"a noise of your own serves one batch: it cannot be cut into batches of {size}; leave batch_size out"
+        )
     _warn_training(denoiser)
 
     parts: list[Solution] = []
@@ -171,10 +178,14 @@ def solve(
             reverse = Reverse(denoiser, conditions.rows(rows))
             collected: list[Tensor] = []
             watch = _watcher(bar, callback, collected if x0s else None, rows)
-            part = _integrate(method, reverse, state, times, source, finish, trajectory, watch)
+            try:
+                part = _integrate(method, reverse, state, times, source, finish, trajectory, watch)
+                if not torch.isfinite(part.x).all():
+                    _find_nonfinite(method, reverse, start, path, times, finish, rows, noise, part)
+            except (SolverError, NonFiniteError) as error:
+                error.finished = _join(parts) if parts else None  # what is done is not lost
+                raise
             part.network_calls = part.network_calls or reverse.nfe
-            if not torch.isfinite(part.x).all():
-                _find_nonfinite(method, reverse, start, path, times, finish, rows, noise, part)
             part.x0s = torch.stack(collected) if collected else None
             parts.append(part)
     whole = _join(parts)
@@ -215,10 +226,16 @@ def encode(
     if isinstance(grid, str) or grid is None or callable(grid):
         method = registry.solver(solver)
         count = 2 if method.adaptive else method.levels(_encoding_budget(method, nfe), finish=False)
-        grid = _lay(denoiser.process, grid, count, None).flip(0)
+        grid = _lay(denoiser.process, denoiser.default_grid if grid is None else grid, count, None).flip(0)
+        nfe = None
+    else:
+        grid = check_times(grid)
+        if grid[-1] < grid[0]:
+            raise GridError("encoding runs from data to noise: give times that increase")
     return sample(
         denoiser,
         solver=solver,
+        nfe=nfe,
         grid=grid,
         condition=condition,
         x=x0,
@@ -286,6 +303,8 @@ class _Start:
             raise ValueError(
                 "this model does not know its shape: pass shape= of one sample, without the batch, such as shape=(3, 32, 32)"
             )
+        if seeds is not None and not hasattr(seeds, "__len__"):
+            seeds = index(seeds)  # whatever kind of integer it is
         self.shape, self.x, self.x0, self.t = known, x, x0, t
         self.n = _count(n, seeds, given)
         self.seeds = _seeds(seeds, self.n)
@@ -293,8 +312,8 @@ class _Start:
             torch.device(device) if device is not None else given.device if given is not None else device_of(denoiser)
         )
         self.dtype = dtype or (given.dtype if given is not None else torch.float32)
-        if not self.dtype.is_floating_point:
-            raise TypeError(f"dtype is that of the state, a floating one; got {self.dtype}")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise TypeError(f"dtype is that of the state, a floating one such as torch.float32; got {self.dtype!r}")
 
     def state(self, process: Process, t: float, rows: slice, noise: Noise) -> Tensor:
         """The states of some rows at the time where the solve begins."""
@@ -379,7 +398,13 @@ def _times(
     name = (
         grid if isinstance(grid, str) else process.default_grid if grid is None else getattr(grid, "__name__", "given")
     )
-    return _lay(process, grid, count, t), name
+    times = _lay(process, grid, count, t)
+    if nfe is not None and not method.adaptive and len(times) != count:
+        raise BudgetError(
+            f"the grid {name} laid {len(times)} levels from t={float(times[0]):g}; "
+            f"{type(method).__name__} needs {count} for nfe={nfe}"
+        )
+    return times, name
 
 
 def _default_levels(method: Solver, finish: bool) -> int:
@@ -422,6 +447,11 @@ def _noise(
     noise: str | Noise, seeds: tuple[int, ...], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Noise:
     if isinstance(noise, Noise):
+        if (len(noise.seeds), tuple(noise.shape)) != (len(seeds), shape):
+            raise ValueError(
+                f"the noise is made for {len(noise.seeds)} samples of shape {tuple(noise.shape)}, and a batch here has "
+                f"{len(seeds)} of shape {shape}: a noise of your own serves one batch of n samples"
+            )
         return noise
     kinds = {"seeded": SeededNoise, "brownian": BrownianNoise}
     if noise not in kinds:
@@ -497,7 +527,7 @@ def _find_nonfinite(
         f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number {names}).{where} "
         "The usual causes: half precision overflows, an eps-prediction far outside its training range, a score of the wrong scale."
     )
-    error.solution = part  # type: ignore[attr-defined]
+    error.partial = part
     raise error
 
 
@@ -576,4 +606,4 @@ def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
         return tuple(range(first, first + n))
     if isinstance(seeds, int):
         return tuple(range(seeds, seeds + n))
-    return tuple(int(seed) for seed in seeds)
+    return tuple(index(seed) for seed in seeds)

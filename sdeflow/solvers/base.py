@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sdeflow._math import value_of
 from sdeflow.errors import BudgetError, GridError, SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan import Call, Plan, Trace, optimise
@@ -161,15 +164,16 @@ class GridSolver(Solver):
         """The solver traced over `times` of `process`: see `sdeflow.plan.Plan`."""
         times = check_times(times)
         self._check_direction(times, finish)
-        # Only value-like processes can be keys: others may have changed since.
-        key: Any = None
-        if not times.requires_grad and dataclasses.is_dataclass(process) and _hashable(process):
-            key = (self, type(process), process, tuple(times.tolist()), finish, record)
+        # Only plain values can be keys: others may have changed since.
+        if times.requires_grad or not (_plain(self) and _plain(process)):
+            return self._trace(process, times, finish, record)
+        key = (self, process, tuple(times.tolist()), finish, record)
+        with _PLANS_LOCK:
             if (known := _PLANS.get(key)) is not None:
                 _PLANS.move_to_end(key)
                 return known
         plan = self._trace(process, times, finish, record)
-        if key is not None and not plan.differentiable:
+        with _PLANS_LOCK:
             _PLANS[key] = plan
             if len(_PLANS) > 128:
                 _PLANS.popitem(last=False)
@@ -191,15 +195,16 @@ class GridSolver(Solver):
         if finish:
             x = self.finish(trace, x, levels[-1], trace.draw, state)
         instructions, registers, result = optimise(trace.instructions, trace.value(x))
-        grid = tuple((float(level.t), float(level.s), float(level.sigma)) for level in levels)
+        grid = tuple((value_of(level.t), value_of(level.s), value_of(level.sigma)) for level in levels)
         return Plan(instructions, registers, result, grid, finish, repr(self), repr(process))
 
     def _levels(self, reverse: Reverse, times: Tensor) -> list[Level]:
         """The levels of the grid; those of `extra_times` are prepared in the same pass."""
         extra = self.extra_times(reverse.process, times)
         if extra is None or extra.numel() == 0:
-            return reverse.prepare(times)
-        return reverse.prepare(torch.cat([times, extra.reshape(-1).to(times)]))[: len(times)]
+            return check_levels(reverse.prepare(times), reverse.process)
+        levels = reverse.prepare(torch.cat([times, extra.reshape(-1).to(times)]))
+        return check_levels(levels[: len(times)], reverse.process)
 
     def integrate(
         self,
@@ -226,7 +231,7 @@ class GridSolver(Solver):
         def draw(t: Level | None = None, t_next: Level | None = None) -> Tensor:
             if noise is None:
                 raise SolverError(f"{type(self).__name__} draws noise: give it a source of noise")
-            between = (None, None) if t is None or t_next is None else (float(t.nsr), float(t_next.nsr))
+            between = (None, None) if t is None or t_next is None else (value_of(t.nsr), value_of(t_next.nsr))
             return noise.draw(*between).to(x)
 
         for t, t_next in pairwise(levels):
@@ -253,14 +258,39 @@ def run_plan(plan: Plan, reverse: Reverse, x: Tensor, noise: Noise | None, on_ca
 
 
 _PLANS: OrderedDict[Any, Plan] = OrderedDict()
+_PLANS_LOCK = threading.Lock()
 
 
-def _hashable(process: Process) -> bool:
-    try:
-        hash(process)
-    except TypeError:
-        return False
-    return True
+def _plain(value: Any) -> bool:
+    """Whether `value` never changes: numbers, strings, functions without closure, and tuples and frozen dataclasses of them."""
+    if value is None or isinstance(value, int | float | str):
+        return True
+    if isinstance(value, FunctionType):
+        return value.__closure__ is None
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    parameters = vars(type(value)).get(
+        "__dataclass_params__"
+    )  # of the class itself: a subclass may hold more than its fields
+    return (
+        parameters is not None
+        and parameters.frozen
+        and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value))
+    )
+
+
+def check_levels(levels: list[Level], process: Process) -> list[Level]:
+    """`levels`, or a `GridError` where one lies outside of what `process` describes, or holds no noise."""
+    for level in levels:
+        if not (level.s >= 0.0 and level.sigma > 0.0 and level.t >= min(0.0, process.t_min)):
+            what = "no noise is left there" if level.sigma == 0.0 else "the process does not reach there"
+            raise GridError(
+                f"the grid has a level at t={value_of(level.t):g}, where s={value_of(level.s):g} and "
+                f"sigma={value_of(level.sigma):g}: {what}. {type(process).__name__} runs from t_min={process.t_min:g} to "
+                f"t_max={process.t_max:g}; the step to zero noise is taken from the last level of the grid by finish=True, "
+                "and is no level itself"
+            )
+    return levels
 
 
 def check_times(times: Tensor | Sequence[float]) -> Tensor:

@@ -51,17 +51,20 @@ class DDIM(GridSolver):
         x0 = reverse(x, t)
         if self.eta == 0.0:
             return t_next.s * x0 + t_next.sigma * eps_of(x, x0, t), state
-        up = self.eta * ancestral_std(t, t_next)
-        down = _math.sqrt(t_next.sigma**2 - up**2)
+        ratio = ancestral_ratio(t, t_next)
+        up = self.eta * t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
+        # sqrt(sigma_next^2 - up^2), without cancellation.
+        down = t_next.sigma * (ratio if self.eta == 1.0 else _math.sqrt(1.0 - self.eta**2 + (self.eta * ratio) ** 2))
         return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
 
 
-def ancestral_std(t: Level, t_next: Level) -> Any:
-    """Standard deviation of `x(t_next)` given `x(t)` and `x0`: `sigma_next sqrt(1 - nsr_next^2 / nsr^2)`, without cancellation."""
-    if _math.is_tensor(t.nsr, t_next.nsr):
-        ratio = t_next.nsr / t.nsr
-    else:
-        ratio = 0.0 if t.s == 0.0 else t_next.nsr / t.nsr
-        if ratio >= 1.0:
-            raise GridError(f"an ancestral step runs from noise to data; nsr went from {t.nsr:g} to {t_next.nsr:g}")
-    return t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
+def ancestral_ratio(t: Level, t_next: Level) -> Any:
+    """`nsr_next / nsr`: given `x0`, the share of the noise at `t` that an ancestral step keeps; 0 where no signal is left.
+
+    Given `x(t)` and `x0`, `x(t_next)` has the mean `s_next x0 + sigma_next ratio eps` and the standard deviation
+    `sigma_next sqrt(1 - ratio^2)`.
+    """
+    ratio = (t_next.sigma * t.s) / (t_next.s * t.sigma)
+    if not _math.is_tensor(ratio) and ratio >= 1.0:
+        raise GridError(f"an ancestral step runs from noise to data; nsr went from {t.nsr:g} to {t_next.nsr:g}")
+    return ratio

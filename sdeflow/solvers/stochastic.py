@@ -10,7 +10,7 @@ from sdeflow.errors import unknown
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.exponential import ancestral_std
+from sdeflow.solvers.exponential import ancestral_ratio
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EulerMaruyama(GridSolver):
     source: ClassVar[str] = "Song et al. 2021"
 
     def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
-        if not _math.is_tensor(t.s) and t.s == 0.0:
+        if _no_signal(t):
             return DDPM().step(reverse, x, t, t_next, noise, state)
         h = t_next.t - t.t
         g2 = t.g2
@@ -61,9 +61,9 @@ class DDPM(GridSolver):
 
     def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
         x0 = reverse(x, t)
-        posterior = ancestral_std(t, t_next)
-        down = _math.sqrt(t_next.sigma**2 - posterior**2)
-        up = posterior
+        ratio = ancestral_ratio(t, t_next)
+        down = t_next.sigma * ratio  # sqrt(sigma_next^2 - u^2), without cancellation
+        up = t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
         if self.variance == "large":
             up = _math.sqrt(t.sigma**2 - (t.s / t_next.s) ** 2 * t_next.sigma**2)
         return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
@@ -101,8 +101,7 @@ class AnnealedLangevin(GridSolver):
     def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
         x = self._moves(reverse, x, t, noise)
         # Where no signal is left the state is noise alone, and keeps its place in the next level's noise.
-        empty = not _math.is_tensor(t.s) and t.s == 0.0
-        return x * (t_next.sigma / t.sigma if empty else t_next.s / t.s), state
+        return x * (t_next.sigma / t.sigma if _no_signal(t) else t_next.s / t.s), state
 
     def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
         return reverse(self._moves(reverse, x, t, noise), t)
@@ -111,6 +110,11 @@ class AnnealedLangevin(GridSolver):
         for _ in range(self.steps):
             x = langevin_move(reverse, x, t, 0.5 * self.step_size * t.sigma**2, noise)
         return x
+
+
+def _no_signal(t: Level) -> bool:
+    """Whether all is noise at a level; of one time only, levels with one time a sample are inside of the process."""
+    return bool(t.s == 0.0) if not _math.is_tensor(t.s) or t.s.numel() == 1 else False
 
 
 def langevin_move(reverse: Reverse, x: Any, t: Level, size: Any, noise: Any) -> Any:

@@ -1,0 +1,1 @@
+"""The solvers, a file a family; `sdeflow.registry` gives them names."""
