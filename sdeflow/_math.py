@@ -70,16 +70,6 @@ def value_of(x: Scalar) -> float:
     return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
 
-def exp(x: Scalar) -> Scalar:
-    """`e^x` of a float or a tensor."""
-    return torch.exp(x) if isinstance(x, Tensor) else math.exp(x)
-
-
-def expm1(x: Scalar) -> Scalar:
-    """`e^x - 1` of a float or a tensor, accurate near zero."""
-    return torch.expm1(x) if isinstance(x, Tensor) else math.expm1(x)
-
-
 def log(x: Scalar) -> Scalar:
     """Natural logarithm of a float or a tensor; `log 0 = -inf`."""
     if isinstance(x, Tensor):
@@ -111,7 +101,8 @@ def evenly(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
 def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the `n`-point Gauss-Legendre rule on `[0, 1]`, float64; exact for polynomials of degree `2n - 1`."""
     nodes, weights = np.polynomial.legendre.leggauss(n)
-    return torch.from_numpy((nodes + 1.0) / 2.0), torch.from_numpy(weights / 2.0)
+    with torch.inference_mode(False):  # kept for all, whoever asks first
+        return torch.from_numpy((nodes + 1.0) / 2.0), torch.from_numpy(weights / 2.0)
 
 
 class _MonotoneRoot(torch.autograd.Function):

@@ -44,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (SdeflowError, ValueError, TypeError, OSError, MemoryError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if _is_usage(error) else 1)
+    except RuntimeError as error:  # torch's word for memory that is not there
+        if "memory" not in str(error):
+            raise
+        typer.echo(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size", err=True)
+        sys.exit(1)
 
 
 def _is_usage(error: Exception) -> bool:

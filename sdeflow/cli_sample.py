@@ -13,7 +13,7 @@ from sdeflow import images, registry
 from sdeflow._files import check_writable
 from sdeflow.errors import unknown
 from sdeflow.models.checkpoint import Pretrained, load
-from sdeflow.sampling import solve
+from sdeflow.sampling import check_device, solve
 from sdeflow.solvers.adaptive import Adaptive
 from sdeflow.solvers.base import Solution, Solver
 
@@ -117,14 +117,7 @@ def pick_device(name: str) -> torch.device:
     """The device of a name; `auto` is a GPU where there is one. `ValueError` for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"no device {name!r} on this machine ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
-    return place
+    return check_device(name)
 
 
 def _solver(name: str, rtol: float | None) -> Solver:
@@ -142,16 +135,16 @@ def _classes(classes: str | None, n: int, denoiser: Pretrained) -> tuple[Tensor 
         if classes not in (None, "none"):
             raise ValueError("this model is unconditional: it knows no classes; leave --classes out")
         return None, None, None
-    known = list(denoiser.class_names) or [str(i) for i in range(denoiser.num_classes)]
+    known = [*denoiser.class_names, *map(str, range(len(denoiser.class_names), denoiser.num_classes))]
+    numbers = {name.lower(): i for i, name in enumerate(known)} | {str(i): i for i in range(denoiser.num_classes)}
     if classes == "none":
         return torch.full((n,), denoiser.num_classes), None, None
     asked = [part.strip() for part in classes.split(",") if part.strip()] if classes else known
     chosen = []
     for name in asked or known:
-        number = int(name) if name.isdecimal() else known.index(name.lower()) if name.lower() in known else -1
-        if not 0 <= number < denoiser.num_classes:
-            raise unknown("class", name, [*known, *map(str, range(denoiser.num_classes))])
-        chosen.append(number)
+        if name.lower() not in numbers:
+            raise unknown("class", name, numbers)
+        chosen.append(numbers[name.lower()])
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)])
     columns = len(chosen) if 1 < len(chosen) <= 12 else None
     return labels, [known[i] for i in labels.tolist()], columns

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -57,7 +57,8 @@ class Denoiser(ABC):
     def at(self, times: Tensor, x: Tensor, /, **condition: Any) -> Sequence[Callable[[Tensor], Tensor]]:
         """The denoiser at each of `times` (float64, `[K]`), with all that depends on time alone computed once.
 
-        `x` is a tensor like the states it will be called with; only its shape, dtype and device are used.
+        `x` is a tensor like the states it will be called with; only its shape, dtype and device are used. This default
+        calls the denoiser with each time; override it where that costs, in wrappers of a `Network` above all.
         """
         return [partial(self._later, t, condition) for t in times.unbind()]
 
@@ -67,6 +68,9 @@ class Denoiser(ABC):
     def under(self, process: Process) -> Denoiser:
         """The same denoiser on the path of another process: `nsr` is matched and `x` rescaled."""
         return self if process == self.process else _Under(self, process)
+
+    def check_condition(self, condition: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to check by default
+        """Raise `TypeError` for a condition that the network does not take."""
 
     def rows(self, index: Tensor) -> Denoiser:
         """The denoiser for the samples `index` of its batch; override it where it holds something for each sample.
@@ -107,7 +111,9 @@ class _Under(Denoiser):
         self.inner, self.process, self.shape, self.nsr_range = inner, process, inner.shape, inner.nsr_range
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["inner"], name)
+        if name == "inner":  # not there yet, while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
         def matched(t: Tensor) -> Tensor:
@@ -119,7 +125,8 @@ class _Under(Denoiser):
     def at(self, times: Tensor, x: Tensor, /, **condition: Any) -> Sequence[Callable[[Tensor], Tensor]]:
         t_native, factors = match(self.process, self.inner.process, self.nsr_range, times)
         calls = self.inner.at(t_native, x, **condition)
-        return [partial(_rescaled, call, factor) for call, factor in zip(calls, factors.tolist(), strict=True)]
+        numbers = factors.unbind() if factors.requires_grad else factors.tolist()
+        return [partial(_rescaled, call, factor) for call, factor in zip(calls, numbers, strict=True)]
 
     def under(self, process: Process) -> Denoiser:
         return self.inner.under(process)
@@ -128,7 +135,7 @@ class _Under(Denoiser):
         return _Under(self.inner.rows(index), self.process)
 
 
-def _rescaled(call: Callable[[Tensor], Tensor], factor: float, x: Tensor) -> Tensor:
+def _rescaled(call: Callable[[Tensor], Tensor], factor: Scalar, x: Tensor) -> Tensor:
     return call(x * factor)
 
 
@@ -170,6 +177,8 @@ class Network(Denoiser):
 
     def under(self, process: Process) -> Network:
         """The same network on the path of another process; its four numbers change, the cost of a call does not."""
+        if not isinstance(process, Process):
+            raise TypeError(f"a denoiser is put under a Process, such as VP(); got {process!r}")
         other = copy(self)
         other.process = process
         other.default_grid = type(self).default_grid if process == self.native else None
@@ -200,22 +209,30 @@ class Network(Denoiser):
             numbers = Affine(*(c[: len(t)] if c.ndim else c for c in numbers))
         skip, out, scale = (expand(c, x) for c in numbers[:3])
         time = self._network_time(numbers.time, x)
-        return skip * x + out * self._run(x * scale, time, condition)
+        return skip * x + out * self._run(x * scale, time, condition, self.dtype)
 
     def at(self, times: Tensor, x: Tensor, /, **condition: Any) -> Sequence[Callable[[Tensor], Tensor]]:
         """The network at each of `times`, its numbers computed once and its times placed on the device once."""
-        self._check_condition(condition)
+        self.check_condition(condition)
         numbers = self.numbers(times)
-        rows = self._network_time(numbers.time.unsqueeze(-1), x).unbind()
+        rows = self._network_time(torch.broadcast_to(numbers.time, times.shape).unsqueeze(-1), x).unbind()
+        dtype = self.dtype
         skip, out, scale = (
             [*c.unbind()] if c.requires_grad else c.tolist() for c in torch.broadcast_tensors(*numbers[:3])
         )
-        return [partial(self._call, skip[k], out[k], scale[k], time, condition) for k, time in enumerate(rows)]
+        return [partial(self._call, skip[k], out[k], scale[k], time, condition, dtype) for k, time in enumerate(rows)]
 
     def _call(
-        self, skip: Scalar, out: Scalar, scale: Scalar, time: Tensor, condition: dict[str, Any], x: Tensor
+        self,
+        skip: Scalar,
+        out: Scalar,
+        scale: Scalar,
+        time: Tensor,
+        condition: dict[str, Any],
+        dtype: torch.dtype | None,
+        x: Tensor,
     ) -> Tensor:
-        output = self._run(x if scale == 1.0 else x * scale, time, condition)
+        output = self._run(x if scale == 1.0 else x * scale, time, condition, dtype)
         if skip == 0.0:
             return output if out == 1.0 else output * out
         if isinstance(out, Tensor):
@@ -229,8 +246,7 @@ class Network(Denoiser):
             time = time.pin_memory()  # from pageable memory the copy would wait for the device
         return time.to(x.device, non_blocking=True).expand(*time.shape[:-1], x.shape[0])
 
-    def _run(self, x: Tensor, time: Tensor, condition: dict[str, Any]) -> Tensor:
-        dtype = self.dtype
+    def _run(self, x: Tensor, time: Tensor, condition: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
         output = self.network(x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition)
         if not isinstance(output, Tensor) or output.shape != x.shape:
             got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -256,17 +272,19 @@ class Network(Denoiser):
                     return parameter.dtype
         return None
 
-    def _check_condition(self, condition: dict[str, Any]) -> None:
-        if not condition:
-            return
+    def check_condition(self, condition: Mapping[str, Any]) -> None:
         target = self.network.forward if isinstance(self.network, nn.Module) else self.network
         try:
             parameters = inspect.signature(target).parameters.values()
         except (TypeError, ValueError):
             return
+        named = [p for p in [*parameters][2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for p in named:
+            if p.default is p.empty and p.name not in condition:
+                raise TypeError(f"the network needs the condition {p.name!r}: pass condition={{{p.name!r}: ...}}")
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             return
-        known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][2:]
+        known = [p.name for p in named]
         for name in condition:
             if name not in known:
                 raise TypeError(
@@ -280,7 +298,8 @@ class Prediction(Network):
     `process` is the one it was trained under. `time` says what the network is given: `"continuous"`, the process's own
     time, of shape `[B]`, float32; `"index"`, the nearest entry of the process's table (`Process.from_betas`), counted
     from 0, int64; or a function of `t`, such as `lambda t: 999 * t`. `nsr_range` is the range it was trained on, by
-    default that of the process; outside it the network is asked at the nearest level it knows.
+    default that of the process; outside it the network is asked at the nearest level it knows. (On its own process, and
+    with no range declared, it is asked wherever a given grid goes.)
 
         Prediction(unet, "eps", Process.from_betas(betas), time="index", shape=(3, 32, 32))
 
@@ -302,7 +321,7 @@ class Prediction(Network):
             raise unknown("prediction", predicts, get_args(Parametrisation))
         if not isinstance(process, Process):
             raise TypeError(f"Prediction needs the process that the network was trained under; got {process!r}")
-        if isinstance(time, str) and time not in ("continuous", "index"):
+        if time not in ("continuous", "index") and not callable(time):
             raise ValueError(f'time is "continuous", "index" or a function of t; got {time!r}')
         if time == "index" and not isinstance(process, FromBetas):
             raise ValueError('time="index" needs a table of times: use process=Process.from_betas(betas)')

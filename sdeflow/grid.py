@@ -155,16 +155,20 @@ def uniform_angle(process: Process, n: int, *, t_min: float | None = None, t_max
 # ------------------------------------------------------------------------------------------ on the nodes of a table
 
 
-def _table(process: Process, n: int, t_max: float | None) -> tuple[FromBetas, int]:
+def _table(process: Process, n: int, t_min: float | None, t_max: float | None) -> tuple[FromBetas, int]:
     """The table behind a discrete grid, and how many of its entries lie at or below `t_max`."""
     if not isinstance(process, FromBetas):
         raise GridError(
             f"this grid stands on the entries of a table of betas; {type(process).__name__} has none: "
             "use uniform_t, or Process.from_betas"
         )
+    if t_min is not None and t_min > process.t_min:
+        raise GridError(
+            f"grids on a table run down to its first entry, t={process.t_min:g}; for t_min={t_min:g} use uniform_t"
+        )
     size = len(process.betas)
     if t_max is not None:
-        size = round(float(process.index(t_max)) + 1.0)
+        size = math.floor(float(process.index(t_max)) + 1.0 + 1e-9)
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= size:
         raise GridError(f"a grid on a table of {size} entries has 1 to {size} levels; got {n!r}")
     return process, size
@@ -177,7 +181,7 @@ def leading(
 
     Source: DDIM (Song et al., 2020); Stable Diffusion takes an offset of 1.
     """
-    table, size = _table(process, n, t_max)
+    table, size = _table(process, n, t_min, t_max)
     stride = size // n
     if not 0 <= offset < max(stride, 2) or (n - 1) * stride + offset >= size:
         raise GridError(
@@ -192,19 +196,19 @@ def trailing(process: Process, n: int, *, t_min: float | None = None, t_max: flo
 
     Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed" (2023).
     """
-    table, size = _table(process, n, t_max)
+    table, size = _table(process, n, t_min, t_max)
     return table.time(torch.round(size - torch.arange(n, dtype=torch.float64) * size / n) - 1)
 
 
 def linspace(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
     """Entries `round(linspace(N - 1, 0, n))`, both ends included. Source: improved DDPM (2021)."""
-    table, size = _table(process, n, t_max)
+    table, size = _table(process, n, t_min, t_max)
     return table.time(torch.round((size - 1) * (1.0 - _ramp(n))))
 
 
 def quadratic(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
     """Entries nearest to `(N - 1) u^2`, `u` uniform from 1 to 0, no entry twice. Source: DDIM (Song et al., 2020), section D.2."""
-    table, size = _table(process, n, t_max)
+    table, size = _table(process, n, t_min, t_max)
     up = torch.round((size - 1) * _ramp(n) ** 2) if n > 1 else torch.tensor([size - 1.0], dtype=torch.float64)
     # Rounding merges the smallest entries; j distinct ones below need at least index j.
     return table.time(torch.maximum(up, torch.arange(n, dtype=torch.float64)).flip(0))

@@ -23,7 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,9 @@ class Noise(ABC):
         """
         small = self._bits < 2**32
         return self._place(self._keyed(np.where(small, self._bits, _mix(self._bits)).tolist()))
+
+    in_place: ClassVar[bool] = False
+    """Whether `draw` takes `out=`; a noise of your own need not."""
 
     @abstractmethod
     def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -124,6 +127,8 @@ class SeededNoise(Noise):
     Cost: that of `torch.randn`, a call a sample.
     """
 
+    in_place: ClassVar[bool] = True
+
     def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
         """The next standard normal draw `[B, *shape]`; the levels do not matter."""
         return self._next(out)
@@ -140,7 +145,8 @@ class BrownianNoise(Noise):
     r"""The standardised increments of a Brownian path in $\tau$ = nsr^2 that is a function of the seed alone.
 
     `draw(nsr, nsr_next)` is $(W(\tau) - W(\tau'))/\sqrt{|\tau - \tau'|}$ with $\tau'$ = `nsr_next^2`: pass the level
-    that a step starts from, then the one it goes to; swapped, the sign changes. Over disjoint intervals increments are
+    that a step starts from, then the one it goes to; swapped, the sign changes (but for levels
+    that share a leaf, below). Over disjoint intervals increments are
     independent, and that of a long step is the sum of those of the short steps within it, to float32 rounding, whatever
     the order of the queries. `nsr = inf` (or above 2^64) gives an independent draw keyed by the seed; `nsr_next = 0` is
     a level like any other. `draw()` is a draw from an independent stream, in sequence.
@@ -154,6 +160,8 @@ class BrownianNoise(Noise):
 
     Source: Lévy's construction; the virtual Brownian tree of Li et al., "Scalable gradients for SDEs" (2020).
     """
+
+    in_place: ClassVar[bool] = True
 
     _TOP = 64.0  # the tree spans nsr from 2^-64 to 2^64
     _DEPTH = 13  # leaves of width 128 / 2^13 = 1/64 in log2 nsr
@@ -199,7 +207,9 @@ class BrownianNoise(Noise):
                 leaf = int((min(max(u_a, -self._TOP), self._TOP) + self._TOP) / width * 2**self._DEEPEST)
                 return self._keyed(self._keys(_CLOSE, leaf))
         start = self._value(a, u_a, depth)
-        return (start - self._value(b, u_b, depth)).mul_(1.0 / math.sqrt(abs((a - b) * (a + b))))
+        # Into memory from which the copy to a device need not wait.
+        increment = torch.sub(start, self._value(b, u_b, depth), out=self._empty())
+        return increment.mul_(1.0 / math.sqrt(abs((a - b) * (a + b))))
 
     def _clock(self, nsr: float) -> float:
         return math.log2(nsr) if nsr > 2.0**-self._TOP else -math.inf

@@ -136,7 +136,10 @@ class Plan:
         return [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [c.t for c in self._calls]
 
     def with_numbers(self, coefficients: Tensor | None = None, times: Tensor | None = None) -> Plan:
-        """The same table with other coefficients and call times; gradients flow through them where they require it."""
+        """The same table with other coefficients and call times; gradients flow through them where they require it.
+
+        `consistency` goes on measuring against the `s` and `sigma` of the times that were traced.
+        """
         if coefficients is not None and coefficients.shape != self.coefficients.shape:
             raise ValueError(
                 f"this plan has {len(self.coefficients)} coefficients; got shape {tuple(coefficients.shape)}"
@@ -189,17 +192,30 @@ class Plan:
 
     def allclose(self, other: Plan, rtol: float = 1e-12, atol: float = 1e-14) -> bool:
         """Whether two plans are the same instructions with the same numbers to rounding."""
-        if [type(i) for i in self.instructions] != [type(i) for i in other.instructions] or self.result != other.result:
+        if (self._skeleton(), self.result, self.finished) != (other._skeleton(), other.result, other.finished):
             return False
-        for a, b in zip(self.instructions, other.instructions, strict=True):
-            if (
-                isinstance(a, Combine)
-                and isinstance(b, Combine)
-                and (a.out, [r for r, _ in a.terms]) != (b.out, [r for r, _ in b.terms])
-            ):
-                return False
-        close = torch.allclose(self.coefficients, other.coefficients, rtol=rtol, atol=atol)
-        return close and torch.allclose(self.times, other.times, rtol=rtol, atol=atol)
+        return all(torch.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(self._all(), other._all(), strict=True))
+
+    def _skeleton(self) -> list[Any]:
+        """The instructions without their numbers."""
+        skeleton: list[Any] = []
+        for i in self.instructions:
+            match i:
+                case Draw():
+                    skeleton.append(("draw", i.out, i.nsr is None))
+                case Combine():
+                    skeleton.append(("combine", i.out, *(register for register, _ in i.terms)))
+                case Call():
+                    skeleton.append(("call", i.out, i.input))
+                case Record():
+                    skeleton.append(i)
+        return skeleton
+
+    def _all(self) -> list[Tensor]:
+        """Every number of the instructions: coefficients, times, and the levels of calls and draws."""
+        levels = [n for call in self._calls for n in (call.s, call.sigma)]
+        draws = [n for i in self.instructions if isinstance(i, Draw) and i.nsr is not None for n in (i.nsr, i.nsr_next)]
+        return [self.coefficients, self.times, _vector(levels), _vector(draws)]
 
     # --------------------------------------------------------------------------------------------- printing and storing
 
@@ -261,6 +277,7 @@ class Plan:
             else makers[row[0]](*row[1:])
             for row in data["instructions"]
         )
+        _check_registers(instructions, data["registers"], data["result"])
         keys = ("registers", "result", "finished", "solver", "process")
         grid = tuple((float(t), float(s), float(sigma)) for t, s, sigma in data["grid"])
         return cls(instructions, grid=grid, **{key: data[key] for key in keys})
@@ -289,7 +306,8 @@ class Plan:
         """Run the table on the state `x` (`[B, ...]`, left as it is); returns the result and the recorded states.
 
         On a device nothing here waits for it. Where gradients flow, combinations make new tensors instead of writing
-        into buffers. `on_call(k, call, input, x0)` is called after each network call; what it keeps, it must clone.
+        into buffers. `on_call(k, call, input, x0)` is called after each network call; what it keeps, it must clone. A
+        network may return its own input, or one tensor at every call; one that alternates between several must clone.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())
@@ -313,8 +331,13 @@ class Plan:
                 registers[i.out] = combine(i, registers, owned, x)
             elif type(i) is Call:
                 given = registers[i.input]
+                before = _version(given)
                 output = next(calls)(given)
                 reverse.nfe += 1
+                if _version(given) != before:
+                    raise SolverError(
+                        "the network changed its input in place, and the solver needs it: let it work on a clone"
+                    )
                 if lent is not None:
                     reuses, lent = _share(lent, output), None
                 # Or it may hand back its own input; the buffer behind it will be written again.
@@ -325,16 +348,34 @@ class Plan:
                 registers[i.out] = output
                 if on_call is not None:
                     on_call(number, i, given, output)
+                    if _version(given) != before:
+                        raise SolverError("a callback changed the state in place: let it work on a clone")
                 number += 1
             elif type(i) is Draw:
-                if i.out not in drawn and not torch.is_grad_enabled():
+                assert noise is not None
+                if not noise.in_place or torch.is_grad_enabled():
+                    registers[i.out] = noise.draw(i.nsr, i.nsr_next).to(x)
+                    continue
+                if i.out not in drawn:
                     drawn[i.out] = torch.empty_like(x)
-                registers[i.out] = noise.draw(i.nsr, i.nsr_next, out=drawn.get(i.out))  # type: ignore[union-attr]
+                registers[i.out] = noise.draw(i.nsr, i.nsr_next, out=drawn[i.out])
             elif type(i) is Record:
                 recorded.append(registers[i.input].clone())
         result = registers[self.result]
         # What a network returned may be its own; the result is the caller's.
         return result if self.result in owned or torch.is_grad_enabled() else result.clone(), recorded
+
+
+def _check_registers(instructions: Sequence[Instruction], registers: int, result: int) -> None:
+    """Raise `ValueError` unless every register exists and is written before it is read."""
+    written = {0}
+    for i in instructions:
+        if not set(_reads(i)) <= written:
+            raise ValueError("a damaged plan: it reads a register that nothing wrote")
+        if not isinstance(i, Record):
+            written.add(i.out)
+    if result not in written or not all(0 <= register < registers for register in written):
+        raise ValueError(f"a damaged plan: it has {registers} registers and uses others")
 
 
 def _outlive(instructions: Sequence[Instruction]) -> frozenset[int]:
@@ -350,6 +391,11 @@ def _outlive(instructions: Sequence[Instruction]) -> frozenset[int]:
             holds[i.out] = number
             number += 1
     return frozenset(kept)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been written to."""
+    return 0 if x.is_inference() else x._version
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
@@ -383,8 +429,7 @@ def _combine_new(i: Combine, registers: list[Any], owned: dict[int, Tensor], lik
     """A linear combination as a new tensor, through which gradients flow to registers and coefficients."""
     total: Tensor | None = None
     for register, c in i.terms:
-        weight = c.to(device=like.device, dtype=like.dtype) if isinstance(c, Tensor) else c
-        term = registers[register] * weight
+        term = registers[register] * c  # a 0-d tensor on the CPU: it is not copied, and its dtype does not spread
         total = term if total is None else total + term
     assert total is not None
     return total.to(like.dtype)
@@ -465,6 +510,8 @@ class Trace(Reverse):
                 raise SolverError(
                     f"a step has a coefficient of {c}: the method is not defined on this grid (zero noise, or no signal left?)"
                 )
+        if not terms:
+            raise SolverError("a step made a state of nothing: all its coefficients are zero")
         out = self._new()
         self.instructions.append(Combine(out, tuple(terms.items())))
         operand.terms = {out: 1.0}

@@ -16,6 +16,7 @@ float64 by automatic differentiation, vectorised over `t`; a solve asks once, be
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -85,6 +86,13 @@ class Process(ABC):
     default_clock: ClassVar[str] = "t"
     """The variable in which Runge-Kutta methods step unless told otherwise; chosen likewise."""
 
+    def __init_subclass__(cls) -> None:
+        # A user's s = 1 is a number, or a tensor of one: it stands for every time.
+        super().__init_subclass__()
+        for name in ("s", "sigma", "variance"):
+            if name in vars(cls):
+                setattr(cls, name, _filled(vars(cls)[name]))
+
     @abstractmethod
     def s(self, t: Tensor) -> Tensor:
         """Signal coefficient `s(t)`, of the shape of `t`."""
@@ -138,8 +146,8 @@ class Process(ABC):
     def t_of_lam(self, lam: float | Tensor) -> Tensor:
         """The time at which `log(s / sigma) = lam`, differentiable.
 
-        Found by bisection between `t_min` and `t_max`, beyond which it is the nearer end; closed forms, where a process has
-        one, go on.
+        A root sought between `t_min` and `t_max`, beyond which it is the nearer end; closed forms, where a process has one,
+        go on.
         """
         return _math.monotone_root(self.lam, as_time(lam), self.t_min, self.t_max)
 
@@ -265,6 +273,19 @@ class Process(ABC):
     def from_betas(cls, betas: Sequence[float] | Tensor) -> FromBetas:
         """The process of a DDPM table of variances $\\beta_1 \\dots \\beta_N$; see `FromBetas`."""
         return FromBetas(tuple(torch.as_tensor(betas, dtype=torch.float64).tolist()))
+
+
+def _filled(function: Callable[[Process, Tensor], Tensor]) -> Callable[[Process, Tensor], Tensor]:
+    """`function` of time with a result of the shape of the time, also where it returns one number."""
+
+    @functools.wraps(function)
+    def fill(self: Process, t: Tensor) -> Tensor:
+        value = function(self, t)
+        if isinstance(value, Tensor) and value.shape == t.shape:
+            return value
+        return torch.as_tensor(value, dtype=t.dtype, device=t.device).expand(t.shape)
+
+    return fill
 
 
 def _check_span(process: Process) -> None:
@@ -506,6 +527,7 @@ class FromBetas(Process):
     t_max: float = field(init=False, default=1.0)
     default_grid: ClassVar[str] = "quadratic"
 
+    @torch.inference_mode(False)
     def __post_init__(self) -> None:
         betas = torch.tensor(self.betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
@@ -522,6 +544,9 @@ class FromBetas(Process):
         object.__setattr__(self, "t_min", 1.0 / n if n > 1 else 0.5)
         object.__setattr__(self, "_nodes", nodes)
         object.__setattr__(self, "_slopes", _monotone_slopes(nodes, 1.0 / n))
+
+    def __repr__(self) -> str:
+        return f"FromBetas({len(self.betas)} betas, {self.betas[0]:g} .. {self.betas[-1]:g})"
 
     def index(self, t: float | Tensor) -> Tensor:
         """The position of `t` in the table, counted from 0, as a real number."""
@@ -589,6 +614,7 @@ class FromSDE(Process):
     _log_s: Tensor = field(init=False, repr=False)
     _nsr2: Tensor = field(init=False, repr=False)
 
+    @torch.inference_mode(False)
     def __post_init__(self) -> None:
         _check_span(self)
         if self.s0 <= 0 or self.sigma0 < 0 or self.t_min < 0:
@@ -636,12 +662,17 @@ class FromSDE(Process):
         return ((function(a.unsqueeze(-1) + width * nodes) * weights) * width).sum(-1)
 
     def _refine(self, edges: Tensor) -> Tensor:
-        """Panels halved until 16 nodes and twice 16 nodes agree on the integrals of `f` and `g2`."""
+        """Panels halved until 16 nodes and twice 16 nodes agree on the integrals of `f` and of `g2 / s^2`."""
         for _ in range(40):
             a, b = edges[:-1], edges[1:]
             middle = (a + b) / 2
+
+            def growth(t: Tensor, a: Tensor = a) -> Tensor:
+                """`g2 / s^2` in units of `s(a)`, `a` the panel's start."""
+                return self.g2(t) * torch.exp(-2.0 * self._integrate(self._f, a.unsqueeze(-1).expand_as(t), t))
+
             poor = torch.zeros_like(a, dtype=torch.bool)
-            for function in (self._f, self.g2):
+            for function in (self._f, growth):
                 whole = self._integrate(function, a, b)
                 halves = self._integrate(function, a, middle) + self._integrate(function, middle, b)
                 poor |= (whole - halves).abs() > 1e-13 * (1.0 + halves.abs())

@@ -102,7 +102,7 @@ def solver(what: str | Solver) -> Solver:
     if not method:
         return entry.make()
     if entry.make not in (TorchDiffEq, TorchSDE):
-        raise unknown("solver", what, [f"{name}" for name in SOLVERS])
+        raise unknown("solver", what, SOLVERS)
     return entry.make(method)
 
 

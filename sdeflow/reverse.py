@@ -27,6 +27,7 @@ class Reverse:
         self.denoiser = denoiser
         self.process: Process = denoiser.process
         self.condition = dict(condition or {})
+        denoiser.check_condition(self.condition)
         self.nfe = 0
         self._known: dict[float, Level] = {}
 
@@ -66,13 +67,14 @@ class Reverse:
     def rows(self, index: Tensor, size: int) -> Reverse:
         """The same for the samples `index` of a batch of `size`, with a counter of its own.
 
-        Conditions that are tensors of `size` rows are cut along; so is what the denoiser holds for each sample
+        Conditions that are tensors or lists of `size` rows are cut along; so is what the denoiser holds for each sample
         (`Denoiser.rows`).
         """
 
         def cut(value: Any) -> Any:
-            per_sample = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
-            return value.index_select(0, index.to(value.device)) if per_sample else value
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size:
+                return value.index_select(0, index.to(value.device))
+            return [value[i] for i in index.tolist()] if isinstance(value, list | tuple) and len(value) == size else value
 
         some = copy(self)
         some.denoiser, some.nfe = self.denoiser.rows(index), 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from sdeflow.denoiser import Denoiser, as_denoiser
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.grid import GridFunction
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
-from sdeflow.plan import Call, Plan
+from sdeflow.plan import Call, Plan, Record
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, check_times, run_plan
@@ -160,10 +161,18 @@ def solve(
     times, grid_name = _times(method, path, nfe, grid, t, finish)
     conditions = _Conditions(condition, start.n, start.device)
     size = start.n if batch_size is None else _positive("batch_size", batch_size)
+    if isinstance(noise, Noise) and seeds is not None and start.seeds != tuple(noise.seeds):
+        raise ValueError("a noise of your own brings its seeds: leave seeds out")
     if isinstance(noise, Noise) and size < start.n:
         raise ValueError(
             f"a noise of your own serves one batch: it cannot be cut into batches of {size}; leave batch_size out"
         )
+    if batch_size is not None and size < start.n and getattr(method, "dense", False):
+        raise ValueError("a dense solution is one batch: leave batch_size out, or dense=False")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"a callback is a function of a Step; got {callback!r}")
+    if x is None and x0 is None:
+        _check_start(path, times)
     _warn_training(denoiser)
 
     parts: list[Solution] = []
@@ -174,7 +183,7 @@ def solve(
         for first in range(0, start.n, size):
             rows = slice(first, min(first + size, start.n))
             source = _noise(noise, start.seeds[rows], start.shape, start.device, start.dtype)
-            state = start.state(path, float(times[0]), rows, source)
+            state = start.state(path, float(times[0].detach()), rows, source)
             reverse = Reverse(denoiser, conditions.rows(rows))
             collected: list[Tensor] = []
             watch = _watcher(bar, callback, collected if x0s else None, rows)
@@ -195,7 +204,7 @@ def solve(
         solver=method if isinstance(method, Solver) else None,
         process=path,
         grid=grid_name,
-        seeds=start.seeds,
+        seeds=tuple(noise.seeds) if isinstance(noise, Noise) else start.seeds,
         noise=noise if isinstance(noise, str) else type(noise).__name__,
         condition=dict(condition or {}),
         device=str(start.device),
@@ -210,7 +219,7 @@ def encode(
     x0: Tensor,
     process: Process | str | None = None,
     *,
-    solver: str | Solver = DEFAULT_SOLVER,
+    solver: str | Solver | None = None,
     nfe: int | None = None,
     grid: str | GridFunction | Tensor | Sequence[float] | None = None,
     condition: Mapping[str, Any] | None = None,
@@ -224,8 +233,11 @@ def encode(
     """
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
     if isinstance(grid, str) or grid is None or callable(grid):
-        method = registry.solver(solver)
-        count = 2 if method.adaptive else method.levels(_encoding_budget(method, nfe), finish=False)
+        method = registry.solver(DEFAULT_SOLVER if solver is None else solver)
+        if nfe is not None:
+            count = method.levels(nfe, finish=False)
+        else:
+            count = 2 if method.adaptive else _default_levels(method, finish=False)
         grid = _lay(denoiser.process, denoiser.default_grid if grid is None else grid, count, None).flip(0)
         nfe = None
     else:
@@ -245,17 +257,6 @@ def encode(
         progress=progress,
         requires_grad=requires_grad,
     )
-
-
-def _encoding_budget(method: Solver, nfe: int | None) -> int:
-    if nfe is not None:
-        return nfe
-    # The default budget, or the one just below it that the solver can spend without a last denoising call.
-    for budget in range(DEFAULT_NFE, 0, -1):
-        with contextlib.suppress(BudgetError):
-            method.levels(budget, finish=False)
-            return budget
-    return DEFAULT_NFE
 
 
 # ------------------------------------------------------------------------------------------------- parts of the sentence
@@ -289,11 +290,15 @@ class _Start:
             raise TypeError("x and x0 are floating-point tensors of shape [n, *shape]")
         if given is not None and not bool(torch.isfinite(given).all()):
             raise NonFiniteError("the state to start from holds NaN or infinity")
+        if given is not None and denoiser.shape not in (None, tuple(given.shape[1:])):
+            raise ValueError(
+                f"samples of this model have the shape {denoiser.shape}; x and x0 add a batch in front: got {tuple(given.shape)}"
+            )
+        if t is not None and not isinstance(t, int | float) and not (isinstance(t, Tensor) and t.ndim == 0):
+            raise TypeError(f"t is one number for all samples; got {t!r}")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
-            asked = tuple(
-                _positive("shape", int(size), least=0) for size in ([shape] if isinstance(shape, int) else shape)
-            )
+            asked = tuple(_positive("shape", size) for size in ([shape] if isinstance(shape, int) else shape))
             if known is not None and asked != known:
                 raise ValueError(
                     f"shape is that of one sample, without the batch: {known} here, not {asked}; n= says how many"
@@ -303,13 +308,18 @@ class _Start:
             raise ValueError(
                 "this model does not know its shape: pass shape= of one sample, without the batch, such as shape=(3, 32, 32)"
             )
+        if isinstance(seeds, Tensor):
+            seeds = seeds.tolist()
         if seeds is not None and not hasattr(seeds, "__len__"):
-            seeds = index(seeds)  # whatever kind of integer it is
-        self.shape, self.x, self.x0, self.t = known, x, x0, t
+            try:
+                seeds = index(seeds)  # whatever kind of integer it is
+            except TypeError as error:
+                raise TypeError(f"seeds are integers, one a sample, or the first of n; got {seeds!r}") from error
+        self.shape, self.x, self.x0 = known, x, x0
         self.n = _count(n, seeds, given)
         self.seeds = _seeds(seeds, self.n)
         self.device = (
-            torch.device(device) if device is not None else given.device if given is not None else device_of(denoiser)
+            check_device(device) if device is not None else given.device if given is not None else device_of(denoiser)
         )
         self.dtype = dtype or (given.dtype if given is not None else torch.float32)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
@@ -333,8 +343,11 @@ class _Conditions:
             raise TypeError(
                 f"condition is a mapping of names to values, such as {{'label': labels}}; got {type(condition).__name__}"
             )
+        self.n = n
         self.whole: dict[str, Any] = {}
         for name, value in (condition or {}).items():
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(value)
             if isinstance(value, list | tuple) and value and all(isinstance(v, int | float) for v in value):
                 value = torch.tensor(value)
             if isinstance(value, Tensor):
@@ -347,11 +360,14 @@ class _Conditions:
             self.whole[name] = value
 
     def rows(self, rows: slice) -> dict[str, Any]:
-        """The condition of some rows."""
-        return {
-            name: value[rows] if isinstance(value, Tensor) and value.ndim else value
-            for name, value in self.whole.items()
-        }
+        """The condition of some rows; lists with one entry a sample are cut too."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows] if value.ndim else value
+            return value[rows] if isinstance(value, list | tuple) and len(value) == self.n else value
+
+        return {name: cut(value) for name, value in self.whole.items()}
 
 
 def _times(
@@ -379,27 +395,22 @@ def _times(
         if finish != method.finished:
             raise ValueError(f"this plan was traced with finish={method.finished}")
         return torch.tensor([time for time, _, _ in method.grid], dtype=torch.float64), "the plan's own"
+    levels_asked = None if nfe is None else method.levels(nfe, finish=finish)  # adaptive solvers refuse
     if grid is not None and not isinstance(grid, str) and not callable(grid):
         times = check_times(grid)
-        if nfe is not None and not method.adaptive and method.levels(nfe, finish=finish) != len(times):
-            needed = method.levels(nfe, finish=finish)
-            raise BudgetError(f"the grid has {len(times)} levels; {type(method).__name__} needs {needed} for nfe={nfe}")
+        if levels_asked not in (None, len(times)):
+            raise BudgetError(
+                f"the grid has {len(times)} levels; {type(method).__name__} needs {levels_asked} for nfe={nfe}"
+            )
         if t is not None and float(times[0]) != t:
             raise GridError(f"the grid starts at t={float(times[0]):g}, the state at t={t:g}: they must be the same")
         return times, "given"
-    if method.adaptive:
-        count = 2 if nfe is None else method.levels(nfe, finish=finish)
-    else:
-        count = (
-            method.levels(DEFAULT_NFE if nfe is None else nfe, finish=finish)
-            if nfe is not None
-            else _default_levels(method, finish)
-        )
+    count = levels_asked or (2 if method.adaptive else _default_levels(method, finish))
     name = (
         grid if isinstance(grid, str) else process.default_grid if grid is None else getattr(grid, "__name__", "given")
     )
     times = _lay(process, grid, count, t)
-    if nfe is not None and not method.adaptive and len(times) != count:
+    if nfe is not None and len(times) != count:
         raise BudgetError(
             f"the grid {name} laid {len(times)} levels from t={float(times[0]):g}; "
             f"{type(method).__name__} needs {count} for nfe={nfe}"
@@ -422,10 +433,11 @@ def _lay(process: Process, grid: str | GridFunction | None, levels: int, t: floa
         raise GridError(f"{type(process).__name__} runs from t={process.t_min:g} to t={process.t_max:g}; got t={t:g}")
     if t is not None and t == process.t_min:
         return torch.tensor([t], dtype=torch.float64)
-    times = check_times(function(process, levels) if t is None else function(process, levels, t_max=t))
-    if t is not None:
-        times[0] = t
-    return times
+    if t is None:
+        return check_times(function(process, levels))
+    times = check_times(function(process, levels, t_max=t)).clone()
+    times[0] = t  # exactly, whatever rounding or a table made of it
+    return check_times(times)
 
 
 def _integrate(
@@ -439,6 +451,8 @@ def _integrate(
     watch: OnCall | None,
 ) -> Solution:
     if isinstance(method, Plan):
+        if record and not any(isinstance(i, Record) for i in method.instructions):
+            raise ValueError("this plan was traced without record=True, so it keeps no trajectory: trace it with it")
         return run_plan(method, reverse, x, noise, watch)
     return method.integrate(reverse, x, times, noise, finish=finish, record=record, on_call=watch)
 
@@ -507,7 +521,7 @@ def _find_nonfinite(
     part: Solution,
 ) -> None:
     """Raise the error for a result that is not finite, having run the batch again to find the first call at fault."""
-    bad = (~torch.isfinite(part.x).flatten(1).all(1)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
     names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
     where = ""
     if isinstance(noise, str):  # the same seeds make the same solve
@@ -518,7 +532,7 @@ def _find_nonfinite(
                 raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {whose}.")
 
         source = _noise(noise, start.seeds[rows], start.shape, start.device, start.dtype)
-        state = start.state(process, float(times[0]), rows, source)
+        state = start.state(process, float(times[0].detach()), rows, source)
         try:
             _integrate(method, reverse, state, times, source, finish, False, check)
         except _Found as found:
@@ -559,6 +573,18 @@ def _join(parts: list[Solution]) -> Solution:
     )
 
 
+def check_device(name: str | torch.device) -> torch.device:
+    """The device of a name; `ValueError` for one that is not on this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"no device {str(name)!r} on this machine ({str(error).splitlines()[0]}); 'cpu' always is"
+        ) from error
+    return device
+
+
 def device_of(denoiser: Denoiser) -> torch.device:
     """The device of the network's first parameter; the CPU where there is none."""
     network = getattr(denoiser, "network", None)
@@ -575,6 +601,19 @@ def _warn_training(denoiser: Denoiser) -> None:
     ):
         warnings.warn(
             "the network is in training mode, so dropout or batch norm will disturb the samples: call network.eval() first",
+            stacklevel=4,
+        )
+
+
+def _check_start(process: Process, times: Tensor) -> None:
+    """Refuse a solve from pure noise that runs towards noise; warn of one that begins where much signal should be left."""
+    if len(times) > 1 and times[-1] > times[0]:
+        raise GridError("a solve towards noise starts from a state: pass x= and finish=False, or use encode")
+    nsr = process.level(float(times[0].detach())).nsr
+    if nsr < 5.0:
+        warnings.warn(
+            f"the grid starts at t={float(times[0].detach()):g}, where the noise is only {nsr:.3g} times the signal, from noise "
+            "alone: pass x= (or x0= and t=) to start from a state there",
             stacklevel=4,
         )
 

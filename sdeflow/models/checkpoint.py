@@ -50,6 +50,20 @@ class Pretrained(Preconditioned):
         self.class_names = tuple(class_names)
         self.card = dict(card or {})
 
+    def check_condition(self, condition: Mapping[str, Any]) -> None:
+        """Raise for a condition that is no label, or a label that is no class: whole numbers from 0 to `num_classes`."""
+        super().check_condition(condition)
+        label = condition.get("label")
+        if label is None or (isinstance(label, Tensor) and label.is_cuda):  # to look there would wait for the device
+            return
+        labels = label if isinstance(label, Tensor) else torch.as_tensor(label) if isinstance(label, int) else None
+        if labels is None or labels.is_floating_point() or bool(((labels < 0) | (labels > self.num_classes)).any()):
+            names = f" ({', '.join(self.class_names)})" if self.class_names else ""
+            raise ValueError(
+                f"label is a whole number, or one a sample, from 0 to {self.num_classes - 1}{names}, or {self.num_classes} for "
+                f"no label; got {label!r}"
+            )
+
 
 def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """SHA-256 over `facts` and the names, dtypes, shapes and bytes of `tensors`, in the order of their names."""

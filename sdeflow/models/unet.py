@@ -247,7 +247,7 @@ class UNet(nn.Module):
         """How many labels it knows; 0 if it is unconditional."""
         return self.config.num_classes
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | int | None = None) -> Tensor:
         """The network's raw output at `x`; see the class."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % self.config.stride:
             raise ValueError(
@@ -266,13 +266,14 @@ class UNet(nn.Module):
             x = block(x if block.resample == "up" else torch.cat([x, skips.pop()], dim=1), embedding)
         return self.head(F.silu(self.norm(x)))
 
-    def _embed(self, batch: int, time: Tensor, label: Tensor | None) -> Tensor:
+    def _embed(self, batch: int, time: Tensor, label: Tensor | int | None) -> Tensor:
         angles = time.float().reshape(-1, 1) * self.frequencies
         embedding = F.silu(self.embed0(torch.cat([angles.cos(), angles.sin()], dim=1)))
         embedding = self.embed1(embedding)
         if self.label is not None:
             # A 0-d time gives one row, which broadcasts over the labels.
-            index = torch.full((1,), self.config.num_classes, device=time.device) if label is None else label
+            label = self.config.num_classes if label is None else label
+            index = torch.full((1,), label, device=time.device) if isinstance(label, int) else label
             embedding = embedding + self.label(index)
         elif label is not None:
             raise ValueError("this UNet is unconditional (num_classes=0) and takes no label; leave label out")

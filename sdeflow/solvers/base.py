@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -162,6 +161,8 @@ class GridSolver(Solver):
         self, process: Process, times: Tensor | Sequence[float], *, finish: bool = True, record: bool = False
     ) -> Plan:
         """The solver traced over `times` of `process`: see `sdeflow.plan.Plan`."""
+        if not isinstance(process, Process):
+            raise TypeError(f"a plan is traced over times of a Process, such as VP(); got {process!r}")
         times = check_times(times)
         self._check_direction(times, finish)
         # Only plain values can be keys: others may have changed since.
@@ -262,21 +263,18 @@ _PLANS_LOCK = threading.Lock()
 
 
 def _plain(value: Any) -> bool:
-    """Whether `value` never changes: numbers, strings, functions without closure, and tuples and frozen dataclasses of them."""
+    """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen dataclasses of them.
+
+    What a user wrote may read anything, a global in a notebook say, and is traced anew each time.
+    """
     if value is None or isinstance(value, int | float | str):
         return True
-    if isinstance(value, FunctionType):
-        return value.__closure__ is None
     if isinstance(value, tuple):
         return all(map(_plain, value))
-    parameters = vars(type(value)).get(
-        "__dataclass_params__"
-    )  # of the class itself: a subclass may hold more than its fields
-    return (
-        parameters is not None
-        and parameters.frozen
-        and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value))
-    )
+    kind = type(value)
+    parameters = vars(kind).get("__dataclass_params__")  # of the class itself: a subclass may hold more than its fields
+    ours = kind.__module__.startswith("sdeflow.") and parameters is not None and parameters.frozen
+    return ours and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare)
 
 
 def check_levels(levels: list[Level], process: Process) -> list[Level]:

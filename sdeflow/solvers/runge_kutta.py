@@ -63,7 +63,7 @@ class RungeKutta(GridSolver):
         clock = self.clock or reverse.process.default_clock
         if clock == "t":
             return self._combine(reverse, x, t, t_next, "t"), state
-        if isinstance(t.s, float) and t.s == 0.0:
+        if any(isinstance(level.s, float) and level.s == 0.0 for level in (t, t_next)):
             raise SolverError(
                 f'{type(self).__name__} in clock="{clock}" cannot start where no signal is left (t={t.t:g}); use clock="t"'
             )

@@ -63,9 +63,8 @@ class DDPM(GridSolver):
         x0 = reverse(x, t)
         ratio = ancestral_ratio(t, t_next)
         down = t_next.sigma * ratio  # sqrt(sigma_next^2 - u^2), without cancellation
-        up = t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
-        if self.variance == "large":
-            up = _math.sqrt(t.sigma**2 - (t.s / t_next.s) ** 2 * t_next.sigma**2)
+        # The forward step's variance is sigma^2 - (s / s_next)^2 sigma_next^2 = sigma^2 (1 - ratio^2).
+        up = (t if self.variance == "large" else t_next).sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
         return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
 
 
@@ -74,8 +73,9 @@ class AnnealedLangevin(GridSolver):
     r"""Annealed Langevin dynamics: at every level `steps` moves `x += a/2 score + sqrt(a) z`, `a = step_size sigma^2`.
 
     Between levels the state is rescaled by the ratio of `s`. NCSN's `a_i = e sigma_i^2 / sigma_L^2` is `step_size = e / sigma_L^2`
-    (0.2 in the paper, with 100 steps a level). It samples each level's distribution up to the bias of the moves, which falls with
-    `step_size` and not with the number of levels: it has no order.
+    (0.2 in the paper, with 100 steps a level; the default of 5 mixes far modes poorly). It samples each level's distribution
+    up to the bias of the moves, which falls with `step_size` and not with the number of levels: it has no order. Levels must
+    stand close, since the moves cannot shed the noise of a distant one: use hundreds.
 
     Cost: `steps` calls a level, and 1. Order: 0. Source: Song & Ermon, "NCSN" (2019), algorithm 1.
     """
