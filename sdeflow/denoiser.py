@@ -213,7 +213,8 @@ class Network(Denoiser):
 
     def at(self, times: Tensor, x: Tensor, /, **condition: Any) -> Sequence[Callable[[Tensor], Tensor]]:
         """The network at each of `times`, its numbers computed once and its times placed on the device once."""
-        self.check_condition(condition)
+        if condition:
+            self.check_condition(condition)
         numbers = self.numbers(times)
         rows = self._network_time(torch.broadcast_to(numbers.time, times.shape).unsqueeze(-1), x).unbind()
         dtype = self.dtype

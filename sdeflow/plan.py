@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,12 @@ class Plan:
         """The network calls, in order."""
         return self._calls
 
-    @property
+    @cached_property
     def draws(self) -> int:
         """Noise draws that an execution makes."""
         return sum(isinstance(i, Draw) for i in self.instructions)
 
-    @property
+    @cached_property
     def buffers(self) -> int:
         """States held at once: the registers that combinations write, the start's included."""
         return len({i.out for i in self.instructions if isinstance(i, Combine)} | {0})
@@ -121,6 +122,10 @@ class Plan:
     def times(self) -> Tensor:
         """The times of the calls, float64, `[nfe]`."""
         return _vector([call.t for call in self._calls])
+
+    @cached_property
+    def _times(self) -> Tensor:
+        return self.times
 
     @property
     def coefficients(self) -> Tensor:
@@ -314,7 +319,7 @@ class Plan:
             return plain.execute(reverse, x, noise, on_call)
         if self.draws and noise is None:
             raise SolverError(f"{self.solver or 'this plan'} draws noise: give it a source of noise")
-        calls = iter(reverse.calls(self.times, x)) if self.nfe else iter(())
+        calls = iter(reverse.calls(self.times if self._tensors else self._times, x)) if self.nfe else iter(())
         combine = _combine_new if torch.is_grad_enabled() else _combine_into
         registers: list[Any] = [None] * self.registers
         registers[0] = x if torch.is_grad_enabled() else x.clone()
