@@ -610,7 +610,7 @@ def _check_start(process: Process, times: Tensor) -> None:
     if len(times) > 1 and times[-1] > times[0]:
         raise GridError("a solve towards noise starts from a state: pass x= and finish=False, or use encode")
     nsr = process.level(float(times[0].detach())).nsr
-    if nsr < 5.0:
+    if 0.0 <= nsr < 5.0:
         warnings.warn(
             f"the grid starts at t={float(times[0].detach()):g}, where the noise is only {nsr:.3g} times the signal, from noise "
             "alone: pass x= (or x0= and t=) to start from a state there",
