@@ -74,7 +74,9 @@ class Reverse:
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size:
                 return value.index_select(0, index.to(value.device))
-            return [value[i] for i in index.tolist()] if isinstance(value, list | tuple) and len(value) == size else value
+            if isinstance(value, list | tuple) and len(value) == size:
+                return [value[i] for i in index.tolist()]
+            return value
 
         some = copy(self)
         some.denoiser, some.nfe = self.denoiser.rows(index), 0
