@@ -296,13 +296,8 @@ def _check_span(process: Process) -> None:
 
 
 @dataclass(frozen=True)
-class VP(Process):
-    r"""Variance preserving, linear beta: $s = \exp(-\frac12\int_0^t\beta)$ and $s^2 + \sigma^2 = 1$.
-
-    $\beta(t) = \beta_{min} + t(\beta_{max} - \beta_{min})$, $t \in [0, 1]$.
-
-    Source: Song et al. (2021), equation 11; the continuous form of DDPM (Ho et al., 2020).
-    """
+class _LinearBeta(Process):
+    """A process with `s = exp(-1/2 int beta)` and beta linear in time; its subclasses say what `sigma` is."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -312,15 +307,32 @@ class VP(Process):
     def __post_init__(self) -> None:
         _check_span(self)
         if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(f"VP needs 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}")
+            name = type(self).__name__
+            raise ValueError(f"{name} needs 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}")
 
     def _decay(self, t: Tensor) -> Tensor:
         """`-log s(t)`, half the integral of beta."""
         return t * (0.5 * self.beta_min + 0.25 * (self.beta_max - self.beta_min) * t)
 
+    def _t_of_decay(self, decay: Tensor) -> Tensor:
+        """The positive root of the quadratic `-log s(t) = decay`; finite, if large, where no signal is left."""
+        decay = decay.clamp_max(torch.finfo(decay.dtype).max / 1e8)
+        half = 0.5 * self.beta_min
+        return 2.0 * decay / (half + (half**2 + (self.beta_max - self.beta_min) * decay).sqrt())
+
     def s(self, t: Tensor) -> Tensor:
         """`exp(-1/2 int beta)`."""
         return torch.exp(-self._decay(t))
+
+
+@dataclass(frozen=True)
+class VP(_LinearBeta):
+    r"""Variance preserving, linear beta: $s = \exp(-\frac12\int_0^t\beta)$ and $s^2 + \sigma^2 = 1$.
+
+    $\beta(t) = \beta_{min} + t(\beta_{max} - \beta_{min})$, $t \in [0, 1]$.
+
+    Source: Song et al. (2021), equation 11; the continuous form of DDPM (Ho et al., 2020).
+    """
 
     def variance(self, t: Tensor) -> Tensor:
         """`1 - s^2`, without cancellation."""
@@ -331,37 +343,17 @@ class VP(Process):
         return self.variance(t).sqrt()
 
     def t_of_lam(self, lam: float | Tensor) -> Tensor:
-        """Closed form: the positive root of the quadratic `-log s(t) = log(1 + e^(-2 lam)) / 2`."""
+        """Closed form, from `-log s = log(1 + e^(-2 lam)) / 2`."""
         lam = as_time(lam)
-        # Finite, so that no signal is a time, if a large one, and not a NaN.
-        decay = 0.5 * torch.logaddexp(torch.zeros_like(lam), -2.0 * lam).clamp_max(torch.finfo(lam.dtype).max / 1e8)
-        half = 0.5 * self.beta_min
-        return 2.0 * decay / (half + (half**2 + (self.beta_max - self.beta_min) * decay).sqrt())
+        return self._t_of_decay(0.5 * torch.logaddexp(torch.zeros_like(lam), -2.0 * lam))
 
 
 @dataclass(frozen=True)
-class SubVP(Process):
+class SubVP(_LinearBeta):
     r"""Sub-VP, linear beta: `s` of `VP` and $\sigma = 1 - s^2$, a variance below that of `VP`.
 
     Source: Song et al. (2021), equation 12.
     """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-3
-    t_max: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_span(self)
-        if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(f"SubVP needs 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}")
-
-    def _decay(self, t: Tensor) -> Tensor:
-        return t * (0.5 * self.beta_min + 0.25 * (self.beta_max - self.beta_min) * t)
-
-    def s(self, t: Tensor) -> Tensor:
-        """`exp(-1/2 int beta)`."""
-        return torch.exp(-self._decay(t))
 
     def sigma(self, t: Tensor) -> Tensor:
         """`1 - s^2`, without cancellation."""
@@ -369,10 +361,7 @@ class SubVP(Process):
 
     def t_of_lam(self, lam: float | Tensor) -> Tensor:
         """Closed form, from `nsr = 1/s - s = 2 sinh(-log s)`."""
-        lam = as_time(lam)
-        decay = torch.asinh(0.5 * torch.exp(-lam)).clamp_max(torch.finfo(lam.dtype).max / 1e8)
-        half = 0.5 * self.beta_min
-        return 2.0 * decay / (half + (half**2 + (self.beta_max - self.beta_min) * decay).sqrt())
+        return self._t_of_decay(torch.asinh(0.5 * torch.exp(-as_time(lam))))
 
 
 @dataclass(frozen=True)
