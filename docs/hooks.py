@@ -58,7 +58,7 @@ def solvers() -> str:
         rows.append(
             [
                 f"`{entry.name}`",
-                _link(entry.make),
+                _link(entry.kind),
                 ("SDE" if solver.stochastic else "ODE") + (", adaptive" if solver.adaptive else ""),
                 f"weak {order}" if solver.stochastic and solver.order else order,
                 solver.cost,
@@ -79,7 +79,7 @@ def grids() -> str:
         rows.append(
             [
                 f"`{entry.name}`",
-                _link(entry.make),
+                _link(entry.kind),
                 _cell(entry.summary),
                 ", ".join(f"`{alias}`" for alias in entry.aliases),
             ]
@@ -98,7 +98,7 @@ def processes() -> str:
         span = f"{process.t_min:g} to {process.t_max:.4g}"
         defaults = [f"`{process.default_grid}`", f"`{process.default_clock}`"]
         rows.append(
-            [f"`{entry.name}`", _link(entry.make), _cell(entry.summary), span, f"{low:.3g} to {high:.4g}", *defaults]
+            [f"`{entry.name}`", _link(entry.kind), _cell(entry.summary), span, f"{low:.3g} to {high:.4g}", *defaults]
         )
     return _table(["name", "class", "what it is", "t", "nsr", "default grid", "default clock"], rows)
 

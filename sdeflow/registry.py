@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sdeflow import grid
 from sdeflow.errors import unknown
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
+from sdeflow.solvers.adams import ExponentialAdams
 from sdeflow.solvers.adaptive import RK23, RK45
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.exponential import DDIM
@@ -20,16 +22,22 @@ from sdeflow.solvers.wrappers import Langevin
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered name: what makes the thing, and the other names it goes by."""
+    """A registered name: the class or function behind it, its other names, and the arguments that it stands for."""
 
     name: str
-    make: Callable[..., Any]
+    kind: Callable[..., Any]
     aliases: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def make(self) -> Callable[..., Any]:
+        """What makes the thing; arguments given to it win over those of the name."""
+        return partial(self.kind, **self.arguments) if self.arguments else self.kind
 
     @property
     def summary(self) -> str:
         """The first sentence of its documentation."""
-        text = " ".join((self.make.__doc__ or "").split("\n\n")[0].split())
+        text = " ".join((self.kind.__doc__ or "").split("\n\n")[0].split())
         return text.split(". ")[0].rstrip(".") + "."
 
 
@@ -44,6 +52,10 @@ SOLVERS = _table(
     Entry("ralston", Ralston),
     Entry("rk4", RK4),
     Entry("ddim", DDIM),
+    Entry("adams1", ExponentialAdams, (), {"p": 1}),
+    Entry("adams2", ExponentialAdams, (), {"p": 2}),
+    Entry("adams3", ExponentialAdams, ("adams", "exponential_adams"), {"p": 3}),
+    Entry("adams4", ExponentialAdams, (), {"p": 4}),
     Entry("euler_maruyama", EulerMaruyama, ("em", "reverse_sde")),
     Entry("ddpm", DDPM, ("ancestral",)),
     Entry("langevin", Langevin, ("predictor_corrector", "pc")),
@@ -101,7 +113,7 @@ def solver(what: str | Solver) -> Solver:
     entry = lookup(SOLVERS, "solver", name)
     if not method:
         return entry.make()
-    if entry.make not in (TorchDiffEq, TorchSDE):
+    if entry.kind not in (TorchDiffEq, TorchSDE):
         raise unknown("solver", what, SOLVERS)
     return entry.make(method)
 
@@ -119,4 +131,4 @@ def process(what: str | Process) -> Process:
 
 def grid_function(what: str | grid.GridFunction) -> grid.GridFunction:
     """The grid of a name; functions pass through."""
-    return what if callable(what) else lookup(GRIDS, "grid", what).make
+    return what if callable(what) else lookup(GRIDS, "grid", what).kind

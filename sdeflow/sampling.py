@@ -22,8 +22,9 @@ from sdeflow._version import __version__
 from sdeflow.denoiser import Denoiser, as_denoiser
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.grid import GridFunction
+from sdeflow.instructions import Call, Record
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
-from sdeflow.plan import Call, Plan, Record
+from sdeflow.plan import Plan
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, check_times, run_plan

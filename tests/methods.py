@@ -51,7 +51,7 @@ class UniPC(GridSolver):
     def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
         return RK4("lam").extra_times(process, times[: self.p]) if self.warm_up == "rk4" else None
 
-    def start(self) -> Any:
+    def start(self, steps: int) -> Any:
         return (None, ())  # (the step to correct, or None; the history of (level, prediction), newest last)
 
     def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from sdeflow import registry
 from sdeflow._math import as_time
 from sdeflow.denoiser import Denoiser
+from sdeflow.instructions import Call, Combine, Draw
 from sdeflow.noise import Noise
-from sdeflow.plan import Call, Combine, Draw, Plan
+from sdeflow.plan import Plan
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
 from sdeflow.solvers.base import GridSolver, Solver
 from sdeflow.solvers.exponential import DDIM

@@ -203,7 +203,7 @@ def test_every_grid_and_process_is_documented(table: dict[str, registry.Entry], 
         assert f"| `{name}` |" in shown
         assert len(entry.summary) > 10
         if which == "processes":
-            assert "Source:" in (entry.make.__doc__ or ""), f"{name} has no source"
+            assert "Source:" in (entry.kind.__doc__ or ""), f"{name} has no source"
 
 
 def test_tables_have_as_many_cells_in_every_row(hooks: ModuleType) -> None:
@@ -279,9 +279,9 @@ def test_changelog_names_every_public_class_and_the_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{sdeflow.__version__}]" in text
     for entry in [*registry.SOLVERS.values(), *registry.PROCESSES.values()]:
-        if entry.make.__module__.endswith("external"):
+        if entry.kind.__module__.endswith("external"):
             continue
-        assert f"`{entry.make.__name__}`" in text, entry.name
+        assert f"`{entry.kind.__name__}`" in text, entry.name
     for name in registry.GRIDS:
         assert f"`{name}`" in text, name
 

@@ -13,20 +13,21 @@ PACKAGE = Path(__file__).parent.parent / "sdeflow"
 
 FLOORS = {
     0: ["errors", "_version", "_math", "distributed", "solvers.tableaus", "models.unet", "models.ema"],
-    1: ["process", "noise", "metrics", "_files", "data", "models", "runs"],
-    2: ["denoiser", "grid", "images"],
+    1: ["process", "noise", "metrics", "_files", "data", "models", "runs", "instructions"],
+    2: ["denoiser", "grid", "images", "execution"],
     3: ["targets", "guidance", "inverse", "losses", "reverse", "models.checkpoint"],
-    4: ["plan"],
+    4: ["plan", "trace", "solvers.weights"],
     5: ["solvers", "solvers.base"],
     6: ["solvers.exponential", "solvers.runge_kutta", "solvers.adaptive", "solvers.external"],
-    7: ["solvers.stochastic"],
-    8: ["solvers.wrappers"],
+    7: ["solvers.adams", "solvers.dpm_solver", "solvers.deis", "solvers.unipc", "solvers.stochastic"],
+    8: ["solvers.wrappers", "solvers.exponential_sde"],
     9: ["registry", "likelihood"],
-    10: ["sampling"],
-    11: ["training", "evaluation", "generate", "tune"],
-    12: ["cli_train", "cli_sample", "cli_info"],
-    13: ["cli"],
-    14: ["__main__", "__init__"],
+    10: ["auto"],
+    11: ["sampling"],
+    12: ["training", "evaluation", "generate", "tune"],
+    13: ["cli_train", "cli_sample", "cli_info"],
+    14: ["cli"],
+    15: ["__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 

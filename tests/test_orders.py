@@ -26,8 +26,8 @@ from problems import (
 )
 
 from sdeflow import registry
+from sdeflow.instructions import Draw
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
-from sdeflow.plan import Draw
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver

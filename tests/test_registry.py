@@ -20,7 +20,7 @@ ENTRIES = [(kind, entry) for kind, table in TABLES.items() for entry in table.va
 
 @pytest.mark.parametrize(("kind", "entry"), ENTRIES, ids=lambda v: v.name if isinstance(v, Entry) else v)
 def test_an_entry_explains_itself(kind: str, entry: Entry) -> None:
-    doc = entry.make.__doc__
+    doc = entry.kind.__doc__
     assert doc, f"{entry.name} has no docstring"
     assert entry.summary.endswith(".")
     assert len(entry.summary) > 15

@@ -10,7 +10,8 @@ import torch
 from problems import NO_ORDER, PROCESSES, STOCHASTIC, GaussianData, Mixture, law, warped
 
 from sdeflow import grid
-from sdeflow.plan import Call, Combine, Draw, Plan
+from sdeflow.instructions import Call, Combine, Draw
+from sdeflow.plan import Plan
 from sdeflow.process import EDM, VP, Process
 from sdeflow.sampling import sample
 from sdeflow.solvers.base import GridSolver

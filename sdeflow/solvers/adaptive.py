@@ -31,8 +31,8 @@ from torch import Tensor
 
 from sdeflow._math import evenly
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
+from sdeflow.instructions import Call
 from sdeflow.noise import Noise
-from sdeflow.plan import Call
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers import tableaus

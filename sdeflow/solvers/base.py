@@ -16,13 +16,12 @@ from torch import Tensor
 
 from sdeflow._math import value_of
 from sdeflow.errors import BudgetError, GridError, SolverError
+from sdeflow.execution import OnCall
 from sdeflow.noise import Noise
-from sdeflow.plan import Call, Plan, Trace, optimise
+from sdeflow.plan import Plan
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
-
-OnCall = Callable[[int, Call, Tensor, Tensor], None]
-"""`on_call(k, call, x, x0)`, after the k-th network call; what it keeps, it must clone."""
+from sdeflow.trace import Operand, Trace, optimise
 
 
 @dataclass
@@ -114,8 +113,8 @@ class GridSolver(Solver):
 
     calls_per_step: ClassVar[int] = 1
 
-    def start(self) -> Any:
-        """The state of a fresh solve: nested tuples of operands and numbers, or None."""
+    def start(self, steps: int) -> Any:
+        """The state of a fresh solve of so many steps: nested tuples of operands and numbers, or None."""
         return None
 
     @abstractmethod
@@ -181,11 +180,9 @@ class GridSolver(Solver):
         return plan
 
     def _trace(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
-        from sdeflow.plan import Operand
-
         trace = Trace(process)
         levels = self._levels(trace, times)
-        x, state = Operand({0: 1.0}), self.start()
+        x, state = Operand({0: 1.0}), self.start(len(levels) - 1)
         for index, (t, t_next) in enumerate(pairwise(levels)):
             if record:
                 trace.record(index, x)
@@ -227,7 +224,8 @@ class GridSolver(Solver):
         """The same solve with the steps run on tensors, as they are written: what a plan is tested against."""
         times = check_times(times)
         self._check_direction(times, finish)
-        levels, state = self._levels(reverse, times), self.start()
+        levels = self._levels(reverse, times)
+        state = self.start(len(levels) - 1)
 
         def draw(t: Level | None = None, t_next: Level | None = None) -> Tensor:
             if noise is None:

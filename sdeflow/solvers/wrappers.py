@@ -47,8 +47,8 @@ class Langevin(GridSolver):
     def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
         return self.solver.extra_times(process, times)
 
-    def start(self) -> Any:
-        return self.solver.start()
+    def start(self, steps: int) -> Any:
+        return self.solver.start(steps)
 
     def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
         for _ in range(self.steps):
