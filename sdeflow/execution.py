@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,11 +35,12 @@ def execute(
     """
     calls = iter(networks)
     grad = torch.is_grad_enabled()
-    combine = _combine_new if grad else _combine_into
+    combine = _combine_new if grad else _combine_fused if x.is_cuda and _fused_kernel(2) else _combine_into
     held: list[Any] = [None] * registers
     held[0] = x if grad else x.clone()
     owned: dict[int, Tensor] = {0: held[0]}
     drawn: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] | None = None if grad else {}
     recorded: list[Tensor] = []
     # A network may return one tensor of its own at every call. Where an output must outlive the next call, the first
     # such tells: it is copied, and held until the next one shows whether it came in the same place.
@@ -60,9 +62,9 @@ def execute(
                 reuses, lent = _share(lent, output), None
             # Or it may hand back its own input; the buffer behind it will be written again.
             if _share(given, output) or (reuses and number in outlive):
-                output = output.clone()
+                output = _copy(output, i.out, copies)
             elif reuses is None and number in outlive and not grad:
-                lent, output = output, output.clone()
+                lent, output = output, _copy(output, i.out, copies)
             held[i.out] = output
             if on_call is not None:
                 on_call(number, i, given, output)
@@ -108,27 +110,79 @@ def _share(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+def _copy(output: Tensor, register: int, copies: dict[int, Tensor] | None) -> Tensor:
+    """A copy of a network's output, in the register's own buffer where no gradient needs it later."""
+    if copies is None:
+        return output.clone()
+    held = copies.get(register)
+    if held is None or held.shape != output.shape or held.dtype != output.dtype:
+        held = copies[register] = torch.empty_like(output)
+    return held.copy_(output)
+
+
 def _combine_into(i: Combine, held: list[Any], owned: dict[int, Tensor], like: Tensor) -> Tensor:
-    """A linear combination written into the register's own buffer, two terms in the first pass and one in each other."""
+    """A linear combination written into the register's own buffer, a pass a term; in place where the register is a term."""
     terms = i.terms
+    first, a = terms[0]
+    x = held[first]
     out = owned.get(i.out)
     if out is None:
         out = owned[i.out] = torch.empty_like(like)
-    first, a = terms[0]
-    x = held[first]
-    if len(terms) == 1:
-        return torch.mul(x, a, out=out)
-    second, b = terms[1]
-    y = held[second]
-    if abs(a + b - 1.0) < 1e-15 and y.dtype == x.dtype:
-        torch.lerp(y, x, a, out=out)
+    begun = 1
+    if len(terms) > 1 and abs(a + terms[1][1] - 1.0) < 1e-15 and held[terms[1][0]].dtype == x.dtype:
+        torch.lerp(held[terms[1][0]], x, a, out=out)
+        begun = 2
+    elif out is x:
+        out.mul_(a)
     else:
-        # Not torch.addr, which takes one pass: it rounds the tail of a tensor otherwise than its body, so that the bits of
-        # a sample would depend on its place in the batch.
-        torch.mul(x, a, out=out).add_(y, alpha=b)
-    for register, c in terms[2:]:
+        torch.mul(x, a, out=out)
+    # Not torch.addr, which takes one pass for two terms: it rounds the tail of a tensor otherwise than its body, so that the
+    # bits of a sample would depend on its place in the batch.
+    for register, c in terms[begun:]:
         out.add_(held[register], alpha=c)
     return out
+
+
+def _combine_fused(i: Combine, held: list[Any], owned: dict[int, Tensor], like: Tensor) -> Tensor:
+    """A linear combination in one kernel, as a new tensor of the caching allocator."""
+    registers, coefficients = zip(*i.terms, strict=True)
+    total: Tensor | None = None
+    for at in range(0, len(registers), _WIDEST - 1):
+        operands = [held[r] for r in registers[at : at + _WIDEST - 1]]
+        factors = list(coefficients[at : at + _WIDEST - 1])
+        if total is not None:
+            operands, factors = [total, *operands], [1.0, *factors]
+        if len(operands) == 1:
+            total = operands[0] * factors[0]
+        else:
+            kernel = _fused_kernel(len(operands))
+            assert kernel is not None
+            total = kernel(*operands, **dict(zip(_NAMES, factors, strict=False)))
+    assert total is not None
+    owned[i.out] = total if total.dtype == like.dtype else total.to(like.dtype)
+    return owned[i.out]
+
+
+_WIDEST = 8  # operands that a kernel of torch's jiterator takes
+_NAMES = tuple(f"c{k}" for k in range(_WIDEST))
+
+
+@cache
+def _fused_kernel(terms: int) -> Callable[..., Tensor] | None:
+    """`c0 x0 + c1 x1 + ...` as one elementwise CUDA kernel, compiled at its first use (a tenth of a second, kept on disk).
+
+    None where this build of torch cannot; then every term takes a pass.
+    """
+    try:
+        from torch.cuda.jiterator import _create_jit_fn
+
+        names = [f"x{k}" for k in range(terms)]
+        arguments = ", ".join(f"T {name}" for name in (*names, *_NAMES[:terms]))
+        total = " + ".join(f"{c} * {x}" for c, x in zip(_NAMES, names, strict=False))
+        code = f"template <typename T> T combine({arguments}) {{ return {total}; }}"
+        return _create_jit_fn(code, **dict.fromkeys(_NAMES[:terms], 0.0))
+    except (ImportError, RuntimeError, AttributeError):
+        return None
 
 
 def _combine_new(i: Combine, held: list[Any], owned: dict[int, Tensor], like: Tensor) -> Tensor:
