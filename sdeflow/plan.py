@@ -14,24 +14,28 @@ assigned by liveness, so that a call costs its network and one combination into 
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdeflow._files import write_whole
 from sdeflow._math import Scalar, value_of
-from sdeflow.errors import SolverError
+from sdeflow._version import __version__
+from sdeflow.errors import CheckpointError, SolverError
 from sdeflow.execution import OnCall, execute, outliving
 from sdeflow.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.noise import Noise
+from sdeflow.plan_check import PlanReport, check
+from sdeflow.plan_files import FORMAT, read_plan, write_plan
+from sdeflow.plot import plot_unrolled
+from sdeflow.process import Process
 from sdeflow.reverse import Reverse
+from sdeflow.unroll import Difference, Unrolled, difference, unroll
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,43 @@ class Plan:
             result = abs(values[self.result].get(0, 0.0) - 1.0)
         return {"signal": signal, "noise": noise, "result": result}
 
+    def unrolled(self, frame: str = "x0") -> Unrolled:
+        """Every call's input and the result as a linear function of the start, the predictions before it and the noise.
+
+        `frame` says as which function the predictions are taken: `"x0"`, `"eps"`, `"v"` or `"flow"`. Gradients flow through it.
+        """
+        return unroll(self.instructions, self.result, self.grid, self.finished).in_frame(frame)
+
+    def matrix(self, frame: str = "x0") -> Tensor:
+        """`unrolled(frame)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and the result."""
+        return self.unrolled(frame).matrix
+
+    def check(
+        self, process: Process | None = None, *, frame: str | None = None, clock: str | None = None, std: float = 0.5
+    ) -> PlanReport:
+        """Consistency at every call, and the polynomials that each step reproduces: see `sdeflow.plan_check`; print it.
+
+        `frame` (`"x0"`, `"eps"`, `"v"`, `"flow"`, `"slope"` for `d(x/s)/dlam`, `"velocity"` for `dx/dt`) and `clock` (`"lam"`,
+        `"nsr"`, `"angle"`, `"t"`) say polynomials of what, in what; by default the pair of which most are reproduced. What
+        concerns the time `t` needs the `process`. `std` is that of the Gaussian data. Errors: `ValueError` for another process.
+        """
+        if process is not None:
+            for level, mine in zip(process.levels([t for t, _, _ in self.grid]), self.grid, strict=True):
+                if max(abs(level.s - mine[1]), abs(level.sigma - mine[2])) > 1e-9 * (1.0 + mine[2]):
+                    raise ValueError(f"this plan was traced under {self.process}; {process!r} differs at t={mine[0]:g}")
+        return check(self.unrolled(), self._head(), {t for t, _, _ in self.grid}, process, frame, clock, std)
+
+    def compare(self, other: Plan) -> Difference:
+        """How far two plans are from being one method, whatever their registers; `compare(other).close()` says whether."""
+        drawn = tuple(
+            [(math.inf if i.nsr is None else i.nsr, math.inf if i.nsr_next is None else i.nsr_next)
+             for i in plan.instructions if isinstance(i, Draw)]
+            for plan in (self, other)
+        )  # fmt: skip
+        return difference(self.unrolled(), other.unrolled(), (drawn[0], drawn[1]), self.finished == other.finished)
+
     def allclose(self, other: Plan, rtol: float = 1e-12, atol: float = 1e-14) -> bool:
-        """Whether two plans are the same instructions with the same numbers to rounding."""
+        """Whether two plans are the same instructions with the same numbers to rounding; `compare` looks past registers."""
         if (self._skeleton(), self.result, self.finished) != (other._skeleton(), other.result, other.finished):
             return False
         return all(torch.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(self._all(), other._all(), strict=True))
@@ -184,13 +223,23 @@ class Plan:
 
     # --------------------------------------------------------------------------------------------- printing and storing
 
+    def _head(self) -> str:
+        """What it is, in a line."""
+        head = f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} -> {self.grid[-1][0]:g}"
+        return head + (" -> zero noise" if self.finished else "")
+
+    def plot(self, path: str | os.PathLike[str] | None = None, frame: str = "x0") -> Any:
+        """The plan as a `matplotlib` figure (heat map of `matrix(frame)`, levels, weights); as PNG in `path` too if given.
+
+        Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
+        """
+        return plot_unrolled(self.unrolled(frame), self._head(), path)
+
     def __str__(self) -> str:
         """The plan as a table, a row a call."""
         names = {0: "x"}
-        head = f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} -> {self.grid[-1][0]:g}"
-        head += " -> zero noise" if self.finished else ""
         lines = [
-            f"{head} | NFE {self.nfe} | {self.draws} draws | {self.buffers} buffers",
+            f"{self._head()} | NFE {self.nfe} | {self.draws} draws | {self.buffers} buffers",
             f"{'call':>4}  {'t':>10}  {'nsr':>10}  input",
         ]
         pending: list[str] = []
@@ -228,36 +277,40 @@ class Plan:
                 case Record():
                     rows.append(["record", i.index, i.input])
         keys = ("registers", "result", "grid", "finished", "solver", "process")
-        return {"format": "sdeflow-plan-1", **{key: getattr(self, key) for key in keys}, "instructions": rows}
+        facts = {"format": FORMAT, "version": __version__, **{key: getattr(self, key) for key in keys}}
+        return {**facts, "instructions": rows}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` described."""
-        if not isinstance(data, dict) or data.get("format") != "sdeflow-plan-1":
-            raise ValueError("this is not a plan saved by sdeflow (its format should be 'sdeflow-plan-1')")
-        makers: dict[str, Callable[..., Instruction]] = {"draw": Draw, "call": Call, "record": Record}
-        instructions = tuple(
-            Combine(row[1], tuple((int(r), value_of(c)) for r, c in row[2]))
-            if row[0] == "combine"
-            else makers[row[0]](*row[1:])
-            for row in data["instructions"]
-        )
-        _check_registers(instructions, data["registers"], data["result"])
-        keys = ("registers", "result", "finished", "solver", "process")
-        grid = tuple((float(t), float(s), float(sigma)) for t, s, sigma in data["grid"])
-        return cls(instructions, grid=grid, **{key: data[key] for key in keys})
+        """The plan that `to_dict` described; `ValueError` for anything else."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"this is not a plan saved by sdeflow (its format should be {FORMAT!r})")
+        try:
+            instructions = tuple(map(_instruction, data["instructions"]))
+            grid = tuple((float(t), float(s), float(sigma)) for t, s, sigma in data["grid"])
+            registers, result = int(data["registers"]), int(data["result"])
+            finished, solver, process = bool(data["finished"]), str(data["solver"]), str(data["process"])
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"this is not a plan saved by sdeflow, or damaged: {type(error).__name__} {error}"
+            ) from error
+        _check_registers(instructions, registers, result)
+        if not grid:
+            raise ValueError("a damaged plan: it has no grid")
+        return cls(instructions, registers, result, grid, finished, solver, process)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
-        write_whole(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "plan")
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan, whole or not at all: as safetensors if `path` ends so, else as JSON; floats survive both exactly."""
+        write_plan(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Read a plan written by `save`."""
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by `save`; `CheckpointError`, a `ValueError`, for a file that is missing, damaged or none."""
+        data = read_plan(path)
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path} is not a plan saved by sdeflow: {error}") from error
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not a plan saved by sdeflow, or damaged: {error}") from error
 
     # ------------------------------------------------------------------------------------------------------- execution
 
@@ -267,23 +320,45 @@ class Plan:
         x: Tensor,
         noise: Noise | None,
         on_call: OnCall | None = None,
+        networks: Sequence[Callable[[Tensor], Tensor]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the table on the state `x` (`[B, ...]`, left as it is); returns the result and the recorded states.
 
         On a device nothing here waits for it. Where gradients flow, combinations make new tensors instead of writing
         into buffers. `on_call(k, call, input, x0)` is called after each network call; what it keeps, it must clone. A
         network may return its own input, or one tensor at every call; one that alternates between several must clone.
+        `networks` are the denoisers at the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())
-            return plain.execute(reverse, x, noise, on_call)
+            return plain.execute(reverse, x, noise, on_call, networks)
         if self.draws and noise is None:
             raise SolverError(f"{self.solver or 'this plan'} draws noise: give it a source of noise")
-        times = self.times if self._tensors else self._times
-        networks = reverse.calls(times, x) if self.nfe else ()
+        if networks is None:
+            networks = reverse.calls(self.times if self._tensors else self._times, x) if self.nfe else ()
         done = execute(self.instructions, self.registers, self.result, networks, x, noise, self._outlive, on_call)
         reverse.nfe += self.nfe
         return done
+
+
+def _instruction(row: Any) -> Instruction:
+    """The instruction that a row of `Plan.to_dict` describes."""
+    kind, *numbers = row
+    if kind == "combine":
+        out, terms = numbers
+        if not terms:
+            raise ValueError("a damaged plan: it combines nothing")
+        return Combine(int(out), tuple((int(r), float(c)) for r, c in terms))
+    if kind == "draw":
+        out, nsr, nsr_next = numbers
+        return Draw(int(out), None if nsr is None else float(nsr), None if nsr_next is None else float(nsr_next))
+    if kind == "call":
+        out, given, t, s, sigma = numbers
+        return Call(int(out), int(given), float(t), float(s), float(sigma))
+    if kind == "record":
+        index, given = numbers
+        return Record(int(index), int(given))
+    raise ValueError(f"a damaged plan: it has an instruction {kind!r}")
 
 
 def _check_registers(instructions: Sequence[Instruction], registers: int, result: int) -> None:

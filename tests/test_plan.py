@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from methods import Churn, Restart, UniPC
+from methods import UniPC
 from problems import (
     GRID_SOLVERS,
     PROCESSES,
@@ -29,11 +29,14 @@ from sdeflow import grid
 from sdeflow.denoiser import Denoiser, Prediction
 from sdeflow.errors import GridError, SolverError
 from sdeflow.instructions import Call, Combine, Draw
+from sdeflow.noise import SeededNoise
 from sdeflow.plan import Plan
 from sdeflow.process import EDM, VP, Level, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
+from sdeflow.solvers.churn import Churn
 from sdeflow.solvers.exponential import DDIM
+from sdeflow.solvers.restart import Restart
 from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
 from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
 from sdeflow.trace import Operand
@@ -41,8 +44,6 @@ from sdeflow.trace import Operand
 DAY_ONE: dict[str, GridSolver] = {
     "unipc3": UniPC(3),
     "unipc3-rk4": UniPC(3, "rk4"),
-    "churn": Churn(),
-    "restart": Restart(),
 }
 EVERY = {**GRID_SOLVERS, **DAY_ONE}
 
@@ -111,7 +112,7 @@ def test_small_steps_at_small_noise_do_not_cancel_in_float32(under: str) -> None
     process = PROCESSES[under]
     times = warped(process, 40, 0.01, 0.002)
     x = start(process, float(times[0]), 64)
-    for solver in (DDIM(), Heun(), Heun("nsr"), UniPC(3), Churn(low=0.0)):
+    for solver in (DDIM(), Heun(), Heun("nsr"), UniPC(3), Churn(s_tmin=0.0)):
         exact, _, _, _ = both(solver, Mixture(process), x, times, finish=False)
         plan, _, _, _ = both(solver, Mixture(process), x.float(), times, finish=False)
         assert float((plan - exact).abs().max()) < 5e-6, solver
@@ -141,7 +142,7 @@ def test_unipc_converges_past_its_predictor(under: str, p: int, warm_up: str) ->
     [("unipc3", 10, 10, 0, 2), ("unipc3-rk4", 10, 16, 0, 4), ("churn", 18, 35, 13, 4), ("restart", 18, 43, 2, 3)],
 )
 def test_cost_of_the_methods_of_day_one(name: str, levels: int, nfe: int, draws: int, buffers: int) -> None:
-    solver = DAY_ONE[name]
+    solver = EVERY[name]
     plan = solver.plan(EDM(), grid.karras(EDM(), levels))
     assert plan.nfe == nfe == solver.calls(levels)
     assert solver.levels(nfe) == levels
@@ -607,18 +608,19 @@ def test_point_and_gaussian_are_exact_in_a_plan(solver: GridSolver) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "rk4"])
+@pytest.mark.parametrize("name", GRID_SOLVERS)
 def test_the_loop_never_waits_for_the_device(name: str) -> None:
     solver = GRID_SOLVERS[name]
     times = grid.uniform_t(VP(), 6)
     denoiser = Prediction(lambda x, t: x * 0.5, "x0", VP())
     x = torch.randn(4, 3, 8, 8, device="cuda")
+    noise = SeededNoise(range(4), (3, 8, 8), device="cuda")
     with torch.no_grad():
-        solver.integrate(Reverse(denoiser), x, times, None)
+        solver.integrate(Reverse(denoiser), x, times, noise)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            solver.integrate(Reverse(denoiser), x, times, None)
+            solver.integrate(Reverse(denoiser), x, times, noise)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
