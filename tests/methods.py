@@ -1,14 +1,12 @@
 """Methods that the library does not ship yet, as its users would write them: do they fit the protocol of a step?
 
-UniPC redoes the last step with the newest prediction, churn and restart add noise and go back up: all three are linear,
-so that they trace into plans.
+UniPC redoes the last step with the newest prediction: it is linear, so that it traces into plans.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch import Tensor
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.runge_kutta import RK4, Heun
+from sdeflow.solvers.runge_kutta import RK4
 
 
 def phi(k: int, z: float) -> float:
@@ -99,65 +97,3 @@ def _update(x: Any, t: Level, t_next: Level, history: Any, newest: Any) -> Any:
         for weight, (ratio, f) in zip(rho.tolist(), nodes, strict=True):
             x_next = x_next + (t_next.s * h * weight / ratio) * (f - x0)
     return x_next
-
-
-@dataclass(frozen=True)
-class Churn(GridSolver):
-    """EDM's stochastic sampler: raise the noise by a factor `1 + gamma`, then a step of Heun.
-
-    Source: Karras et al. (2022), algorithm 2.
-    """
-
-    gamma: float = 0.2
-    low: float = 0.05
-    high: float = 50.0
-    s_noise: float = 1.003
-    solver: GridSolver = field(default_factory=lambda: Heun("nsr"))
-
-    order: ClassVar[int] = 2
-    stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
-    source: ClassVar[str] = "Karras et al. 2022, alg. 2"
-    calls_per_step: ClassVar[int] = 2
-
-    def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
-        if self.gamma and self.low <= t.nsr <= self.high:
-            up = reverse.level_of_lam(t.lam - math.log1p(self.gamma))
-            added = up.s * self.s_noise * math.sqrt((up.nsr - t.nsr) * (up.nsr + t.nsr))
-            x, t = x * (up.s / t.s) + added * noise(), up
-        return self.solver.step(reverse, x, t, t_next, noise, state)
-
-
-@dataclass(frozen=True)
-class Restart(GridSolver):
-    """Heun, and once below `nsr_min`: `times` times back up to `nsr_max` with noise and down again in `inner` steps.
-
-    Source: Xu et al., "Restart sampling" (2023), algorithm 2.
-    """
-
-    nsr_min: float = 0.14
-    nsr_max: float = 0.30
-    times: int = 2
-    inner: int = 2
-
-    order: ClassVar[int] = 2
-    stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
-    source: ClassVar[str] = "Xu et al. 2023, alg. 2"
-
-    def calls(self, levels: int, *, finish: bool = True) -> int:
-        """The interval is passed on every grid of two levels or more."""
-        return 2 * (levels - 1) + int(finish) + (2 * self.times * self.inner if levels > 1 else 0)
-
-    def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
-        heun = Heun("nsr")
-        x, _ = heun.step(reverse, x, t, t_next, noise, None)
-        if t.nsr > self.nsr_min >= t_next.nsr:
-            bottom, top = t_next.lam, -math.log(self.nsr_max)
-            levels = [reverse.level_of_lam(top + (bottom - top) * k / self.inner) for k in range(self.inner)] + [t_next]
-            for _ in range(self.times):
-                up = levels[0]
-                x = reverse.keep(x) * (up.s / t_next.s) + up.s * math.sqrt(up.nsr**2 - t_next.nsr**2) * noise()
-                for a, b in itertools.pairwise(levels):
-                    x, _ = heun.step(reverse, reverse.keep(x), a, b, noise, None)
-        return x, state

@@ -10,11 +10,12 @@ from torch import Tensor
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
+from sdeflow.solvers.nested import Nested
 from sdeflow.solvers.stochastic import EulerMaruyama, langevin_move
 
 
 @dataclass(frozen=True)
-class Langevin(GridSolver):
+class Langevin(Nested):
     r"""Predictor-corrector: `steps` Langevin moves at each level, then a step of `solver`.
 
     A move is `x += e score + sqrt(2 e) z` with `e = 2 (snr sigma)^2`. The paper takes `e = 2 (snr |z| / |score|)^2`, with
@@ -36,8 +37,7 @@ class Langevin(GridSolver):
     cost: ClassVar[str] = "that of `solver` + `steps` a step"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, GridSolver):
-            raise TypeError(f"the Langevin corrector wraps a solver that steps over a grid; got {self.solver!r}")
+        super().__post_init__()
         if self.steps < 1 or not 0.0 < self.snr < 1.0:
             raise ValueError(f"Langevin needs steps >= 1 and 0 < snr < 1; got steps={self.steps}, snr={self.snr}")
 
