@@ -8,8 +8,8 @@ weights are those of the actual nodes, in float64.
 again over one more node, and not evaluated again. As both are linear, the corrected state is the predicted one plus a combination
 of predictions, $x_c = x + \sum_j (b^c_j - b^p_j) F_j$, so that a plan needs no second state for it.
 
-**Starting up.** A step of order 1 leaves an error of $h^2$ once, so a method that starts by orders 1, 2, ... is of order 2 whatever
-it does later. Three ways, `start_up=`: `"orders"`; `"corrected"`, where the first `p - 1` steps are corrected, free of charge, which
+**Starting up.** A step of order 1 leaves an error of $h^2$ once: a method that starts by orders 1, 2, ... is of order 2 whatever
+it does later. Three ways, `start_up=`: `"orders"`; `"corrected"`, where the first `p - 1` steps are corrected for free, which
 keeps order 3; and `"singlestep"`, exponential Runge-Kutta steps of order `p - 1` at `p - 1` calls each, which keep any order.
 
 **The ends.** From and to a level without signal ($s = 0$) a step is DDIM's; in the clocks `lam` and `nsr`, where such a level has
@@ -18,6 +18,7 @@ no reading, it is left out of the nodes. The step to zero noise is the predictio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +29,7 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.exponential import STAGES, exponential_step, stage_times
+from sdeflow.solvers.exponential_sde import between
 from sdeflow.solvers.weights import CLOCKS, FRAMES, Frame, NodeClock, adams, frame_value, has_signal
 
 StartUp = Literal["orders", "corrected", "singlestep"]
@@ -40,10 +42,12 @@ class ExponentialAdams(GridSolver):
 
     - `p`: predictions that are interpolated, 1 to 6.
     - `frame`: what of them: `"x0"`, `"eps"`, `"v"` (the angle's velocity) or `"flow"` (`eps - x0`).
-    - `clock`: the variable of the polynomial: `"lam"`, `"nsr"`, `"angle"` (`atan nsr`) or `"t"`.
+    - `clock`: the variable of the polynomial: `"lam"`, `"nsr"`, `"angle"` (`atan nsr`), `"bounded_lam"` or `"t"`.
     - `corrector`: redo each step with the next prediction, one order higher at no cost (Adams-Bashforth-Moulton, PEC).
     - `start_up`: `"orders"`, `"corrected"` or `"singlestep"`, see the module.
     - `lower_final`: the last steps use fewer predictions, `min(p, steps left + 1)`.
+    - `frame_scale`, `clock_scale`: the ratio of noise to signal about which the frames `"v"` and `"flow"` and the clocks
+      `"angle"` and `"bounded_lam"` turn, see `sdeflow.solvers.weights`; in units of the data.
 
     Cost: 1 call a step (with `start_up="singlestep"`, `p - 1` in the first `p - 2`). Order: `p`, with the corrector `p + 1`, but at
     most 2 with `start_up="orders"` (3 with the corrector), 3 with `"corrected"`, `p` with `"singlestep"`.
@@ -57,6 +61,8 @@ class ExponentialAdams(GridSolver):
     corrector: bool = False
     start_up: StartUp = "corrected"
     lower_final: bool = False
+    frame_scale: float = 1.0
+    clock_scale: float = 1.0
 
     source: ClassVar[str] = "Hochbruck & Ostermann 2010; Zhang & Chen 2022"
 
@@ -70,6 +76,11 @@ class ExponentialAdams(GridSolver):
         ):
             if value not in known:
                 raise unknown(kind, value, known)
+        for name in ("frame_scale", "clock_scale"):
+            if not (0.0 < getattr(self, name) < math.inf):
+                raise ValueError(
+                    f"{name} is a ratio of noise to signal, positive and finite; got {getattr(self, name)!r}"
+                )
         if self.start_up == "singlestep" and self.p > 4:
             raise ValueError(f"single steps at the start reach order 3, which serves p up to 4; got p={self.p}")
 
@@ -93,27 +104,30 @@ class ExponentialAdams(GridSolver):
         return stage_times(process, times[: self._single + 1], STAGES[self.p - 1]) if self._single else None
 
     def start(self, steps: int) -> Any:
-        return (
-            steps,
-            (),
-            None,
-        )  # steps left; (level, F) of the last predictions, newest first; the step that may be corrected
+        # Steps left; (level, F) of the last predictions, newest first; the step that may be corrected.
+        return steps, (), None
 
     def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
         left, history, last = state
         x0 = reverse(x, t)
-        value = frame_value(self.frame, x, x0, t)
+        value = frame_value(self.frame, x, x0, t, self.frame_scale)
         if last is not None:
             x = self._correct(reverse, x, t, value, last)
         history = ((t, value), *history)[: self.p]
         taken = len(history)
-        if not has_signal(t, t_next):
-            return t_next.s * x0 + t_next.sigma * eps_of(x, x0, t), (left - 1, history, None)
+        if not has_signal(t, t_next):  # DDIM's step, or as many of them as the start makes calls
+            first = t
+            for ratio in (*STAGES[self.p - 1], 1.0) if taken <= self._single else (1.0,):
+                if t is not first:
+                    x0 = reverse(x, t)
+                level = between(reverse, first, t_next, ratio)
+                x, t = level.s * x0 + level.sigma * eps_of(x, x0, t), level
+            return x, (left - 1, history, None)
         if taken <= self._single:
             return exponential_step(reverse, x, x0, t, t_next, STAGES[self.p - 1]), (left - 1, history, None)
         p = min(self.p, left + 1) if self.lower_final else self.p
         used = self._usable(history)[:p]
-        a, b = adams(self.frame, self.clock, [level for level, _ in used], t, t_next, reverse.process)
+        a, b = self._weights([level for level, _ in used], t, t_next, reverse.process)
         x_next = a * x
         for weight, (_, F) in zip(b, used, strict=True):
             x_next = x_next + weight * F
@@ -124,11 +138,14 @@ class ExponentialAdams(GridSolver):
         """The state at `t`, the step to it done again over one more node."""
         before, used, b = last
         nodes = [t, *(level for level, _ in used)]
-        _, again = adams(self.frame, self.clock, nodes, before, t, reverse.process)
+        _, again = self._weights(nodes, before, t, reverse.process)
         x = x + again[0] * value
         for new, old, (_, F) in zip(again[1:], b, used, strict=True):
             x = x + (new - old) * F
         return x
+
+    def _weights(self, nodes: list[Level], t: Level, t_next: Level, process: Process) -> tuple[Any, list[Any]]:
+        return adams(self.frame, self.clock, nodes, t, t_next, process, scales=(self.frame_scale, self.clock_scale))
 
     def _usable(self, history: Any) -> Any:
         """The nodes that have a reading in the clock."""

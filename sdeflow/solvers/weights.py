@@ -8,8 +8,11 @@ $$d(x / \rho) = F\,dq.$$
 |---|---|---|---|
 | `x0` | $x_0$ | $\sigma$ | $e^\lambda$ |
 | `eps` | $\varepsilon$ | $s$ | nsr |
-| `v` | $(s\varepsilon - \sigma x_0)/R$ | $R = \sqrt{s^2 + \sigma^2}$ | atan nsr |
-| `flow` | $\varepsilon - x_0$ | $s + \sigma$ | $\sigma/(s + \sigma)$ |
+| `v` | $(cs\varepsilon - \sigma x_0/c)/R$ | $R = \sqrt{c^2 s^2 + \sigma^2}$ | atan(nsr / c) |
+| `flow` | $\varepsilon - x_0/c$ | $cs + \sigma$ | $\sigma/(cs + \sigma)$ |
+
+The scale $c$ of the last two, 1 in their textbook form, is where they pass from one of the first two to the other: they are `x0`
+at ratios far above $c$ and `eps` far below, in the units of the data.
 
 Whatever $F$ is interpolated by, over whatever nodes and in whatever monotone clock $c$, a step is the linear combination
 
@@ -37,11 +40,12 @@ from sdeflow.reverse import eps_of
 
 Frame = Literal["x0", "eps", "v", "flow"]
 """The function of the prediction that is interpolated."""
-NodeClock = Literal["lam", "nsr", "angle", "t"]
-"""The variable in which its polynomial is taken."""
+NodeClock = Literal["lam", "nsr", "angle", "bounded_lam", "t"]
+"""The variable in which its polynomial is taken; `bounded_lam` is `log(s / sigma + 1 / c)`: `lam` at ratios of noise to signal far
+below the scale `c`, and finite at pure noise."""
 
 FRAMES: tuple[str, ...] = ("x0", "eps", "v", "flow")
-CLOCKS: tuple[str, ...] = ("lam", "nsr", "angle", "t")
+CLOCKS: tuple[str, ...] = ("lam", "nsr", "angle", "bounded_lam", "t")
 _POINTS = 32
 
 
@@ -60,16 +64,21 @@ def moment(k: int, h: Scalar) -> Scalar:
     return integral if isinstance(h, Tensor) else float(integral)
 
 
-def frame_value(frame: str, x: Any, x0: Any, t: Level) -> Any:
+def frame_value(frame: str, x: Any, x0: Any, t: Level, scale: float = 1.0) -> Any:
     """`F` of a frame at a level, from the state and the prediction."""
     if frame == "x0":
         return x0
     if frame == "eps":
         return eps_of(x, x0, t)
     if frame == "flow":
-        return x * (1.0 / t.sigma) - ((t.s + t.sigma) / t.sigma) * x0
-    r2 = t.s * t.s + t.sigma * t.sigma  # (s eps - sigma x0) / R = (s x - R^2 x0) / (sigma R)
-    return (t.s / (t.sigma * _math.sqrt(r2))) * x - (_math.sqrt(r2) / t.sigma) * x0
+        return x * (1.0 / t.sigma) - ((scale * t.s + t.sigma) / (scale * t.sigma)) * x0
+    r = _radius(t, scale)  # (c s eps - sigma x0 / c) / R = (c s x - R^2 x0 / c) / (sigma R)
+    return (scale * t.s / (t.sigma * r)) * x - (r / (scale * t.sigma)) * x0
+
+
+def _radius(t: Level, scale: float) -> Scalar:
+    """`R = sqrt(c^2 s^2 + sigma^2)`."""
+    return _math.sqrt((scale * t.s) * (scale * t.s) + t.sigma * t.sigma)
 
 
 def has_signal(*levels: Level) -> bool:
@@ -78,22 +87,31 @@ def has_signal(*levels: Level) -> bool:
 
 
 def adams(
-    frame: str, clock: str, nodes: Sequence[Level], t: Level, t_next: Level, process: Process, eta: float = 0.0
+    frame: str,
+    clock: str,
+    nodes: Sequence[Level],
+    t: Level,
+    t_next: Level,
+    process: Process,
+    eta: float = 0.0,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Scalar, list[Scalar]]:
     """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`, the first of which takes what is left of the whole.
 
-    `eta` adds the SDE's drift in the frame `x0`: the exponential then is of `(1 + eta^2) lam`. Both levels need signal.
+    `eta` adds the SDE's drift in the frame `x0`: the exponential then is of `(1 + eta^2) lam`. `scales` are those of
+    the frame and of the clocks `angle` and `bounded_lam`. Both levels need signal.
     """
     h = t_next.lam - t.lam
-    a, total = _whole(frame, t, t_next, h, 1.0 + eta * eta)
+    a, total = _whole(frame, t, t_next, h, 1.0 + eta * eta, scales[0])
     if len(nodes) == 1:
         return a, [total]
     if not isinstance(h, Tensor):
         h = torch.tensor(h, dtype=torch.float64)
     u, weights = _math.gauss_legendre(_POINTS)
     lam = t.lam + u * h
-    density = weights * h * _density(frame, lam, t_next, 1.0 + eta * eta)
-    c, readings = _readings(clock, lam, process), [_reading(clock, node) for node in nodes]
+    density = weights * h * _density(frame, lam, t_next, 1.0 + eta * eta, scales[0])
+    c = _times(process, lam, t, t_next) if clock == "t" else _readings(clock, lam, scales[1])
+    readings = [_reading(clock, node, scales[1]) for node in nodes]
     rest: list[Tensor] = []
     for j in range(1, len(nodes)):
         basis = density
@@ -105,7 +123,7 @@ def adams(
     return a, [total - sum(tail), *tail]
 
 
-def _whole(frame: str, t: Level, t_next: Level, h: Scalar, rate: float) -> tuple[Scalar, Scalar]:
+def _whole(frame: str, t: Level, t_next: Level, h: Scalar, rate: float, scale: float) -> tuple[Scalar, Scalar]:
     """`rho_next / rho` and `rho_next (q_next - q)`, without cancellation."""
     exp, expm1 = (torch.exp, torch.expm1) if isinstance(h, Tensor) else (math.exp, math.expm1)
     if frame == "x0":
@@ -114,14 +132,15 @@ def _whole(frame: str, t: Level, t_next: Level, h: Scalar, rate: float) -> tuple
     if frame == "eps":
         return t_next.s / t.s, -t_next.sigma * expm1(h)
     if frame == "flow":
-        rho, rho_next = t.s + t.sigma, t_next.s + t_next.sigma
-        return rho_next / rho, -t_next.sigma * t.s * expm1(h) / rho
-    r, r_next = _math.sqrt(t.s * t.s + t.sigma * t.sigma), _math.sqrt(t_next.s * t_next.s + t_next.sigma * t_next.sigma)
+        rho, rho_next = scale * t.s + t.sigma, scale * t_next.s + t_next.sigma
+        return rho_next / rho, -scale * t_next.sigma * t.s * expm1(h) / rho
+    r, r_next = _radius(t, scale), _radius(t_next, scale)
     atan = torch.atan if isinstance(h, Tensor) else math.atan
-    return r_next / r, -r_next * atan(t.s * t_next.sigma * expm1(h) / (t.s * t_next.s + t.sigma * t_next.sigma))
+    rise = scale * t.s * t_next.sigma * expm1(h)
+    return r_next / r, -r_next * atan(rise / (scale * scale * t.s * t_next.s + t.sigma * t_next.sigma))
 
 
-def _density(frame: str, lam: Tensor, t_next: Level, rate: float) -> Tensor:
+def _density(frame: str, lam: Tensor, t_next: Level, rate: float, scale: float) -> Tensor:
     """`rho_next dq / dlam` at points of the step."""
     if frame == "x0":
         return t_next.s * rate * torch.exp(-rate * (t_next.lam - lam))
@@ -129,11 +148,11 @@ def _density(frame: str, lam: Tensor, t_next: Level, rate: float) -> Tensor:
     if frame == "eps":
         return -t_next.s * nsr
     if frame == "flow":
-        return -(t_next.s + t_next.sigma) * nsr / (1.0 + nsr) ** 2
-    return -_math.sqrt(t_next.s * t_next.s + t_next.sigma * t_next.sigma) * nsr / (1.0 + nsr * nsr)
+        return -(scale * t_next.s + t_next.sigma) * nsr * scale / (scale + nsr) ** 2
+    return -_radius(t_next, scale) * nsr * scale / (scale * scale + nsr * nsr)
 
 
-def _reading(clock: str, t: Level) -> Scalar:
+def _reading(clock: str, t: Level, scale: float) -> Scalar:
     """What the clock shows at a level."""
     if clock == "t":
         return t.t
@@ -141,13 +160,47 @@ def _reading(clock: str, t: Level) -> Scalar:
         return t.lam
     if clock == "nsr":
         return t.nsr
-    return torch.atan2(t.sigma, t.s) if isinstance(t.s, Tensor) else math.atan2(t.sigma, t.s)
+    if clock == "bounded_lam":
+        return _math.log(t.s / t.sigma + 1.0 / scale)
+    if isinstance(t.s, Tensor):
+        return torch.atan2(t.sigma, scale * t.s)
+    return math.atan2(t.sigma, scale * t.s)
 
 
-def _readings(clock: str, lam: Tensor, process: Process) -> Tensor:
-    """What the clock shows where `log(s / sigma) = lam`."""
-    if clock == "t":
-        return process.t_of_lam(lam)
+def _readings(clock: str, lam: Tensor, scale: float) -> Tensor:
+    """What a clock other than the time shows where `log(s / sigma) = lam`."""
     if clock == "lam":
         return lam
-    return torch.exp(-lam) if clock == "nsr" else torch.atan(torch.exp(-lam))
+    if clock == "bounded_lam":
+        return torch.log(torch.exp(lam) + 1.0 / scale)
+    return torch.exp(-lam) if clock == "nsr" else torch.atan(torch.exp(-lam) / scale)
+
+
+def _times(process: Process, lam: Tensor, t: Level, t_next: Level) -> Tensor:
+    """The times between two levels at which `log(s / sigma) = lam`.
+
+    Where a process has no closed form, secants from the cubic with the times and the slopes of the two levels: some four
+    readings of the process, where a search over all of its time takes a dozen. Where they fail, that search.
+    """
+    if type(process).t_of_lam is not Process.t_of_lam or _math.is_tensor(t.t, t_next.t) or lam.requires_grad:
+        return process.t_of_lam(lam)
+    h, low, high = t_next.lam - t.lam, min(t.t, t_next.t), max(t.t, t_next.t)
+    m, m_next = (h / (level.ds / level.s - level.dsigma / level.sigma) for level in (t, t_next))
+    u = (lam - t.lam) / h
+    v = 1.0 - u
+    x = t.t * (1.0 + 2.0 * u) * v * v + t_next.t * u * u * (3.0 - 2.0 * u) + u * v * (m * v - m_next * u)
+    rise = 6.0 * (t_next.t - t.t) * u * v + m * v * (1.0 - 3.0 * u) + m_next * u * (3.0 * u - 2.0)
+    with torch.no_grad():
+        off = process.lam(x.clamp_(low, high)) - lam
+        slope = h / rise
+        for _ in range(12):
+            step = off / slope
+            moved = x - step
+            if bool((step.abs() <= 1e-12 * moved.abs()).all()):
+                return moved
+            if not bool(((moved >= low) & (moved <= high)).all()):  # also of NaN
+                break
+            off, before = process.lam(moved) - lam, off
+            slope = torch.where(step.abs() > 1e-9 * moved.abs(), (before - off) / step, slope)
+            x = moved
+    return process.t_of_lam(lam)

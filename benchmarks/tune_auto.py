@@ -1,0 +1,255 @@
+"""Search of the table behind `solver="auto"`: a member of the exponential Adams family and a grid for each budget.
+
+For every budget and family (frame, clock, order, corrector) the numbers of `sdeflow.recipes.Recipe` are searched by mutation of
+the best: centre, powers, end and top of the grid, and the scales of frame and clock. A candidate is judged by its error against the
+exact probability-flow solution, median and root mean square over samples, on four targets under three processes, each relative
+to the best of some forty ordinary methods there, so that no cell counts more than another; the mean of these ratios is the score,
+so that a lucky cancellation in one cell pays for nothing in another. The targets are of the kinds of `accuracy.py`, but not those:
+other modes, other images, another spectrum; and the cosine process is left out, so that its figures there are a test.
+
+    python -m benchmarks.tune_auto --data test.parquet --workers 64 --seconds 60 --out benchmarks/results/tune_auto.json
+
+A run begins from the results in the file, if it is there, and only betters them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import random
+import sys
+import time
+from dataclasses import asdict
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import _accuracy_problems as problems
+import torch
+from _accuracy_problems import STD, Mixture, Spectrum
+from _report import provenance
+from torch import Tensor
+
+from sdeflow import recipes, registry
+from sdeflow.grid.budget import lay
+from sdeflow.process import Process
+from sdeflow.recipes import Recipe
+from sdeflow.reverse import Reverse
+from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.solvers.auto import member
+
+PROCESSES = ("vp", "edm", "rectified_flow")
+BUDGETS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100)
+FAMILIES = {  # p, frame, clock, corrector, and the budgets that they are tried at
+    "v2": (2, "v", "bounded_lam", False, (2, 10)),
+    "v3": (3, "v", "bounded_lam", False, (4, 10)),
+    "flow2": (2, "flow", "bounded_lam", False, (2, 10)),
+    "flow3c": (3, "flow", "bounded_lam", True, (5, 30)),
+    "flow4c": (4, "flow", "bounded_lam", True, (7, 100)),
+    "angle3c": (3, "flow", "angle", True, (6, 30)),
+    "angle4c": (4, "flow", "angle", True, (6, 100)),
+    "vangle4c": (4, "v", "angle", True, (12, 100)),
+}
+NUMBERS = ("frame_scale", "clock_scale", "center", "high", "low", "nsr_end", "nsr_top")
+SHARE = 0.35  # of the root mean square in the score; the rest is the median's
+
+
+# -------------------------------------------------------------------------------------------------------------- targets
+
+
+def _modes() -> Mixture:
+    draw = torch.Generator().manual_seed(12)
+    means = torch.randn(12, 2, generator=draw, dtype=torch.float64)
+    means = means - means.mean(0)
+    std, ones = 0.1, torch.ones(12, dtype=torch.float64)
+    means = means * math.sqrt((STD**2 - std**2) / float(means.square().mean()))
+    return Mixture(ones, means, std**2 * ones)
+
+
+def _wide() -> Mixture:
+    draw = torch.Generator().manual_seed(32)
+    modes, dim, wide = 30, 32, 4
+    means = torch.randn(modes, dim, generator=draw, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(modes, dim, wide, generator=draw, dtype=torch.float64)).Q.mT.contiguous()
+    diag = torch.exp(math.log(0.1) + math.log(6.0) * torch.rand(modes, generator=draw, dtype=torch.float64)) ** 2
+    extra = torch.exp(math.log(0.4) + math.log(5.0) * torch.rand(modes, wide, generator=draw, dtype=torch.float64)) ** 2
+    weights = 0.2 + torch.rand(modes, generator=draw, dtype=torch.float64)
+    size = STD / math.sqrt(Mixture(weights, means, diag, basis, extra).covariance_mean())
+    return Mixture(weights, size * means, size**2 * diag, basis, size**2 * extra)
+
+
+def _images(data: str | None, cache: Path) -> Mixture:
+    pixels = problems.images(data, cache, count=600, size=12).double().mean(1, keepdim=True) / 127.5 - 1.0
+    bandwidth = 0.08
+    pixels = (pixels - pixels.mean()) * math.sqrt((STD**2 - bandwidth**2) / float(pixels.var(0, correction=0).mean()))
+    ones = torch.ones(len(pixels), dtype=torch.float64)
+    return Mixture(ones, pixels, bandwidth**2 * ones)
+
+
+def _spectrum() -> Mixture:
+    k = torch.fft.fftfreq(16, 1 / 16, dtype=torch.float64)
+    variance = ((k[:, None] ** 2 + k[None, :] ** 2).clamp_min(1.0) ** -0.8).reshape(1, 16, 16)
+    return Spectrum(STD * (variance / variance.mean()).sqrt())
+
+
+# ---------------------------------------------------------------------------------------------------------------- score
+
+_CELLS: list[tuple[Mixture, Tensor, Tensor]] = []  # target under a process, starts, exact ends
+
+
+def prepare(data: str | None, cache: Path, starts: int) -> None:
+    """Targets, starts and references; workers inherit them."""
+    stops = [math.inf]
+    for name in PROCESSES:
+        process = registry.process(name)
+        stops += [process.level(process.t_max).nsr, process.level(process.t_min).nsr]
+    stops = sorted(set(stops), reverse=True)
+    for number, exact in enumerate((_modes(), _wide(), _images(data, cache), _spectrum())):
+        draw = torch.Generator().manual_seed(100 + number)
+        z = torch.randn(starts, *(exact.shape or ()), generator=draw, dtype=torch.float64)
+        path = problems.follow(exact, z, stops, 1e-10)
+        for name in PROCESSES:
+            process = registry.process(name)
+            top, bottom = process.level(process.t_max), process.level(process.t_min)
+            start = path[top.nsr] * math.hypot(top.s, top.sigma)
+            last = path[bottom.nsr] * math.hypot(1.0, bottom.nsr)
+            _CELLS.append((exact.under(process), start, exact.at_level(last, 1.0, bottom.nsr)))
+
+
+@torch.no_grad()
+def errors(solver: Any, times: Any) -> list[tuple[float, float]]:
+    """Median and root mean square of the relative error, a pair a cell."""
+    out = []
+    for exact, start, end in _CELLS:
+        try:
+            x = solver.integrate(Reverse(exact), start, times(exact.process), None).x
+        except Exception:  # a grid that such a process cannot have
+            x = torch.full_like(end, math.nan)
+        each = (x - end).flatten(1).square().sum(1) / end.flatten(1).square().sum(1).mean()
+        each = each.nan_to_num(1e6, 1e6).sqrt()
+        out.append((float(each.median()), float(each.square().mean().sqrt())))
+    return out
+
+
+def _laid(name: str, nfe: int, process: Process) -> Tensor:
+    return registry.grid_function(name)(process, nfe)
+
+
+@lru_cache
+def ordinary(nfe: int) -> list[tuple[float, float]]:
+    """The best median and root mean square that ordinary methods on ordinary grids reach, a pair a cell."""
+    methods = [
+        registry.solver("dpmpp_2m"),
+        registry.solver("unipc_3"),
+        ExponentialAdams(2, "v", "lam"),
+        ExponentialAdams(3, "v", "lam"),
+        ExponentialAdams(3, "v", "angle"),
+        ExponentialAdams(3, "flow", "angle", True),
+        ExponentialAdams(4, "flow", "angle", True),
+    ]
+    grids = ("uniform_lam", "uniform_sqrt_t", "karras", "uniform_angle", "dense_lam", "uniform_vp")
+    every = [errors(method, partial(_laid, name, nfe)) for method in methods for name in grids]
+    return [(min(e[c][0] for e in every), min(e[c][1] for e in every)) for c in range(len(_CELLS))]
+
+
+def score(candidate: Recipe, nfe: int) -> tuple[float, list[float]]:
+    """The mean ratio to the ordinary best, and the median errors."""
+    found = errors(member(candidate), lambda process: lay(process, nfe, candidate))
+    ratios = [(1.0 - SHARE) * a / c + SHARE * b / d for (a, b), (c, d) in zip(found, ordinary(nfe), strict=True)]
+    return sum(ratios) / len(ratios), [a for a, _ in found]
+
+
+# --------------------------------------------------------------------------------------------------------------- search
+
+
+def mutated(candidate: Recipe, draw: random.Random) -> Recipe:
+    numbers = {name: getattr(candidate, name) for name in NUMBERS}
+    for name in draw.sample(NUMBERS, draw.choice((1, 1, 2, 3))):
+        numbers[name] = (
+            numbers[name] + draw.gauss(0.0, 0.3) if name == "center" else numbers[name] * math.exp(draw.gauss(0.0, 0.3))
+        )
+    numbers["nsr_end"] = min(max(numbers["nsr_end"], 1.1e-3), 1.0)
+    numbers["nsr_top"] = min(max(numbers["nsr_top"], 2.0), 1e3)
+    for name in ("high", "low"):
+        numbers[name] = min(max(numbers[name], 0.05), 3.0)
+    for name in ("frame_scale", "clock_scale"):
+        numbers[name] = min(max(numbers[name], 0.05), 500.0)
+    return Recipe(candidate.p, candidate.frame, candidate.clock, candidate.corrector, **numbers)
+
+
+def beginnings(family: str, nfe: int, known: dict[str, Any]) -> list[Recipe]:
+    p, frame, clock, corrector, _ = FAMILIES[family]
+    now = recipes.recipe(nfe)
+    out = []
+    for name in (family, *FAMILIES):
+        for n in sorted(BUDGETS, key=lambda n: abs(math.log(n / nfe)))[:3]:
+            if f"{n} {name}" in known:
+                out.append({k: known[f"{n} {name}"]["recipe"][k] for k in NUMBERS})
+    out.append({k: getattr(now, k) for k in NUMBERS})
+    for clock_scale in (1.0, 3.0) if clock == "angle" else (10.0, 50.0):
+        for frame_scale in (0.15, 1.0):
+            grid = {"center": 0.5, "high": 0.8, "low": 0.5, "nsr_end": max(0.6 / nfe**1.5, 2e-3), "nsr_top": 9.0}
+            out.append({"frame_scale": frame_scale, "clock_scale": clock_scale, **grid})
+    return [Recipe(p, frame, clock, corrector, **numbers) for numbers in out[:10]]
+
+
+def search(task: tuple[str, int, float, dict[str, Any], int]) -> tuple[str, float, Recipe, list[float], int]:
+    family, nfe, seconds, known, seed = task
+    torch.set_num_threads(1)
+    draw = random.Random(f"{family} {nfe} {seed}")
+    first = beginnings(family, nfe, known)
+    best: list[tuple[float, Recipe, list[float]]] = []
+    began, tried = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or tried < 4:
+        candidate = first[tried] if tried < len(first) else mutated(draw.choice(best[:5])[1], draw)
+        tried += 1
+        value, medians = score(candidate, nfe)
+        best = sorted([*best, (value, candidate, medians)], key=lambda b: b[0])[:8]
+    return f"{nfe} {family}", *best[0], tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a parquet file of images")
+    parser.add_argument("--out", default="benchmarks/results/tune_auto.json")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of search, a family and budget")
+    parser.add_argument("--seeds", type=int, default=1, help="searches of each family and budget, side by side")
+    parser.add_argument("--nfe", type=int, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--starts", type=int, default=24)
+    parser.add_argument("--cache", default="/tmp/sdeflow-accuracy")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    out = Path(arguments.out)
+    known = json.loads(out.read_text())["found"] if out.exists() else {}
+    began = time.perf_counter()
+    prepare(arguments.data, Path(arguments.cache), arguments.starts)
+    print(f"prepared in {time.perf_counter() - began:.0f} s", flush=True)
+    tasks = [
+        (family, nfe, arguments.seconds, known, seed)
+        for nfe in sorted(arguments.nfe, reverse=True)
+        for family in arguments.families
+        if FAMILIES[family][4][0] <= nfe <= FAMILIES[family][4][1]
+        for seed in range(arguments.seeds)
+    ]
+    with multiprocessing.get_context("fork").Pool(min(arguments.workers, len(tasks))) as pool:
+        for key, value, candidate, medians, tried in pool.imap_unordered(search, tasks, chunksize=1):
+            if key not in known or value < known[key]["score"]:
+                known[key] = {"score": value, "recipe": asdict(candidate), "medians": medians}
+            numbers = " ".join(f"{getattr(candidate, name):.3g}" for name in NUMBERS)
+            print(f"{key:14} {value:.3f} after {tried}: {numbers}", flush=True)
+    found = dict(sorted(known.items(), key=lambda item: (int(item[0].split()[0]), item[1]["score"])))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**provenance(), "found": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`solver="auto"`: the table is what the search found, and the choice is near the best that there is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from problems import PROCESSES, Mixture, reference
+
+from sdeflow import grid, registry
+from sdeflow.process import EDM, VP, RectifiedFlow
+from sdeflow.recipes import RECIPES, recipe
+from sdeflow.reverse import Reverse
+from sdeflow.sampling import encode, sample, solve
+from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.solvers.auto import Auto
+from sdeflow.targets import Gaussian
+
+FOUND = Path(__file__).parent.parent / "benchmarks" / "results" / "tune_auto.json"
+FAMILIES = {(2, "v", "bounded_lam", False): "v2", (4, "flow", "angle", True): "angle4c"}
+
+
+@pytest.mark.parametrize("nfe", RECIPES)
+def test_the_table_is_what_the_search_found(nfe: int) -> None:
+    r = RECIPES[nfe]
+    found = json.loads(FOUND.read_text())["found"][f"{nfe} {FAMILIES[r.p, r.frame, r.clock, r.corrector]}"]
+    for name, value in found["recipe"].items():
+        mine = getattr(r, name)
+        assert mine == (float(f"{value:.3g}") if isinstance(value, float) else value), name
+    assert found["score"] < 1.0  # better than the best of ordinary methods, on the mean of the ratios
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5, 6, 11, 33, 100, 400])
+def test_it_is_the_member_that_it_names(nfe: int) -> None:
+    process, solver = VP(), Auto()
+    times = grid.auto(process, solver.levels(nfe))
+    plan, member = solver.plan(process, times), solver.member(len(times))
+    assert isinstance(member, ExponentialAdams)
+    assert plan.nfe == nfe
+    assert plan.compare(member.plan(process, times)).close()
+
+
+def test_numbers_lie_between_those_of_the_table() -> None:
+    low, high, mine = RECIPES[30], RECIPES[40], recipe(35)
+    for name in ("frame_scale", "clock_scale", "center", "nsr_end", "nsr_top"):
+        a, b = sorted((getattr(low, name), getattr(high, name)))
+        assert a <= getattr(mine, name) <= b
+    assert recipe(1000) == recipe(max(RECIPES))
+    assert recipe(1) == recipe(min(RECIPES))
+
+
+@pytest.mark.parametrize("nfe", [3, 5, 7, 12, 24, 60])
+def test_data_of_another_scale_are_the_same_problem(nfe: int) -> None:
+    # EDM's path scaled by the data: the same error, relative to the data.
+    errors = []
+    for scale in (0.5, 2.0):
+        process = EDM(t_min=0.004 * scale, t_max=160.0 * scale)
+        data = Gaussian(torch.zeros(1, dtype=torch.float64), std=0.6 * scale).under(process)
+        x = torch.full((1, 1), math.hypot(process.t_max, 0.6 * scale), dtype=torch.float64)
+        solution = solve(data, process, solver=Auto(data_std=scale), nfe=nfe, x=x, t=process.t_max)
+        errors.append(float(solution.x) / scale)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("under", ["vp", "edm", "cosine", "rectified_flow", "ve", "from_betas"])
+def test_a_given_end_is_honoured(under: str) -> None:
+    process = PROCESSES[under]
+    for n in (2, 5, 20):
+        assert float(grid.auto(process, n, t_min=process.t_min)[-1]) == process.t_min
+        assert float(grid.auto(process, n)[-1]) >= process.t_min
+    solution = solve(Mixture(process), solver="auto", nfe=6, n=2, seeds=0, finish=False)
+    assert solution.times is not None
+    assert float(solution.times[-1]) == process.t_min
+
+
+def test_there_and_back() -> None:
+    process = VP()
+    denoiser = Mixture(process)
+    x0 = sample(denoiser, nfe=100, n=8, seeds=0, dtype=torch.float64)
+    z = encode(denoiser, x0, nfe=100)
+    back = sample(denoiser, nfe=100, x=z, t=process.t_max, finish=False)
+    torch.testing.assert_close(back, x0, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("process", [VP(), EDM(), RectifiedFlow()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("nfe", [5, 8, 12, 20, 40])
+def test_it_is_more_accurate_than_the_published_ones(process: VP, nfe: int) -> None:
+    top = process.t_max if math.isfinite(process.level(process.t_max).nsr) else process.t_of_lam(-math.log(1e3))
+    x, exact = reference(process, float(top), process.t_min, n=64, seed=3)
+    end = Reverse(Mixture(process))(exact, process.level(process.t_min))
+
+    def error(name: str, laid: str) -> float:
+        times = registry.grid_function(laid)(process, nfe, t_max=float(top))
+        x0 = registry.solver(name).integrate(Reverse(Mixture(process)), x, times, None).x
+        return float((x0 - end).norm(dim=1).median() / end.norm(dim=1).square().mean().sqrt())
+
+    best = min(error(name, laid) for name in ("ddim", "dpmpp_2m", "unipc_3") for laid in ("karras", "uniform_lam"))
+    assert error("auto", "auto") < best
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="data_std"):
+        Auto(data_std=0.0)
+    with pytest.raises(ValueError, match="t_max down to a smaller t_min"):
+        grid.auto(VP(), 5, t_min=0.5, t_max=0.2)
