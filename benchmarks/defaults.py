@@ -1,4 +1,4 @@
-"""How the defaults were chosen: Heun at 35 calls on Gaussians, over grids, clocks and ends of time.
+"""How the processes' defaults were chosen: Heun at 35 calls on Gaussians, over grids, clocks and ends of time.
 
 A linear denoiser makes the solve linear: the start's standard deviation times one number, which a run on a single
 float64 state gives exactly. The error is that of the returned standard deviation, for data of 0.1, 0.2, 0.5, 1 and 2.
@@ -15,7 +15,7 @@ import torch
 from _report import table, write
 
 import sdeflow
-from sdeflow import EDM, RK4, RK45, VE, VP, Cosine, Gaussian, Heun, Process, RectifiedFlow, Solver, SubVP, grid
+from sdeflow import EDM, RK4, RK45, VE, VP, Auto, Cosine, Gaussian, Heun, Process, RectifiedFlow, Solver, SubVP, grid
 
 STDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -82,7 +82,9 @@ def main() -> None:
     markdown += table(head, rows)
 
     others: list[tuple[str, Solver, int | None, str | None]] = [
-        ("Heun, the default", Heun(), 35, None),
+        ("auto", Auto(), 35, "auto"),
+        ("auto", Auto(), 20, "auto"),
+        ("Heun", Heun(), 35, None),
         ("Heun, uniform_angle", Heun(), 35, "uniform_angle"),
         ("RK4", RK4(), 33, None),
         ("RK45, rtol = atol = 1e-3", RK45(rtol=1e-3, atol=1e-3), None, None),
