@@ -4,7 +4,7 @@
 
 A page asks for it with a comment on a line of its own:
 
-    <!-- table: solvers -->      what the registry knows: solvers, grids or processes
+    <!-- table: solvers KIND --> what the registry knows: solvers (all, or of a kind), grids or processes
     <!-- result: overhead -->    a table of benchmarks/results, with its command, machine and date, and its figure if it has one
     <!-- results -->             the same for every benchmark that no other page shows, each with what it measures
     <!-- floors -->              the files of the package, each with its floor and the first sentence of its docstring
@@ -43,31 +43,80 @@ def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
 
 
 def tables(which: str) -> str:
-    """A table of the registry: `solvers`, `grids` or `processes`."""
-    return {"solvers": solvers, "grids": grids, "processes": processes}[which]()
+    """A table of the registry: `solvers`, perhaps of one kind (`solvers multistep`), `grids` or `processes`."""
+    which, _, kind = which.partition(" ")
+    return solvers(kind) if kind else {"solvers": solvers, "grids": grids, "processes": processes}[which]()
 
 
-def solvers() -> str:
-    """Every registered solver."""
+def solvers(kind: str = "") -> str:
+    """Every registered solver, or those of a kind."""
     from sdeflow import registry
 
     rows = []
     for entry in registry.SOLVERS.values():
         solver = entry.make()
+        if kind not in ("", kind_of(solver)):
+            continue
         order = str(solver.order) if solver.order else "none"
         rows.append(
             [
                 f"`{entry.name}`",
-                _link(entry.kind),
+                _link(entry.kind) + _arguments(entry),
                 ("SDE" if solver.stochastic else "ODE") + (", adaptive" if solver.adaptive else ""),
                 f"weak {order}" if solver.stochastic and solver.order else order,
-                solver.cost,
+                _calls(solver),
+                _memory(solver),
                 "yes" if solver.reversible else "no",
                 solver.source,
                 ", ".join(f"`{alias}`" for alias in entry.aliases),
             ]
         )
-    return _table(["name", "class", "solves", "order", "network calls", "encodes", "source", "also called"], rows)
+    head = ["name", "class", "solves", "order", "network calls", "tensors", "encodes", "source", "also called"]
+    return _table(head, rows)
+
+
+KINDS = ("multistep", "singlestep", "stochastic", "wrapper", "adaptive", "external")
+
+
+def kind_of(solver: Any) -> str:
+    """In which table of docs/solvers.md a solver stands, one of `KINDS`."""
+    from sdeflow.solvers.base import GridSolver
+    from sdeflow.solvers.external import TorchDiffEq, TorchSDE
+    from sdeflow.solvers.nested import Nested
+
+    if isinstance(solver, TorchDiffEq | TorchSDE):
+        return "external"
+    if not isinstance(solver, GridSolver):
+        return "adaptive"
+    if isinstance(solver, Nested):
+        return "wrapper"
+    if solver.stochastic:
+        return "stochastic"
+    return "multistep" if solver.calls(20) - solver.calls(19) == 1 else "singlestep"
+
+
+def _calls(solver: Any) -> str:
+    """What a step costs: counted, where a solver has a budget and does not leave it to the one it holds."""
+    if kind_of(solver) in ("wrapper", "adaptive", "external"):
+        return str(solver.cost)
+    each = solver.calls(20) - solver.calls(19)
+    more = solver.calls(20, finish=False) - 19 * each
+    return f"{each} a step" + (f", and {more} more" if more else "")
+
+
+def _memory(solver: Any) -> str:
+    """Tensors of a state's size that a solve holds at once: the registers of a plan of 12 steps."""
+    from sdeflow import VP, grid
+    from sdeflow.solvers.base import GridSolver
+
+    if not isinstance(solver, GridSolver):
+        return ""
+    return str(solver.plan(VP(), grid.uniform_sqrt_t(VP(), 13)).registers)
+
+
+def _arguments(entry: Any) -> str:
+    """What a name stands for besides its class."""
+    return "".join(f" `{name}={value!r}`" for name, value in entry.arguments.items())
 
 
 def grids() -> str:
@@ -80,7 +129,7 @@ def grids() -> str:
             [
                 f"`{entry.name}`",
                 _link(entry.kind),
-                _cell(entry.summary),
+                _cell(entry.summary) + _arguments(entry),
                 ", ".join(f"`{alias}`" for alias in entry.aliases),
             ]
         )

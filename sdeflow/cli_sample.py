@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,8 @@ from sdeflow._files import check_writable
 from sdeflow.errors import unknown
 from sdeflow.models.checkpoint import Pretrained, load
 from sdeflow.sampling import check_device, solve
-from sdeflow.solvers.adaptive import Adaptive
 from sdeflow.solvers.base import Solution, Solver
+from sdeflow.solvers.control import PerSample
 
 HOW, MACHINE = "How", "Machine and files"
 EPILOG = """
@@ -43,7 +44,7 @@ def sample(
             help="Names or numbers of classes, with commas; taken in turn. All of them by default; 'none' for no label."
         ),
     ] = None,
-    solver: Annotated[str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)] = "heun",
+    solver: Annotated[str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)] = "auto",
     nfe: Annotated[
         int | None,
         typer.Option(help="Network calls, exactly (default: 35; not for adaptive solvers).", rich_help_panel=HOW),
@@ -124,9 +125,9 @@ def _solver(name: str, rtol: float | None) -> Solver:
     method = registry.solver(name)
     if rtol is None:
         return method
-    if not isinstance(method, Adaptive):
+    if not isinstance(method, PerSample):
         raise ValueError(f"--rtol is the tolerance of an adaptive solver, such as rk45; {name} takes --nfe")
-    return type(method)(rtol=rtol, atol=rtol)
+    return replace(method, rtol=rtol, atol=rtol)
 
 
 def _classes(classes: str | None, n: int, denoiser: Pretrained) -> tuple[Tensor | None, list[str] | None, int | None]:

@@ -49,10 +49,10 @@ class MissingExtraError(SdeflowError, ImportError):
     """A feature whose optional packages are not installed."""
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
-    """The error for `name`, which is no `kind` we know, with the nearest names that we do."""
+def unknown(kind: str, name: object, known: Iterable[str], aliases: Iterable[str] = ()) -> UnknownNameError:
+    """The error for `name`, which is no `kind` we know, with the nearest names or aliases that we do."""
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    near = get_close_matches(str(name), [*names, *aliases], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return UnknownNameError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")
 

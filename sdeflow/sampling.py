@@ -9,6 +9,7 @@ import time as clock
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, check_times, run_plan
 
-DEFAULT_SOLVER = "heun"
+DEFAULT_SOLVER = "auto"
 DEFAULT_NFE = 35
 
 
@@ -74,12 +75,12 @@ def sample(
 ) -> Tensor:
     """Samples of the model, `[n, *shape]`: noise taken to data by a solver in `nfe` network calls.
 
-        sdeflow.sample(score_fn, process=VP(), solver="heun", nfe=35, shape=(3, 32, 32), n=4)
+        sdeflow.sample(score_fn, process=VP(), nfe=20, shape=(3, 32, 32), n=4)
 
     - `score_fn`: a `Denoiser` (a loaded model, `Prediction(...)`, a target), or a plain function `score_fn(x, t)`, the score
       of `process` at `x` of shape `[B, *shape]` and `t` of shape `[B]`.
     - `process`: the path along which to sample, by default the denoiser's own.
-    - `solver`, `nfe`: a name or a `Solver`, and its exact number of network calls; by default `"heun"` with 35. A saved `Plan`
+    - `solver`, `nfe`: a name or a `Solver`, and its exact number of network calls; by default `"auto"` with 35. A saved `Plan`
       serves as a solver too. Adaptive solvers take tolerances of their own instead of `nfe`.
     - `grid`: a name, a function `grid(process, n, t_min=, t_max=)`, or the times themselves, honoured exactly.
     - `shape`: of ONE sample, without the batch; needed where the denoiser does not know it. `n`: how many samples.
@@ -158,7 +159,7 @@ def solve(
     method = solver if isinstance(solver, Plan) else registry.solver(DEFAULT_SOLVER if solver is None else solver)
     start = _Start(denoiser, shape, n, seeds, x, x0, t, device, dtype)
     if grid is None and not isinstance(method, Plan):
-        grid = denoiser.default_grid
+        grid = _own_grid(method, denoiser, finish)
     times, grid_name = _times(method, path, nfe, grid, t, finish)
     conditions = _Conditions(condition, start.n, start.device)
     size = start.n if batch_size is None else _positive("batch_size", batch_size)
@@ -239,7 +240,8 @@ def encode(
             count = method.levels(nfe, finish=False)
         else:
             count = 2 if method.adaptive else _default_levels(method, finish=False)
-        grid = _lay(denoiser.process, denoiser.default_grid if grid is None else grid, count, None).flip(0)
+        own = _own_grid(method, denoiser, finish=False)
+        grid = _lay(denoiser.process, own if grid is None else grid, count, None).flip(0)
         nfe = None
     else:
         grid = check_times(grid)
@@ -425,6 +427,18 @@ def _default_levels(method: Solver, finish: bool) -> int:
         with contextlib.suppress(BudgetError):
             return method.levels(budget, finish=finish)
     return method.levels(DEFAULT_NFE, finish=finish)
+
+
+def _own_grid(method: Solver, denoiser: Denoiser, finish: bool) -> str | GridFunction | None:
+    """The grid that goes with a solver, or else with the model."""
+    if method.default_grid is None:
+        return denoiser.default_grid
+    if finish:
+        return method.default_grid
+    # It may end above t_min, where the step to zero noise takes over; without that step the end is wanted.
+    whole = partial(registry.grid_function(method.default_grid), t_min=denoiser.process.t_min)
+    whole.__name__ = method.default_grid if isinstance(method.default_grid, str) else "given"  # type: ignore[attr-defined]
+    return whole
 
 
 def _lay(process: Process, grid: str | GridFunction | None, levels: int, t: float | None) -> Tensor:

@@ -25,8 +25,12 @@ from sdeflow.instructions import Call, Combine, Draw
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
+from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.solvers.ancestral import Ancestral
 from sdeflow.solvers.base import GridSolver, Solver
+from sdeflow.solvers.churn import Churn
 from sdeflow.solvers.exponential import DDIM
+from sdeflow.solvers.restart import Restart
 from sdeflow.solvers.runge_kutta import Heun
 from sdeflow.solvers.stochastic import DDPM
 from sdeflow.solvers.wrappers import Langevin
@@ -59,7 +63,7 @@ class Problem(Denoiser):
         s, sigma = self.process.kernel(as_time(t).double())
         if s.ndim:
             s, sigma = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in (s, sigma))
-        return self.denoise(x, s.to(x.dtype), sigma.to(x.dtype))
+        return self.denoise(x, s.to(x), sigma.to(x)) if s.ndim else self.denoise(x, s.to(x.dtype), sigma.to(x.dtype))
 
     def denoise(self, x: Any, s: Any, sigma: Any) -> Any:
         raise NotImplementedError
@@ -262,6 +266,8 @@ def variants() -> dict[str, Solver]:
     found["ddim-eta=0.5"], found["ddim-eta=1"] = DDIM(0.5), DDIM(1.0)
     found["ddpm-large"] = DDPM("large")
     found["langevin-ddim"], found["langevin-heun"] = Langevin(DDIM(), steps=2), Langevin(Heun())
+    found["langevin-adams3"], found["restart-adams3"] = Langevin(ExponentialAdams()), Restart(ExponentialAdams())
+    found["churn-ddim"], found["ancestral-heun"] = Churn(DDIM(), s_churn=4.0), Ancestral(Heun("nsr"), eta=0.7)
     return found
 
 
@@ -271,8 +277,16 @@ GRID_SOLVERS: dict[str, GridSolver] = {
 }
 DETERMINISTIC = {name: solver for name, solver in GRID_SOLVERS.items() if not solver.stochastic}
 STOCHASTIC = {name: solver for name, solver in GRID_SOLVERS.items() if solver.stochastic}
-NO_ORDER = {"langevin", "langevin-ddim", "langevin-heun", "annealed_langevin"}
-"""Solvers whose bias does not fall with the grid: `test_stochastic.py` bounds it."""
+NO_ORDER = {
+    "langevin",
+    "langevin-ddim",
+    "langevin-heun",
+    "langevin-adams3",
+    "annealed_langevin",
+    "restart",
+    "restart-adams3",
+}
+"""Solvers whose bias does not fall with the grid: `test_stochastic.py` bounds it, and `test_wrappers.py` that of restarts."""
 
 
 def from_the_start(solver: Solver, process: Process) -> bool:

@@ -46,10 +46,10 @@ SHAPELESS = Prediction(Untouched(), "x0", VP())
         ({"process": 1.0}, TypeError, "name or a Process; got float"),
         ({"noise": "gaussian"}, ValueError, "'seeded', 'brownian' or a Noise"),
         # budgets
-        ({"nfe": 36}, BudgetError, "nfe=36; the nearest it can are 35 and 37"),
+        ({"solver": "heun", "nfe": 36}, BudgetError, "nfe=36; the nearest it can are 35 and 37"),
         ({"nfe": 0}, BudgetError, "at least 1; got 0"),
         ({"nfe": 3.0}, BudgetError, "whole number.*got 3.0"),
-        ({"nfe": 35, "grid": [1.0, 0.5]}, BudgetError, "2 levels; Heun needs 18"),
+        ({"solver": "heun", "nfe": 35, "grid": [1.0, 0.5]}, BudgetError, "2 levels; Heun needs 18"),
         # grids
         ({"grid": [1.0, 0.2, 0.5]}, GridError, r"strictly one way.*times\[1\]=0.2 is followed by times\[2\]=0.5"),
         ({"grid": [0.5, 0.5]}, GridError, "strictly one way"),

@@ -1,11 +1,14 @@
-"""The command line, as a subprocess: what it writes, what it says, and how it ends."""
+"""The command line: what it writes, what it says, and how it ends; where the process itself matters, as a subprocess."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,10 +22,27 @@ from sdeflow.models.checkpoint import save_model
 NAMES = ("ant", "bee", "cat")
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+SHOWN = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+
+
+def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, which takes seconds to import torch."""
     command = [sys.executable, "-m", "sdeflow", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **SHOWN}, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command in this process: what it says, and the status that it would end with."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.chdir(cwd), mock.patch.dict(os.environ, SHOWN):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main(arguments)
+            except SystemExit as end:
+                status = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +98,8 @@ def test_sample_writes_a_labelled_picture_and_says_how(tiny: Path, tmp_path: Pat
 
 
 def test_the_same_seed_makes_the_same_file(tiny: Path, tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        done = run("sample", "--model", str(tiny), "--n", "2", "--nfe", "3", "--out", name, "--quiet", cwd=tmp_path)
+    for name, start in (("a.png", run), ("b.png", spawn)):
+        done = start("sample", "--model", str(tiny), "--n", "2", "--nfe", "3", "--out", name, "--quiet", cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
@@ -155,7 +175,7 @@ def test_errors_teach_in_a_line_and_leave_no_file(
 
 
 def test_an_error_ends_the_process_with_its_status(tiny: Path, tmp_path: Path) -> None:
-    done = run("sample", "--model", str(tiny), "--nfe", "36", cwd=tmp_path)
+    done = spawn("sample", "--model", str(tiny), "--nfe", "36", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == "error: Heun cannot spend nfe=36; the nearest it can are 35 and 37"

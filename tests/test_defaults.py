@@ -10,6 +10,7 @@ from problems import PROCESSES, GaussianData, law
 
 from sdeflow.process import Process
 from sdeflow.sampling import DEFAULT_NFE, DEFAULT_SOLVER, sample, solve
+from sdeflow.solvers.auto import Auto
 from sdeflow.solvers.runge_kutta import Heun
 
 WITHIN = {"vp": 0.02, "rectified_flow": 0.02, "edm": 0.06}
@@ -32,21 +33,37 @@ def test_the_defaults_return_a_gaussians_spread(under: str, std: float) -> None:
         assert reached(PROCESSES[under], std, **how) == pytest.approx(std, rel=WITHIN[under])
 
 
+@pytest.mark.parametrize("std", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("under", [*WITHIN, "subvp", "cosine", "ve", "from_betas"])
+def test_the_default_solver_is_closer(under: str, std: float) -> None:
+    assert reached(PROCESSES[under], std) == pytest.approx(std, rel=0.003)
+
+
 def test_the_defaults_are_these() -> None:
-    assert (DEFAULT_SOLVER, DEFAULT_NFE) == ("heun", 35)
+    assert (DEFAULT_SOLVER, DEFAULT_NFE) == ("auto", 35)
     solution = solve(GaussianData(PROCESSES["vp"]), shape=(1,), seeds=0)
-    assert solution.solver == Heun()
+    assert (solution.solver, solution.grid) == (Auto(), "auto")
+    assert solution.nfe == 35
+    assert solution.times is not None
+    assert len(solution.times) == 35
+    assert float(solution.times[0]) == 1.0
+    assert solution.x.dtype == torch.float32
+
+
+def test_a_named_solver_stands_on_the_grid_of_the_process() -> None:
+    solution = solve(GaussianData(PROCESSES["vp"]), shape=(1,), seeds=0, solver="heun")
+    assert (solution.solver, solution.grid) == (Heun(), "uniform_sqrt_t")
     assert solution.nfe == 35
     assert solution.times is not None
     assert len(solution.times) == 18
     assert (float(solution.times[0]), float(solution.times[-1])) == (1.0, 1e-3)
-    assert solution.x.dtype == torch.float32
 
 
 @pytest.mark.parametrize("std", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("under", ["subvp", "cosine", "ve", "from_betas"])
 def test_other_processes_are_sane_too(under: str, std: float) -> None:
-    assert reached(PROCESSES[under], std) == pytest.approx(std, rel=0.08)
+    for how in ({}, {"solver": "heun"}):
+        assert reached(PROCESSES[under], std, **how) == pytest.approx(std, rel=0.08)
 
 
 @pytest.mark.parametrize("under", WITHIN)

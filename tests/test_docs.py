@@ -178,6 +178,26 @@ def test_commands_that_pages_name_exist(hooks: ModuleType) -> None:
         assert f"## sdeflow {command}\n" in shown, f"there is no command {command!r}"
 
 
+def test_the_worked_example_needs_one_line_more(hooks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of CONTRIBUTING and its line in the registry: names, table, budget and plan follow."""
+    page = ROOT / "CONTRIBUTING.md"
+    module = ModuleType("docs.example")
+    monkeypatch.setitem(sys.modules, "docs.example", module)
+    run_block(next(blocks(page))[1], module.__dict__, "CONTRIBUTING.md")
+    line = next(line for line in page.read_text().splitlines() if line.startswith("Entry("))
+    entry = eval(line.rstrip(","), {"Entry": registry.Entry, **module.__dict__})
+    monkeypatch.setitem(registry.SOLVERS, entry.name, entry)
+    row = next(line for line in hooks.solvers("multistep").splitlines() if line.startswith(f"| `{entry.name}` |"))
+    assert f"`{entry.kind.__name__}`" in row
+    assert f"`{entry.aliases[0]}`" in row
+    target = sdeflow.Gaussian(torch.zeros(2, dtype=torch.float64), std=0.5, process=sdeflow.VP())
+    solution = sdeflow.solve(target, solver=entry.aliases[0], nfe=20, n=3, seeds=0, dtype=torch.float64)
+    assert solution.nfe == 20
+    x = sdeflow.SeededNoise([0, 1, 2], (2,)).start().double() * float(sdeflow.VP().level(1.0).sigma)
+    textbook = entry.make().textbook(sdeflow.Reverse(target), x, solution.times, None)
+    torch.testing.assert_close(solution.x, textbook, rtol=1e-11, atol=1e-11)
+
+
 # -------------------------------------------------------------------------------------------------------- the registry
 
 
@@ -221,6 +241,32 @@ def test_pages_show_what_the_registry_knows(hooks: ModuleType) -> None:
             assert marker in hooks.MAKERS or marker == "needs", f"{page}: {marker}"
         left = hooks.MARKER.search(hooks.on_page_markdown(page.read_text()))
         assert left is None, left
+
+
+def test_every_solver_stands_in_one_table_of_the_page(hooks: ModuleType) -> None:
+    text = (DOCS / "solvers.md").read_text()
+    assert all(f"<!-- table: solvers {kind} -->" in text for kind in hooks.KINDS)
+    shown = hooks.on_page_markdown(text)
+    for name in registry.SOLVERS:
+        assert shown.count(f"\n| `{name}` |") == 1, name
+
+
+def test_the_tables_count_calls_and_memory(hooks: ModuleType) -> None:
+    rows = {line.split("`")[1]: line.split(" | ") for line in hooks.solvers().splitlines()[2:]}
+    shown = {name: (cells[4], cells[5]) for name, cells in rows.items()}
+    assert shown["ddim"] == ("1 a step", "2")
+    assert shown["dpm_solver_3"][0] == "3 a step"
+    assert shown["pndm"][0] == "1 a step, and 9 more"
+    assert shown["rk45"] == ("6 a step, adaptive", "")
+
+
+def test_names_that_pages_tell_are_registered() -> None:
+    """What stands as `solver="name"` or `grid="name"` in the text of a page is a name, and so are the aliases it promises."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    for solver in set(re.findall(r"solver=\"([\w:+]+)\"", text)) - {"huen"}:
+        registry.solver(solver)
+    for name in set(re.findall(r"grid=\"(\w+)\"", text)):
+        registry.lookup(registry.GRIDS, "grid", name)
 
 
 def test_results_are_included_as_they_are(hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from sdeflow.plan import Plan
 from sdeflow.process import EDM, VP, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import Step, encode, sample, solve
+from sdeflow.solvers.auto import Auto
 from sdeflow.solvers.runge_kutta import Heun
 from sdeflow.solvers.stochastic import DDPM
 
@@ -502,9 +503,10 @@ def test_strided_states_are_taken_as_they_are(layout: str) -> None:
 
 def test_sampling_is_what_the_solver_integrates() -> None:
     process = VP()
-    times = grid.uniform_sqrt_t(process, 18)
     start = SeededNoise([4], (2,)).start() * process.level(1.0).sigma
     with torch.no_grad():
-        by_hand = Heun().integrate(Reverse(Mixture(process)), start, times, None).x
+        by_hand = Auto().integrate(Reverse(Mixture(process)), start, grid.auto(process, 35), None).x
+        heun = Heun().integrate(Reverse(Mixture(process)), start, grid.uniform_sqrt_t(process, 18), None).x
     assert torch.equal(sample(Mixture(process), seeds=[4]), by_hand)
+    assert torch.equal(sample(Mixture(process), solver="heun", seeds=[4]), heun)
     assert registry.solver("heun") == Heun()

@@ -17,6 +17,7 @@ from torch import Tensor
 from sdeflow._math import value_of
 from sdeflow.errors import BudgetError, GridError, SolverError
 from sdeflow.execution import OnCall
+from sdeflow.grid.laying import GridFunction
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan
 from sdeflow.process import Level, Process
@@ -83,6 +84,8 @@ class Solver(ABC):
     adaptive: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
     """Whether it also runs from small `t` to large (encoding)."""
+    default_grid: ClassVar[str | GridFunction | None] = None
+    """The grid that goes with it, where that is not the process's own."""
     source: ClassVar[str]
     cost: ClassVar[str] = "1 a step"
 
@@ -198,7 +201,8 @@ class GridSolver(Solver):
 
     def _levels(self, reverse: Reverse, times: Tensor) -> list[Level]:
         """The levels of the grid; those of `extra_times` are prepared in the same pass."""
-        extra = self.extra_times(reverse.process, times)
+        # Where gradients flow, levels within a step are computed there; here their infinities would only make NaN of zeros.
+        extra = None if times.requires_grad else self.extra_times(reverse.process, times)
         if extra is None or extra.numel() == 0:
             return check_levels(reverse.prepare(times), reverse.process)
         levels = reverse.prepare(torch.cat([times, extra.reshape(-1).to(times)]))

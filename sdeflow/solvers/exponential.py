@@ -98,6 +98,7 @@ def exponential_step(
     ratios: tuple[float, ...],
     frame: str = "x0",
     taylor: bool = True,
+    parabola: bool = False,
 ) -> Any:
     r"""An exponential Runge-Kutta step in `lam` of order 1, 2 or 3, with `len(ratios)` stages besides the prediction `x0` at `t`.
 
@@ -108,7 +109,8 @@ def exponential_step(
         x_next = P(1) + M_1(1)/r_1 (F_1 - F_0)                                                      one stage
         u_2 = P(r_2) + (r_2/r_1) M_1(r_2) (F_1 - F_0),  x_next = P(1) + M_1(1)/r_2 (F_2 - F_0)      two stages
 
-    `taylor=False` takes $M_0/2$ for $M_1$ where there is one stage. From and to a level without signal the step is of order 1.
+    `taylor=False` takes $M_0/2$ for $M_1$ where there is one stage; `parabola` takes, where there are two, the polynomial of degree
+    2 through all three predictions instead of a line through two. From and to a level without signal the step is of order 1.
 
     Source: Lu et al., "DPM-Solver" (2022), algorithms 1-2 and 4-5; Hochbruck & Ostermann (2005).
     """
@@ -135,4 +137,12 @@ def exponential_step(
         return first_order(t_next, 1.0) + (full / ratios[0]) * change
     r1, r2 = ratios
     u = first_order(stages[1], r2) + (r2 / r1 * weight(1, stages[1], r2)) * change
-    return first_order(t_next, 1.0) + (weight(1, t_next, 1.0) / r2) * slope(u, stages[1])
+    second = slope(u, stages[1])
+    x_next = first_order(t_next, 1.0)
+    if not parabola:
+        return x_next + (weight(1, t_next, 1.0) / r2) * second
+    # Its slope at the start is (r2 d1 - r1 d2) / (r2 - r1) and its curve (d2 - d1) / (r2 - r1), with d = change / r.
+    line, curve = weight(1, t_next, 1.0), weight(2, t_next, 1.0)
+    return (
+        x_next + ((r2 * line - curve) / (r1 * (r2 - r1))) * change + ((curve - r1 * line) / (r2 * (r2 - r1))) * second
+    )
