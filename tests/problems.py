@@ -113,7 +113,7 @@ def _mixture_numpy(x: np.ndarray, nsr: float) -> np.ndarray:
     return (p[..., None] * (m + (c2 / v)[:, None] * r)).sum(1)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _reference(lam: float, lam_next: float, n: int, seed: int) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(seed)
     start = Mixture.draw(n, seed) + math.exp(-lam) * rng.standard_normal((n, 2))
@@ -277,6 +277,11 @@ GRID_SOLVERS: dict[str, GridSolver] = {
 }
 DETERMINISTIC = {name: solver for name, solver in GRID_SOLVERS.items() if not solver.stochastic}
 STOCHASTIC = {name: solver for name, solver in GRID_SOLVERS.items() if solver.stochastic}
+RUNGE_KUTTA = ("euler", "heun", "midpoint", "ralston", "rk4")
+CLOCKED = {f"{name}-{c}" for name in registry.SOLVERS if name not in RUNGE_KUTTA for c in ("t", "nsr", "lam")} & {
+    *SOLVERS
+}
+"""Multistep methods with a clock that is not their default: another polynomial in the same weights."""
 NO_ORDER = {
     "langevin",
     "langevin-ddim",
@@ -287,6 +292,12 @@ NO_ORDER = {
     "restart-adams3",
 }
 """Solvers whose bias does not fall with the grid: `test_stochastic.py` bounds it, and `test_wrappers.py` that of restarts."""
+
+
+def each(names: Iterable[str], processes: Iterable[str], once: Sequence[str] = ("vp",)) -> list[tuple[str, str]]:
+    """Pairs of solver and process: all of `processes`, and for the clocks of one method `once`: they are one formula everywhere."""
+    processes = tuple(processes)
+    return [(name, under) for name in names for under in processes if under in once or not CLOCKED.intersection({name})]
 
 
 def from_the_start(solver: Solver, process: Process) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.deis import DEIS, LMS, DEISRungeKutta, EpsMultistep
 from sdeflow.solvers.pndm import ADAMS_BASHFORTH, IPNDM, PNDM, IPNDMv, published_weights
 from sdeflow.solvers.runge_kutta import RK4, Heun
+from sdeflow.solvers.weights import _times
 
 CLOCK = {"t": "t", "rho": "nsr", "logrho": "lam"}
 MULTISTEP: list[EpsMultistep] = [
@@ -89,6 +91,19 @@ def test_tab_integrates_the_papers_kernel(p: int) -> None:
     for j, weight in enumerate(DEIS(p, "t").weights(nodes, t_next, process)):
         integral = quad(kernel, nodes[0].t, t_next.t, args=(j,), epsabs=1e-13, epsrel=1e-12)[0]
         assert weight == pytest.approx(t_next.s * integral, rel=1e-9)
+
+
+@pytest.mark.parametrize("under", ["from_betas", "from_sde"])
+def test_times_within_a_step_are_those_that_a_search_over_all_of_time_finds(under: str) -> None:
+    """Where a process has no closed form, over short steps and over one from nsr 20 to 0.05, to data and to noise."""
+    process = PROCESSES[under]
+    u = torch.linspace(0.01, 0.99, 16, dtype=torch.float64)
+    for n in (1, 3, 30):
+        levels = process.levels(between(process, n, 20.0, 0.05))
+        for a, b in itertools.pairwise(levels):
+            for t, t_next in ((a, b), (b, a)):
+                lam = t.lam + u * (t_next.lam - t.lam)
+                torch.testing.assert_close(_times(process, lam, t, t_next), process.t_of_lam(lam), rtol=1e-14, atol=0)
 
 
 def test_logrho_is_the_form_of_diffusers() -> None:
@@ -197,12 +212,15 @@ def test_rho_heun_is_edms_sampler() -> None:
 # ------------------------------------------------------------------------------------------------------------- the orders
 
 
-@pytest.mark.parametrize("under", ["vp", "rectified_flow"])
-@pytest.mark.parametrize("solver", MULTISTEP, ids=str)
+@pytest.mark.parametrize(
+    ("solver", "under"),
+    [*((solver, "vp") for solver in MULTISTEP), *((solver, "rectified_flow") for solver in MULTISTEP if solver.p == 3)],
+    ids=str,
+)
 def test_the_start_bounds_the_order(solver: EpsMultistep, under: str) -> None:
     process = PROCESSES[under]
     assert solver.order == 2
-    order = observed_order(lambda n: error(solver, process, between(process, n)), (200, 400))
+    order = observed_order(lambda n: error(solver, process, between(process, n)), (160, 320))
     assert abs(order - 2.0) < 0.15, order
 
 
@@ -239,6 +257,13 @@ def test_constant_weights_are_of_order_one_where_steps_jump() -> None:
 # ------------------------------------------------------------------------------------------------------------- the ends
 
 
+@functools.cache
+def fine(process: Process) -> tuple[Tensor, Tensor]:
+    """States where no signal is left, and where the ODE takes them."""
+    x = torch.randn(32, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x, run(RK4("t"), process, grid.uniform_t(process, 401), x, finish=True)
+
+
 @pytest.mark.parametrize(
     "solver",
     [*MULTISTEP, *(DEISRungeKutta(m) for m in ("midpoint", "heun", "kutta3", "rk4"))],
@@ -247,8 +272,7 @@ def test_constant_weights_are_of_order_one_where_steps_jump() -> None:
 def test_from_where_no_signal_is_left(solver: GridSolver) -> None:
     """Rectified flow from t = 1: nsr is infinite, and more steps end nearer."""
     process = RectifiedFlow()
-    x = torch.randn(32, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = run(RK4("t"), process, grid.uniform_t(process, 401), x, finish=True)
+    x, exact = fine(process)
     gaps = [
         float((run(solver, process, grid.uniform_t(process, n + 1), x, finish=True) - exact).norm(dim=1).median())
         for n in (10, 20, 40, 80)

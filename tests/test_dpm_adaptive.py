@@ -131,9 +131,16 @@ def test_an_error_of_zero_grows_the_step_by_its_bound(name: str, solver: DPMAdap
 # ------------------------------------------------------------------------------------------------ batch mates and calls
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solver", [DPMAdaptive(), DPMAdaptive(p=2, frame="x0")], ids=repr)
-@pytest.mark.parametrize("predicts", ["x0", "velocity"])
+@pytest.mark.parametrize(
+    ("predicts", "solver", "dtype"),
+    [
+        ("x0", DPMAdaptive(), torch.float32),
+        ("x0", DPMAdaptive(p=2, frame="x0"), torch.float64),
+        ("velocity", DPMAdaptive(), torch.float64),
+        ("velocity", DPMAdaptive(p=2, frame="x0"), torch.float32),
+    ],
+    ids=repr,
+)
 def test_rows_do_not_depend_on_their_batch_to_the_last_bit(
     predicts: Any, solver: DPMAdaptive, dtype: torch.dtype
 ) -> None:
@@ -250,7 +257,7 @@ def test_finish_is_the_prediction_and_one_level_will_do(solver: DPMAdaptive) -> 
 @pytest.mark.parametrize("solver", PAIRS, ids=repr)
 @pytest.mark.parametrize("upwards", [False, True])
 def test_levels_between_are_read_off_without_shortening_steps(upwards: bool, solver: DPMAdaptive) -> None:
-    process, solver = VP(), tight(solver, 1e-4)
+    process, solver = VP(), tight(solver, 3e-4)
     times = process.t_of_nsr(at(8.0, 5.0, 1.0, 0.9, 0.2, 0.05))
     times = times.flip(0) if upwards else times
     x, _ = reference(process, float(times[0]), float(times[-1]))
@@ -292,8 +299,8 @@ def test_gradients_flow_through_the_states() -> None:
 
 @pytest.mark.parametrize("solver", [DPMAdaptive(), DPMAdaptive(p=2)], ids=repr)
 def test_max_nfe_is_kept_and_what_was_reached_comes_back(solver: DPMAdaptive) -> None:
-    process, solver = VP(), tight(solver, 1e-4)
-    x = starts(process, 4, 2)
+    process, solver = VP(), tight(solver, 3e-4)
+    x = starts(process, 2, 2)
     full = run(Mixture(process), x, ends(process), solver)
     for budget in (1, 2, 7, full.nfe - 1):
         reverse = Reverse(Mixture(process))

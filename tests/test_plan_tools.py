@@ -581,7 +581,7 @@ def test_the_command_says_what_is_in_t_too(capsys: pytest.CaptureFixture[str]) -
     [
         (["--solver", "hen"], 2, "did you mean 'heun'"),
         (["--solver", "rk45"], 2, "has no plan"),
-        (["--nfe", "10"], 2, "9 and 11"),
+        (["--solver", "heun", "--nfe", "10"], 2, "9 and 11"),
         (["--process", "vpp"], 2, "did you mean"),
         (["--grid", "karas"], 2, "did you mean 'karras'"),
         (["--frame", "noise", "--matrix"], 2, "unknown frame"),
