@@ -415,6 +415,19 @@ def plots(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def _coverage(results: Results) -> str:
+    """Which budgets are not done yet."""
+    done: Counter[int] = Counter()
+    for methods in results.errors.values():
+        for budgets in methods.values():
+            done.update(budgets.keys())
+    most = max(done.values(), default=1)
+    behind = [f"{nfe} ({n / most:.0%})" for nfe, n in sorted(done.items()) if n < 0.9 * most]
+    if not behind:
+        return ""
+    return f"**Not complete yet**, in cells over those of the fullest budget: NFE {', '.join(behind)}. "
+
+
 def write(path: Path, into: Path | None = None) -> None:
     """`accuracy.md`, `.json`, `.csv` and `.png` from a file of results."""
     results = Results(path)
@@ -427,8 +440,11 @@ def write(path: Path, into: Path | None = None) -> None:
     peers = ", ".join(f"{name} {version}" for name, version in run.get("peers", {}).items())
     about = (
         f"{results.cells} cells; {results.skipped} more that a method cannot spend, {sum(results.failures.values())} that failed. "
-        f"Peers: {peers}. Run: `{run.get('command', '')}` on {run.get('machine', '')}, "
-        f"torch {run.get('torch', '')}, {run.get('date', '')}."
+        f"Peers: {peers}. {_coverage(results)}Runs, each going on where the last one ended:\n\n"
+    )
+    about += "\n".join(
+        f"- `{one.get('command', '')}` on {one.get('machine', '')}, torch {one.get('torch', '')}, {one.get('date', '')}"
+        for one in results.headers
     )
     markdown = "\n\n".join(
         [
