@@ -1,4 +1,7 @@
-"""The one loop that executes plans: one combination into a preallocated buffer and one network call, over and over."""
+"""The one loop that executes plans: a combination and a network call, over and over.
+
+On the CPU a combination is written into a preallocated buffer, a pass a term; on CUDA it is one kernel.
+"""
 
 from __future__ import annotations
 
