@@ -12,10 +12,21 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdeflow"
 
 FLOORS = {
-    0: ["errors", "_version", "_math", "distributed", "solvers.tableaus", "recipes", "models.unet", "models.ema"],
+    0: [
+        "errors",
+        "_version",
+        "_math",
+        "distributed",
+        "kernel",
+        "solvers.tableaus",
+        "recipes",
+        "models.unet",
+        "models.ema",
+    ],
     1: ["process", "noise", "metrics", "_files", "data", "models", "runs", "instructions"],
-    2: ["denoiser", "images", "grid.laying", "grid.quantiles", "execution", "unroll", "plan_files"],
+    2: ["denoiser", "images", "grid.laying", "grid.quantiles", "combine", "unroll", "plan_files"],
     3: [
+        "execution",
         "targets",
         "guidance",
         "projection",
