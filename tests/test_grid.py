@@ -83,6 +83,7 @@ def test_spacings_are_those_of_the_literature() -> None:
     """N = 1000, ten steps, as published: DDIM's leading, Lin et al.'s trailing, improved DDPM's linspace, DDIM's quadratic."""
     assert entries(grid.leading(TABLE, 10)) == list(range(900, -1, -100))
     assert entries(grid.leading(TABLE, 10, offset=1)) == list(range(901, 0, -100))
+    assert entries(grid.leading(TABLE, 9, spare=1)) == list(range(900, 99, -100))  # DPM-Solver's, in diffusers
     assert entries(grid.trailing(TABLE, 10)) == list(range(999, 0, -100))
     assert entries(grid.linspace(TABLE, 10)) == list(range(999, -1, -111))
     # Measured in units of the table, quadratic has squares: 999 (k/9)^2.
@@ -152,6 +153,7 @@ def test_a_grid_has_a_whole_number_of_levels(name: str, n: object) -> None:
         ("karras", {"nsr_min": 3.0, "nsr_max": 2.0}, "nsr_min < nsr_max"),
         ("uniform_lam", {"nsr_min": 0.0}, "0 < nsr_min"),
         ("leading", {"offset": 500}, "offset"),
+        ("leading", {"spare": -1}, "spare"),
     ],
 )
 def test_bounds_that_make_no_sense_are_refused(name: str, wrong: dict[str, float], match: str) -> None:

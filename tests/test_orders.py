@@ -32,9 +32,10 @@ from sdeflow.instructions import Draw
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
+from sdeflow.sampling import solve
 from sdeflow.solvers.adams import ExponentialAdams
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.runge_kutta import Heun
+from sdeflow.solvers.runge_kutta import Clock, Euler, Heun, Midpoint, OpenRungeKutta, Ralston
 
 UNDER = ("vp", "edm", "rectified_flow", "cosine")
 ELSEWHERE = {
@@ -251,3 +252,34 @@ def test_a_grid_refined_where_it_matters_beats_a_uniform_one() -> None:
         return float((Heun().integrate(Reverse(Mixture(process)), x, times, None, finish=False).x - exact).norm())
 
     assert observed_order(error, (32, 64)) > 1.75
+
+
+@pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow"])
+@pytest.mark.parametrize(("kind", "order"), [(Euler, 1), (Midpoint, 2), (Ralston, 2)])
+def test_a_method_that_steps_to_zero_noise_itself_keeps_its_order(
+    kind: type[OpenRungeKutta], order: int, under: str
+) -> None:
+    process = PROCESSES[under]
+    target = Mixture(process)
+    clock: Clock = "nsr" if under == "edm" else "t"
+    top = 1.0 if under == "edm" else 0.9
+    x = torch.tensor([[1.0, -0.5], [0.2, 0.7], [-0.6, -1.1]], dtype=torch.float64)
+
+    def end(solver: OpenRungeKutta, n: int) -> torch.Tensor:
+        times = top * torch.arange(n, 0, -1, dtype=torch.float64) / n
+        solution = solve(target, solver=solver, grid=times, x=x, t=top)
+        assert solution.nfe == n * solver.tableau.stages
+        return solution.x
+
+    # The denoised prediction from any t_min would be off by more than these: the reference steps to zero noise as well.
+    exact = end(Midpoint(clock, to_zero=True), 8192)
+    errors = [float((end(kind(clock, to_zero=True), n) - exact).norm()) for n in (128, 256, 512)]
+    measured = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert all(abs(rate - order) < 0.15 for rate in measured), (errors, measured)
+
+
+def test_what_cannot_step_to_zero_noise_says_so() -> None:
+    with pytest.raises(ValueError, match="lam is infinite"):
+        Midpoint("lam", to_zero=True)
+    with pytest.raises(TypeError):
+        Heun("t", to_zero=True)  # type: ignore[call-arg]

@@ -35,20 +35,27 @@ def _table_of(process: Process, n: int, t_min: float | None, t_max: float | None
 
 
 def leading(
-    process: Process, n: int, *, offset: int = 0, t_min: float | None = None, t_max: float | None = None
+    process: Process,
+    n: int,
+    *,
+    offset: int = 0,
+    spare: int = 0,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> Tensor:
-    """Entries `j floor(N/n) + offset` of the table, counted from 0; never visits the last entry.
+    """Entries `j floor(N/m) + offset` of the table, counted from 0, `m = n + spare`: of these the upper `n`; never the last entry.
 
-    Source: DDIM (Song et al., 2020); Stable Diffusion takes an offset of 1.
+    Source: DDIM (Song et al., 2020); Stable Diffusion takes an offset of 1, the DPM-Solver schedulers of diffusers a spare level.
     """
     table, size = _table_of(process, n, t_min, t_max)
-    stride = size // n
-    if not 0 <= offset < max(stride, 2) or (n - 1) * stride + offset >= size:
+    stride = size // (n + spare) if n + spare > 0 else 0
+    if spare < 0 or stride < 1 or not 0 <= offset < max(stride, 2) or (n + spare - 1) * stride + offset >= size:
         raise GridError(
-            f"leading spacing with {n} of {size} entries takes an offset from 0 to "
-            f"{min(stride - 1, size - 1 - (n - 1) * stride)}; got {offset}"
+            f"leading spacing with {n} and {spare} spare levels on {size} entries takes an offset from 0 to "
+            f"{max(min(stride - 1, size - 1 - (n + spare - 1) * stride), 0)}, and spare levels from 0 to {size - n}; "
+            f"got offset={offset}"
         )
-    return table.time(torch.arange(n - 1, -1, -1) * stride + offset)
+    return table.time(torch.arange(n + spare - 1, spare - 1, -1) * stride + offset)
 
 
 def ddim_uniform(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:

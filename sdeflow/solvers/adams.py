@@ -42,12 +42,13 @@ class ExponentialAdams(GridSolver):
 
     - `p`: predictions that are interpolated, 1 to 6.
     - `frame`: what of them: `"x0"`, `"eps"`, `"v"` (the angle's velocity) or `"flow"` (`eps - x0`).
-    - `clock`: the variable of the polynomial: `"lam"`, `"nsr"`, `"angle"` (`atan nsr`), `"bounded_lam"` or `"t"`.
+    - `clock`: the variable of the polynomial: `"lam"`, `"nsr"`, `"angle"` (`atan nsr`), `"flow"`
+      (`sigma / (s + sigma)`), `"bounded_lam"` or `"t"`.
     - `corrector`: redo each step with the next prediction, one order higher at no cost (Adams-Bashforth-Moulton, PEC).
     - `start_up`: `"orders"`, `"corrected"` or `"singlestep"`, see the module.
     - `lower_final`: the last steps use fewer predictions, `min(p, steps left + 1)`.
     - `frame_scale`, `clock_scale`: the ratio of noise to signal about which the frames `"v"` and `"flow"` and the clocks
-      `"angle"` and `"bounded_lam"` turn, see `sdeflow.solvers.weights`; in units of the data.
+      `"angle"`, `"flow"` and `"bounded_lam"` turn, see `sdeflow.solvers.weights`; in units of the data.
 
     Cost: 1 call a step (with `start_up="singlestep"`, `p - 1` in the first `p - 2`). Order: `p`, with the corrector `p + 1`, but at
     most 2 with `start_up="orders"` (3 with the corrector), 3 with `"corrected"`, `p` with `"singlestep"`.

@@ -36,7 +36,10 @@ Clock = Literal["t", "nsr", "lam"]
 
 @dataclass(frozen=True)
 class RungeKutta(GridSolver):
-    """An explicit Runge-Kutta method on the probability-flow ODE; its subclasses name a tableau."""
+    """An explicit Runge-Kutta method on the probability-flow ODE; its subclasses name a tableau.
+
+    `clock` is the variable in which it steps, `"t"`, `"nsr"` or `"lam"`; None is the process's own choice.
+    """
 
     clock: Clock | None = None
 
@@ -112,7 +115,30 @@ def _between(reverse: Reverse, t: Level, t_next: Level, c: float, clock: str) ->
 
 
 @dataclass(frozen=True)
-class Euler(RungeKutta):
+class OpenRungeKutta(RungeKutta):
+    """A method without a stage at the end of a step, which therefore can step to zero noise itself.
+
+    With `to_zero` the last step, to `t = 0`, is one of its own, as flow matching integrates, and not the denoised prediction.
+    """
+
+    to_zero: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.to_zero and self.clock == "lam":
+            raise ValueError('to_zero=True steps to where lam is infinite: use clock="t" or clock="nsr"')
+
+    def calls(self, levels: int, *, finish: bool = True) -> int:
+        return self.tableau.stages * (levels - 1) + (self.tableau.stages if self.to_zero else 1) * int(finish)
+
+    def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
+        if not self.to_zero:
+            return super().finish(reverse, x, t, noise, state)
+        return self.step(reverse, x, t, reverse.level(0.0 * t.t), noise, state)[0]
+
+
+@dataclass(frozen=True)
+class Euler(OpenRungeKutta):
     r"""Euler's method: `x_next = x + h dx/dt`.
 
     Cost: 1 call a step. Order: 1. Source: Song et al. (2021); with `clock="nsr"` it is DDIM.
@@ -143,7 +169,7 @@ class Heun(RungeKutta):
 
 
 @dataclass(frozen=True)
-class Midpoint(RungeKutta):
+class Midpoint(OpenRungeKutta):
     r"""The explicit midpoint method: `x_next = x + h v(x + h/2 v(x, t), t + h/2)`.
 
     Cost: 2 calls a step. Order: 2. Source: Runge (1895); DPM-Solver-2 is its exponential relative.
@@ -156,7 +182,7 @@ class Midpoint(RungeKutta):
 
 
 @dataclass(frozen=True)
-class Ralston(RungeKutta):
+class Ralston(OpenRungeKutta):
     r"""Ralston's method: the second-order method of least error bound, `x_next = x + h/4 (v_1 + 3 v_2)`, `v_2` at `2/3`.
 
     Cost: 2 calls a step. Order: 2. Source: Ralston (1962).

@@ -40,12 +40,12 @@ from sdeflow.reverse import eps_of
 
 Frame = Literal["x0", "eps", "v", "flow"]
 """The function of the prediction that is interpolated."""
-NodeClock = Literal["lam", "nsr", "angle", "bounded_lam", "t"]
-"""The variable in which its polynomial is taken; `bounded_lam` is `log(s / sigma + 1 / c)`: `lam` at ratios of noise to signal far
-below the scale `c`, and finite at pure noise."""
+NodeClock = Literal["lam", "nsr", "angle", "flow", "bounded_lam", "t"]
+"""The variable in which its polynomial is taken; `flow` is `sigma / (c s + sigma)`, the time of rectified flow; `bounded_lam` is
+`log(s / sigma + 1 / c)`: `lam` at ratios of noise to signal far below the scale `c`, and finite at pure noise."""
 
 FRAMES: tuple[str, ...] = ("x0", "eps", "v", "flow")
-CLOCKS: tuple[str, ...] = ("lam", "nsr", "angle", "bounded_lam", "t")
+CLOCKS: tuple[str, ...] = ("lam", "nsr", "angle", "flow", "bounded_lam", "t")
 _POINTS = 32
 
 
@@ -99,7 +99,7 @@ def adams(
     """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`, the first of which takes what is left of the whole.
 
     `eta` adds the SDE's drift in the frame `x0`: the exponential then is of `(1 + eta^2) lam`. `scales` are those of
-    the frame and of the clocks `angle` and `bounded_lam`. Both levels need signal.
+    the frame and of the clocks `angle`, `flow` and `bounded_lam`. Both levels need signal.
     """
     h = t_next.lam - t.lam
     a, total = _whole(frame, t, t_next, h, 1.0 + eta * eta, scales[0])
@@ -160,6 +160,8 @@ def _reading(clock: str, t: Level, scale: float) -> Scalar:
         return t.lam
     if clock == "nsr":
         return t.nsr
+    if clock == "flow":
+        return t.sigma / (scale * t.s + t.sigma)
     if clock == "bounded_lam":
         return _math.log(t.s / t.sigma + 1.0 / scale)
     if isinstance(t.s, Tensor):
@@ -173,6 +175,8 @@ def _readings(clock: str, lam: Tensor, scale: float) -> Tensor:
         return lam
     if clock == "bounded_lam":
         return torch.log(torch.exp(lam) + 1.0 / scale)
+    if clock == "flow":
+        return 1.0 / (1.0 + scale * torch.exp(lam))
     return torch.exp(-lam) if clock == "nsr" else torch.atan(torch.exp(-lam) / scale)
 
 

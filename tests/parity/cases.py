@@ -256,8 +256,7 @@ def _azula() -> Iterator[Case]:
             start = {"p": p, "start_up": "orders"}
             for kind, frame, clock in (("zAB", "eps", "nsr"), ("zEAB", "eps", "lam"), ("xEAB", "x0", "lam")):
                 yield _a(kind, "adams", {**start, "frame": frame, "clock": clock}, f"{process},{p}", **here, order=p)
-            if process == "flow":  # elsewhere its clock is sigma / (s + sigma), which is no clock of ours
-                yield _a("vAB", "adams", {**start, "frame": "flow", "clock": "t"}, f"{process},{p}", **here, order=p)
+            yield _a("vAB", "adams", {**start, "frame": "flow", "clock": "flow"}, f"{process},{p}", **here, order=p)
 
 
 def _ode() -> Iterator[Case]:
