@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from _accuracy_problems import NSR_TOP, CannotSpend, Method, Problem
+from _accuracy_problems import NSR_TOP, PROCESSES, CannotSpend, Method, Problem, betas
 from torch import Tensor
 
 import sdeflow
@@ -20,6 +21,7 @@ from sdeflow.noise import Noise
 from sdeflow.process import Process
 from sdeflow.solvers.adams import ExponentialAdams
 from sdeflow.solvers.base import Solver
+from sdeflow.solvers.unipc import UniPC
 from sdeflow.solvers.weights import CLOCKS, FRAMES
 
 FAMILY = "sdeflow"
@@ -32,6 +34,9 @@ SHAPED: dict[str, tuple[str, dict[str, float]]] = {
     "power_t rho=4": ("power_t", {"rho": 4.0}),
 }
 """Grids beside the registered ones, by a name of their own."""
+TABLED = ("leading", "trailing", "linspace", "quadratic")
+OF_TABLE = " of 1000 betas"
+"""Grids on the entries of a table, laid on the one that peers are given of the process."""
 LATE = " from nsr=1000"
 FROM_LATE = ("uniform_t", "simple", "uniform_sqrt_t", "uniform_lam", "karras rho=3")
 """Grids also laid from where the peers begin that know no infinite noise, with the exact state there, as they have it."""
@@ -50,7 +55,11 @@ CORE = (
     *(name + LATE for name in FROM_LATE),
 )
 """What stochastic solvers are laid on; registered deterministic ones are on every grid."""
-FEW = ("auto", "uniform_sqrt_t", "uniform_lam", "dense_lam", "uniform_angle", "karras", "uniform_cosine")
+FEW = (
+    *("auto", "uniform_t", "sgm_uniform", "uniform_sqrt_t", "uniform_lam", "dense_lam"),
+    *("uniform_angle", "karras", "uniform_cosine"),
+    *("leading" + OF_TABLE, "leading, one spare," + OF_TABLE, "trailing" + OF_TABLE),
+)
 """What variants are laid on."""
 
 
@@ -66,7 +75,16 @@ def grid_functions() -> dict[str, grid.GridFunction]:
     for name in FROM_LATE:
         if name in out:
             out[name + LATE] = partial(_late, lay=out[name])
+    for name in TABLED:
+        out[name + OF_TABLE] = partial(_of_table, lay=registry.grid_function(name))
+    out["leading, one spare," + OF_TABLE] = partial(_of_table, lay=partial(grid.leading, spare=1))
     return out
+
+
+def _of_table(process: Process, n: int, *, lay: grid.GridFunction) -> Tensor:
+    name = next(name for name in PROCESSES if registry.process(name) == process)
+    table = Process.from_betas(torch.from_numpy(betas(name)))
+    return process.t_of_nsr(table.nsr(lay(table, n)))
 
 
 def _late(process: Process, n: int, *, lay: grid.GridFunction) -> Tensor:
@@ -139,6 +157,7 @@ def _laid(process: str, name: str, levels: int) -> Tensor:
 def solvers() -> dict[str, Solver]:
     """Every registered solver that takes a grid, and variants; each once, under its first name."""
     named: dict[str, Callable[[], Solver]] = {}
+    more: dict[str, Any]
     for entry in registry.SOLVERS.values():
         if entry.kind.__module__.endswith(".external") or entry.name == "auto":
             continue  # other libraries' own, measured as theirs; and what chooses among these
@@ -150,14 +169,25 @@ def solvers() -> dict[str, Solver]:
         if "clock" in fields:
             for clock in ("t", "lam", "nsr", "angle"):
                 named[f"{entry.name} clock={clock}"] = partial(entry.make, clock=clock)
+        if "to_zero" in fields:
+            for clock in ("t", "nsr"):
+                named[f"{entry.name} clock={clock} to zero"] = partial(entry.make, clock=clock, to_zero=True)
     for frame, clock, p, corrector in itertools.product(FRAMES, CLOCKS, (1, 2, 3, 4), (False, True)):
         if p == 1 and not corrector and clock != "lam":
             continue  # one prediction: no polynomial, no clock
         label = f"adams{p} {frame} {clock}" + (" corrected" if corrector else "")
         named[label] = partial(ExponentialAdams, p=p, frame=frame, clock=clock, corrector=corrector)
+    for frame, clock, p in itertools.product(FRAMES, ("lam", "nsr", "angle", "flow", "t"), (2, 3, 4)):
+        label = f"adams{p} {frame} {clock} by orders"
+        more = {"p": p, "frame": frame, "clock": clock, "start_up": "orders"}
+        named[label] = partial(ExponentialAdams, **more)
+        named[label + " lower_final"] = partial(ExponentialAdams, **more, lower_final=True)
+    for p, variant, frame, lower in itertools.product((1, 2, 3), ("bh1", "bh2"), ("x0", "eps"), (False, True)):
+        label = f"unipc_{p} {variant} {frame}" + (" lower_final" if lower else "")
+        named[label] = partial(UniPC, p=p, variant=variant, frame=frame, lower_final=lower)
     for frame, clock in (("x0", "lam"), ("v", "angle"), ("eps", "nsr"), ("eps", "t")):
         for p in (3, 4):
-            more: dict[str, Any] = {"p": p, "frame": frame, "clock": clock}
+            more = {"p": p, "frame": frame, "clock": clock}
             named[f"adams{p} {frame} {clock} singlestep"] = partial(ExponentialAdams, **more, start_up="singlestep")
             named[f"adams{p} {frame} {clock} lower_final"] = partial(ExponentialAdams, **more, lower_final=True)
     out: dict[str, Solver] = {}
@@ -204,6 +234,10 @@ def _run(problem: Problem, nfe: int, *, solver: Solver, lay: str) -> Tensor:
     start = problem.start
     if lay.endswith(LATE):
         start = problem.ratio_start * problem.level(float(times[0])).s
+    elif float(times[0]) < problem.process.t_max:
+        # Spacings that begin below the top take the start as it is, of unit variance.
+        first, top = problem.level(float(times[0])), problem.level(problem.process.t_max)
+        start = start * (math.hypot(first.s, first.sigma) / math.hypot(top.s, top.sigma))
     noise: Any = Draws(problem.start) if solver.stochastic else "seeded"
     return sdeflow.solve(
         problem.target, problem.process, solver=solver, grid=times, x=start, t=float(times[0]), noise=noise
@@ -242,7 +276,8 @@ def catalogue(process_name: str) -> tuple[list[Method], dict[str, str]]:
     for name, solver in solvers().items():
         if solver.adaptive:
             continue
-        some = CORE if solver.stochastic else usable if name in registry.SOLVERS else FEW
+        everywhere = name in registry.SOLVERS or name.endswith(" to zero")
+        some = CORE if solver.stochastic else usable if everywhere else FEW
         for lay in [lay for lay in some if lay in usable]:
             out.append(Method(FAMILY, name, lay, partial(_run, solver=solver, lay=lay), stochastic=solver.stochastic))
     return out, refused

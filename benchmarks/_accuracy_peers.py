@@ -23,12 +23,11 @@ from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
-from _accuracy_problems import CannotSpend, Method, Problem
+from _accuracy_problems import CannotSpend, Method, Problem, betas
 from torch import Tensor
 
-from sdeflow import grid, registry
+from sdeflow import grid
 
 GRIDS: dict[str, grid.GridFunction] = {
     "uniform_t": grid.uniform_t,
@@ -217,17 +216,6 @@ def _k_diffusion(process: str) -> list[Method]:
 # ------------------------------------------------------------------------------------------------------------ diffusers
 
 
-def _betas(process: str) -> np.ndarray:
-    """The table of 1000 betas whose levels are those of the process: even in its time, or in log noise for EDM."""
-    path = registry.process(process)
-    t = torch.linspace(path.t_min, path.t_max, 1000, dtype=torch.float64)
-    if process == "edm":
-        t = torch.exp(torch.linspace(math.log(path.t_min), math.log(path.t_max), 1000, dtype=torch.float64))
-    nsr = path.nsr(t).clamp_max(1e3).numpy()
-    signal = 1.0 / (1.0 + nsr**2)
-    return 1.0 - signal / np.concatenate([[1.0], signal[:-1]])
-
-
 def _level_of(scheduler: Any, t: Tensor, frame: str) -> float:
     """The scheduler's own noise level at the step it is about to make, as `nsr`."""
     if hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index"):
@@ -261,7 +249,7 @@ def _d_run(
     given = dict(options)
     accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
     if frame != "flow" and "trained_betas" in accepted and name != "IPNDMScheduler":
-        given["trained_betas"] = _betas(problem.process_name)
+        given["trained_betas"] = betas(problem.process_name)
     if name.startswith("EDM"):
         given |= {"sigma_min": problem.nsr_min, "sigma_max": problem.nsr_top}
     prediction = {"sample": "sample", "flow": "flow_prediction"}.get(output)

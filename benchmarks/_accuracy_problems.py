@@ -21,6 +21,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -291,7 +292,6 @@ def follow(exact: Mixture, z: Tensor, stops: Sequence[float], rtol: float) -> di
     """The exact flow of pure noise `z`, at each of the noise levels `stops`, from high to low."""
     if isinstance(exact, Spectrum):
         return {nsr: exact.flow(z, nsr) for nsr in stops}
-    import numpy as np
     from scipy.integrate import DOP853
 
     def right(w: float, flat: np.ndarray) -> np.ndarray:
@@ -522,3 +522,14 @@ def methods_by_key(methods: Sequence[Method]) -> dict[tuple[str, str, str], Meth
         twice = [m.key for m in methods if m.key in seen or seen.add(m.key)]  # type: ignore[func-returns-value]
         raise ValueError(f"two methods under one name: {twice[:3]}")
     return out
+
+
+def betas(process: str) -> np.ndarray:
+    """The table of 1000 betas whose levels are those of the process: even in its time, or in log noise for EDM."""
+    path = registry.process(process)
+    t = torch.linspace(path.t_min, path.t_max, 1000, dtype=torch.float64)
+    if process == "edm":
+        t = torch.exp(torch.linspace(math.log(path.t_min), math.log(path.t_max), 1000, dtype=torch.float64))
+    nsr = path.nsr(t).clamp_max(1e3).numpy()
+    signal = 1.0 / (1.0 + nsr**2)
+    return 1.0 - signal / np.concatenate([[1.0], signal[:-1]])
