@@ -134,6 +134,19 @@ def test_memory_is_channels_last_and_bf16_is_near() -> None:
     assert (half - y).norm() / y.norm() < 0.03
 
 
+def test_it_runs_in_half_precision_with_angles_that_are_not() -> None:
+    x, time, label = batch()
+    network = unet().eval()
+    with torch.no_grad():
+        whole = network(x, time, label)
+        half = network.bfloat16()(x.bfloat16(), time, label)
+        # A change of the noise level that bfloat16 would round away (2^-10 of a level near 1), and must not be lost.
+        near, far = (network(x.bfloat16(), torch.tensor(t), label) for t in (1.0, 1.0 + 2.0**-9))
+    assert half.dtype == torch.bfloat16
+    assert float((half.float() - whole).norm() / whole.norm()) < 0.03
+    assert not torch.equal(near, far)
+
+
 def test_dropout_acts_in_training_only() -> None:
     x, time, label = batch()
     network = unet(replace(TINY, dropout=0.5))

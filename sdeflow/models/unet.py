@@ -121,9 +121,8 @@ class AdaptiveNorm(nn.Module):
             return self._by_channel(x, weight, bias)
         if scale is None:
             return F.group_norm(x, self.groups, weight, bias, self.eps)
-        return torch.addcmul(
-            bias[:, :, None, None], F.group_norm(x, self.groups, eps=self.eps), weight[:, :, None, None]
-        )
+        y = F.group_norm(x, self.groups, eps=self.eps)
+        return torch.addcmul(bias[:, :, None, None].to(y.dtype), y, weight[:, :, None, None].to(y.dtype))
 
     def _by_channel(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         b, c = x.shape[:2]
@@ -204,15 +203,10 @@ class UNet(nn.Module):
     Raises `ValueError` if a label reaches an unconditional network or the image cannot be halved often enough.
     """
 
-    frequencies: Tensor
-
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        half = config.embedding // 2
-        # Angular frequencies from 1/2 to 32 over log(nsr)/4, which spans about 2.6: every scale of that axis that matters.
-        self.register_buffer("frequencies", torch.logspace(-1, 5, half, base=2.0), persistent=False)
-        self.embed0 = nn.Linear(2 * half, config.embedding)
+        self.embed0 = nn.Linear(2 * (config.embedding // 2), config.embedding)
         self.embed1 = nn.Linear(config.embedding, config.embedding)
         self.label = nn.Embedding(config.num_classes + 1, config.embedding) if config.num_classes else None
 
@@ -254,7 +248,7 @@ class UNet(nn.Module):
                 f"UNet takes [B, {self.config.in_channels}, H, W] with H and W multiples of {self.config.stride}, "
                 f"got {tuple(x.shape)}"
             )
-        embedding = self._embed(x.shape[0], time, label)
+        embedding = self._embed(time, label)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for block in self.encoder:
@@ -266,10 +260,17 @@ class UNet(nn.Module):
             x = block(x if block.resample == "up" else torch.cat([x, skips.pop()], dim=1), embedding)
         return self.head(F.silu(self.norm(x)))
 
-    def _embed(self, batch: int, time: Tensor, label: Tensor | int | None) -> Tensor:
-        angles = time.float().reshape(-1, 1) * self.frequencies
-        embedding = F.silu(self.embed0(torch.cat([angles.cos(), angles.sin()], dim=1)))
-        embedding = self.embed1(embedding)
+    def _embed(self, time: Tensor, label: Tensor | int | None) -> Tensor:
+        """The embedding of noise level and class, a row a sample, or one row where all share them."""
+        if time.ndim and time.stride(0) == 0:  # expanded: one level for all
+            time = time[:1]
+        # Angular frequencies from 1/2 to 32 over log(nsr)/4, which spans about 2.6: every scale of that axis that matters. In
+        # float32 whatever the weights are in: in bfloat16 the angles would be off by a tenth of a turn.
+        half = self.config.embedding // 2
+        frequencies = torch.exp2(torch.linspace(-1.0, 5.0, half, device=time.device))
+        angles = time.float().reshape(-1, 1) * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.embed0.weight.dtype)
+        embedding = self.embed1(F.silu(self.embed0(waves)))
         if self.label is not None:
             # A 0-d time gives one row, which broadcasts over the labels.
             label = self.config.num_classes if label is None else label
@@ -277,7 +278,7 @@ class UNet(nn.Module):
             embedding = embedding + self.label(index)
         elif label is not None:
             raise ValueError("this UNet is unconditional (num_classes=0) and takes no label; leave label out")
-        return F.silu(embedding).expand(batch, -1)
+        return F.silu(embedding)
 
 
 def _zeroed(module: Layer) -> Layer:
