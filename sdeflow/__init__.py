@@ -8,6 +8,7 @@ images = sdeflow.sample(model, nfe=35, n=4, seeds=0)
 from sdeflow import grid
 from sdeflow._version import __version__
 from sdeflow.capture import CapturedSolve
+from sdeflow.compiled import CompileWarning
 from sdeflow.denoiser import Denoiser, Preconditioned, Prediction
 from sdeflow.errors import (
     BudgetError,
@@ -15,6 +16,7 @@ from sdeflow.errors import (
     GridError,
     MissingExtraError,
     NonFiniteError,
+    OutOfMemoryError,
     SdeflowError,
     SolverError,
     UnknownNameError,
@@ -79,6 +81,7 @@ __all__ = [
     "CheckpointError",
     "Churn",
     "Clip",
+    "CompileWarning",
     "Cosine",
     "DEISRungeKutta",
     "DPMAdaptive",
@@ -104,6 +107,7 @@ __all__ = [
     "MissingExtraError",
     "Noise",
     "NonFiniteError",
+    "OutOfMemoryError",
     "Plan",
     "PlanReport",
     "Preconditioned",

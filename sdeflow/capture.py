@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sdeflow._memory import out_of_memory
 from sdeflow.denoiser import Denoiser
 from sdeflow.errors import SolverError
-from sdeflow.instructions import Draw
+from sdeflow.instructions import Call, Draw
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan
 from sdeflow.reverse import Reverse
+
+
+class Replay(NamedTuple):
+    """What a replay leaves, in tensors of the caller's own: nothing here has waited for the device."""
+
+    x: Tensor
+    trajectory: Tensor | None
+    """The state at every level and the result, `[levels, B, *shape]`, where the plan records it."""
+    x0s: Tensor | None
+    """The prediction of each call, `[nfe, B, *shape]`, where it was asked for."""
+    finite: Tensor
+    """Whether all of `x` is finite: one truth value on the device."""
 
 
 class CapturedSolve:
@@ -24,26 +38,55 @@ class CapturedSolve:
         samples = solve(x)                       # or solve(x, noise), where the plan draws
 
     `x` (`[B, *shape]`, on the device) gives shape and dtype; `condition` is fixed at the capture, and its tensors are read anew
-    at each replay, so that new values can be copied into them. A replay is bit for bit what `plan.execute` gives with the same
-    start and noise. Draws are made before the replay, into buffers of their own, since they come from generators on the CPU.
+    at each replay: copy new values into them, or pass `condition=` to have them copied. A replay is bit for bit what
+    `plan.execute` gives with the same start and noise. Draws are made before the replay, into buffers of their own, since they
+    come from generators on the CPU. A plan traced with `record=True` keeps its trajectory, and `x0s=True` the prediction at each
+    call, in buffers of the graph: `replay` returns them. Threads may share it; they take turns.
 
-    The network must be capturable: static shapes, no wait for the device, no memory of its own allocated on the CPU.
+    The network must be capturable: static shapes, no wait for the device, no memory of its own allocated on the CPU. Numbers that
+    it reads from Python are those of the capture.
 
-    Memory: the network's, the plan's `buffers`, and one state a draw. Errors: `SolverError` without CUDA, for a plan through
-    which gradients flow, or where the network cannot be captured (with the reason).
+    Memory: the network's, the plan's `buffers`, one state a draw, and one for each state or prediction kept; `bytes` is what the
+    graph reserves. Errors: `SolverError` without CUDA, for a plan through which gradients flow, or where the network cannot be
+    captured (with the reason); `torch.OutOfMemoryError` as it is.
     """
 
-    def __init__(self, plan: Plan, denoiser: Denoiser, x: Tensor, condition: Mapping[str, Any] | None = None):
-        if not x.is_cuda:
-            raise SolverError(f"a CUDA graph needs a state on a CUDA device; this one is on {x.device}")
-        if plan.differentiable:
-            raise SolverError("gradients flow through this plan's numbers: execute it instead of capturing it")
+    def __init__(
+        self,
+        plan: Plan,
+        denoiser: Denoiser,
+        x: Tensor,
+        condition: Mapping[str, Any] | None = None,
+        *,
+        x0s: bool = False,
+    ):
+        reason = self.refusal(x.device, plan)
+        if reason is not None:
+            raise SolverError(reason)
         self.plan = plan
-        self._x = x.clone()
-        self._drawn = _Drawn(plan, x)
-        reverse = Reverse(denoiser, condition)
+        self.condition = dict(condition or {})
+        self.bytes = 0
+        self._x0s: list[Tensor] | None = [] if x0s else None
+        self._turn = threading.Lock()
+        with torch.inference_mode(False), torch.no_grad():  # its buffers are written again, in inference mode or not
+            self._x = x.clone()
+            self._drawn = _Drawn(plan, x)
+            self._capture(Reverse(denoiser, self.condition))
+
+    @classmethod
+    def refusal(cls, device: torch.device, plan: Plan | None = None) -> str | None:
+        """Why nothing, or not this plan, can be captured on a device, whatever the network; None where it can."""
+        if device.type != "cuda":
+            return f"a CUDA graph needs a state on a CUDA device; this one is on {device}"
+        if plan is not None and plan.differentiable:
+            return "gradients flow through this plan's numbers: execute it instead of capturing it"
+        return None
+
+    def _capture(self, reverse: Reverse) -> None:
+        device = self._x.device
         try:
-            with torch.no_grad(), torch.cuda.device(x.device):
+            # A capture that fails may leave its stream current: the one out here comes back in any case.
+            with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):  # off the graph first, so that every kernel is loaded and chosen,
@@ -52,32 +95,102 @@ class CapturedSolve:
                         self._run(reverse)
                 torch.cuda.current_stream().wait_stream(side)
                 networks = reverse.calls(
-                    plan.times, self._x
+                    self.plan.times, self._x
                 )  # their numbers are on the device before the capture begins
+                if self._x0s is not None:
+                    self._x0s.clear()
+                torch.clear_autocast_cache()  # weights that autocast has cast are not the graph's to read
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                reserved = torch.cuda.memory_reserved(device)
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self._result = self._run(reverse, networks)
+                # What other threads do with the device meanwhile is no business of this capture.
+                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                    self._result, recorded = self._run(reverse, networks)
+                    self._finite = torch.isfinite(self._result).all()
+                self.bytes = max(torch.cuda.memory_reserved(device) - reserved, 0)
+                self._done = torch.cuda.Event()
         except RuntimeError as error:
+            spent = _spent(error)
+            if spent is not None:
+                raise spent from None
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise SolverError(
-                f"this network cannot be captured in a CUDA graph ({str(error).splitlines()[0]}): it must have static shapes "
-                "and may not wait for the device. plan.execute runs it without a capture"
+                f"this network cannot be captured in a CUDA graph ({why}): it must have static shapes and may not wait for the "
+                "device. plan.execute runs it without a capture"
             ) from error
+        finally:
+            torch.clear_autocast_cache()  # of what lies in the graph's memory
+        self._states = [*recorded, self._result] if recorded and self.plan.finished else recorded
         # What the graph reads must live as long as it does.
         self._held = (reverse, networks)
 
-    def _run(self, reverse: Reverse, networks: Any = None) -> Tensor:
+    def _run(self, reverse: Reverse, networks: Any = None) -> tuple[Tensor, list[Tensor]]:
         self._drawn.rewind()
-        return self.plan.execute(reverse, self._x, self._drawn, networks=networks)[0]
+        if self._x0s is not None:
+            self._x0s.clear()
+        watch = None if self._x0s is None else self._keep
+        return self.plan.execute(reverse, self._x, self._drawn, watch, networks)
 
-    def __call__(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+    def _keep(self, number: int, call: Call, x: Tensor, x0: Tensor) -> None:
+        assert self._x0s is not None
+        self._x0s.append(x0.clone())
+
+    def __call__(self, x: Tensor, noise: Noise | None = None, condition: Mapping[str, Any] | None = None) -> Tensor:
         """The result for the start `x`, a tensor of its own."""
+        return self.replay(x, noise, condition).x
+
+    def replay(self, x: Tensor, noise: Noise | None = None, condition: Mapping[str, Any] | None = None) -> Replay:
+        """All that a replay leaves, for the start `x`; the tensors of `condition` are copied into those of the capture."""
         if x.shape != self._x.shape:
             raise ValueError(f"captured for states of shape {tuple(self._x.shape)}; got {tuple(x.shape)}")
-        self._drawn.fill(noise)
-        self._x.copy_(x)
+        with torch.no_grad(), self._in_turn():
+            self._drawn.fill(noise)
+            self._x.copy_(x, non_blocking=True)
+            for name, value in (condition or {}).items():
+                self._set_condition(name, value)
+            self._replay()
+            return Replay(
+                self._result.clone(),
+                torch.stack(self._states) if self._states else None,
+                torch.stack(self._x0s) if self._x0s else None,
+                self._finite.clone(),
+            )
+
+    def _set_condition(self, name: str, value: Any) -> None:
+        held = self.condition.get(name)
+        if not isinstance(held, Tensor):
+            if name not in self.condition or isinstance(value, Tensor) or held != value:
+                raise ValueError(f"the condition {name!r} is fixed at the capture, as {held!r}; got another value")
+        elif not isinstance(value, Tensor) or value.shape != held.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"the condition {name!r} was captured with shape {tuple(held.shape)}; got {got}")
+        elif held is not value:
+            held.copy_(value, non_blocking=True)
+
+    def _replay(self) -> None:
         self._graph.replay()
-        return self._result.clone()
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """One replay after the other, from whatever thread or stream, since they share their buffers."""
+        with self._turn, torch.cuda.device(self._x.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
+
+_CAPTURING = threading.RLock()  # CUDA graphs are captured one at a time in a process
+
+
+def _spent(error: BaseException | None) -> BaseException | None:
+    """The error of spent memory behind another, as which the end of a broken capture hides it."""
+    while error is not None and not out_of_memory(error):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager
@@ -108,7 +221,10 @@ class _Drawn(Noise):
             raise SolverError("this plan draws noise: give it a source of noise, solve(x, noise)")
         for draw, buffer in zip(self._draws, self._buffers, strict=True):
             assert noise is not None
-            buffer.copy_(noise.draw(draw.nsr, draw.nsr_next))
+            if noise.in_place:
+                noise.draw(draw.nsr, draw.nsr_next, out=buffer)
+            else:
+                buffer.copy_(noise.draw(draw.nsr, draw.nsr_next))
 
     def start(self) -> Tensor:
         raise SolverError("the start of a captured solve is given")

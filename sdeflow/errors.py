@@ -41,6 +41,10 @@ class NonFiniteError(SdeflowError, ArithmeticError):
     finished: Any = None
 
 
+class OutOfMemoryError(SolverError, MemoryError):
+    """A batch that does not fit into memory, on whatever device; `finished` is that of `SolverError`."""
+
+
 class CheckpointError(SdeflowError, ValueError):
     """A checkpoint that is missing, corrupt, or could not be written."""
 

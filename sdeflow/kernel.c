@@ -5,7 +5,7 @@
    Each element is ((c0 x0 + c1 x1) + c2 x2) + ..., rounded after every operation (compile with -ffp-contract=off), so that
    its bits depend neither on its place, nor on the number of threads, nor on the width of the machine's vectors. */
 
-#define BLOCK 2048 /* elements: those of all operands fit in the nearest caches of a core */
+#define BLOCK 4096 /* elements: those of all operands fit in the nearest caches of a core */
 #define WIDEST 8   /* terms in one loop; more take another */
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)

@@ -11,6 +11,7 @@ from sdeflow import grid
 from sdeflow.capture import CapturedSolve
 from sdeflow.denoiser import Prediction
 from sdeflow.errors import SolverError
+from sdeflow.instructions import Call
 from sdeflow.noise import SeededNoise
 from sdeflow.process import VP
 from sdeflow.reverse import Reverse
@@ -35,6 +36,39 @@ def test_a_capture_needs_a_device() -> None:
     plan = GRID_SOLVERS["heun"].plan(VP(), grid.uniform_t(VP(), 4))
     with pytest.raises(SolverError, match="CUDA"):
         CapturedSolve(plan, Prediction(lambda x, t: x, "x0", VP()), torch.zeros(2, *SHAPE))
+
+
+def test_what_speaks_against_a_capture_is_known_before() -> None:
+    times = grid.uniform_t(VP(), 4)
+    plan = GRID_SOLVERS["heun"].plan(VP(), times)
+    moving = GRID_SOLVERS["heun"].plan(VP(), times.clone().requires_grad_())
+    assert CapturedSolve.refusal(torch.device("cuda"), plan) is None
+    assert "on cpu" in (CapturedSolve.refusal(torch.device("cpu")) or "")
+    assert "gradients" in (CapturedSolve.refusal(torch.device("cuda"), moving) or "")
+
+
+@pytest.mark.cuda
+def test_what_is_kept_on_the_way_is_what_the_loop_keeps() -> None:
+    denoiser = Prediction(Convolution().cuda().eval().requires_grad_(False), "x0", VP())
+    plan = GRID_SOLVERS["ddpm"].plan(VP(), grid.uniform_sqrt_t(VP(), 7), record=True)
+    starts = [SeededNoise(range(seed, seed + 4), SHAPE, device="cuda") for seed in range(3)]
+    solve = CapturedSolve(plan, denoiser, starts[0].start(), x0s=True)
+    for seed, noise in enumerate(starts):
+        replay = solve.replay(noise.start(), noise)
+        seen: list[Tensor] = []
+        again = SeededNoise(range(seed, seed + 4), SHAPE, device="cuda")
+
+        def keep(k: int, call: Call, x: Tensor, x0: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(x0.clone())
+
+        with torch.no_grad():
+            x, recorded = plan.execute(Reverse(denoiser), again.start(), again, keep)
+        assert torch.equal(replay.x, x)
+        assert replay.trajectory is not None
+        assert torch.equal(replay.trajectory, torch.stack([*recorded, x]))
+        assert replay.x0s is not None
+        assert torch.equal(replay.x0s, torch.stack(seen))
+        assert bool(replay.finite)
 
 
 @pytest.mark.cuda
