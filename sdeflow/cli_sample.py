@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sdeflow import images, registry
 from sdeflow._files import check_writable
+from sdeflow.compiled import CompileWarning
 from sdeflow.errors import unknown
 from sdeflow.models.checkpoint import Pretrained, load
 from sdeflow.sampling import check_device, solve
@@ -77,11 +79,15 @@ def sample(
         typer.Option(help="Write the predictions of x0 over time here too, as GIF.", rich_help_panel=MACHINE),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="At most so many at a time.", min=1, rich_help_panel=MACHINE)
+        str | None,
+        typer.Option(help="At most so many at a time; auto: what fits into memory.", rich_help_panel=MACHINE),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", rich_help_panel=MACHINE)
     ] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run each batch as one CUDA graph.", rich_help_panel=MACHINE)
+    ] = False,
     half: Annotated[bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)
@@ -91,17 +97,20 @@ def sample(
     for picture_path in (out, gif):
         if picture_path is not None:
             check_writable(picture_path, "picture")
-    method = _solver(solver, rtol)
+    method, size = pick_solver(solver, rtol), pick_batch_size(batch_size)
     along = None if process is None else registry.process(process)
     place = pick_device(device)
     denoiser = load(model, place, torch.bfloat16 if half else torch.float32)
     labels, names, columns = _classes(classes, n, denoiser)
     if not quiet:
         typer.echo(f"{model}: {n} pictures of {'x'.join(map(str, denoiser.shape or ()))} on {place}", err=True)
-    solution = solve(
-        denoiser, along, solver=method, nfe=nfe, grid=grid, n=n, seeds=seed, noise=noise,  # type: ignore[arg-type]
-        condition=None if labels is None else {"label": labels}, batch_size=batch_size, progress=not quiet, x0s=gif is not None,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompileWarning)  # the summary says it
+        solution = solve(
+            denoiser, along, solver=method, nfe=nfe, grid=grid, n=n, seeds=seed, noise=noise,  # type: ignore[arg-type]
+            condition=None if labels is None else {"label": labels}, batch_size=size, compile=compile,
+            progress=not quiet, x0s=gif is not None,
+        )  # fmt: skip
     picture = images.grid(solution.x.cpu(), columns, labels=names, caption=_caption(solution))
     images.save_png(out, picture, facts=_facts(solution, model, denoiser))
     if gif is not None:
@@ -121,13 +130,23 @@ def pick_device(name: str) -> torch.device:
     return check_device(name)
 
 
-def _solver(name: str, rtol: float | None) -> Solver:
+def pick_solver(name: str, rtol: float | None) -> Solver:
+    """The solver of a name, with a tolerance where one is given; `ValueError` for one that takes none."""
     method = registry.solver(name)
     if rtol is None:
         return method
     if not isinstance(method, PerSample):
         raise ValueError(f"--rtol is the tolerance of an adaptive solver, such as rk45; {name} takes --nfe")
     return replace(method, rtol=rtol, atol=rtol)
+
+
+def pick_batch_size(text: str | None) -> int | Literal["auto"] | None:
+    """The batch size that an option means; `ValueError` for what is none."""
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch-size is a whole number, at least 1, or auto; got {text!r}")
+    return int(text)
 
 
 def _classes(classes: str | None, n: int, denoiser: Pretrained) -> tuple[Tensor | None, list[str] | None, int | None]:

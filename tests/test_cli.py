@@ -137,6 +137,17 @@ def test_classes_solver_process_grid_and_tolerance_are_honoured(tiny: Path, tmp_
     assert "rtol=0.01, atol=0.01" in read_facts(tmp_path / "samples.png")["solver"]
 
 
+def test_what_fits_and_graphs_are_options(tiny: Path, tmp_path: Path) -> None:
+    plain, auto = (
+        run("sample", "--model", str(tiny), "--n", "3", "--nfe", "3", "--out", out, *options, cwd=tmp_path)
+        for out, options in (("a.png", []), ("b.png", ["--batch-size", "auto", "--compile", "--device", "cpu"]))
+    )
+    assert (plain.returncode, auto.returncode) == (0, 0), auto.stderr
+    assert "compiled no: a CUDA graph needs a state on a CUDA device" in auto.stdout  # said once, and no warning
+    assert "Warning" not in auto.stderr
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
@@ -151,6 +162,7 @@ def test_classes_solver_process_grid_and_tolerance_are_honoured(tiny: Path, tmp_
         (["--device", "nothing"], 2, "no device 'nothing'"),
         (["--noise", "pink"], 2, "brownian"),
         (["--n", "0"], 2, "--n"),
+        (["--batch-size", "many"], 2, "--batch-size is a whole number, at least 1, or auto; got 'many'"),
         (["--out", "missing.txt/a.png"], 1, "missing.txt"),
         (["--model", "nowhere.safetensors"], 1, "no checkpoint 'nowhere.safetensors'"),
         (["--model", "broken.safetensors"], 1, "damaged"),
