@@ -265,7 +265,7 @@ class UNet(nn.Module):
         if time.ndim and time.stride(0) == 0:  # expanded: one level for all
             time = time[:1]
         # Angular frequencies from 1/2 to 32 over log(nsr)/4, which spans about 2.6: every scale of that axis that matters. In
-        # float32 whatever the weights are in: in bfloat16 the angles would be off by a tenth of a turn.
+        # float32 whatever the weights are in: in bfloat16 the angles would be off by a tenth of a radian and more.
         half = self.config.embedding // 2
         frequencies = torch.exp2(torch.linspace(-1.0, 5.0, half, device=time.device))
         angles = time.float().reshape(-1, 1) * frequencies
