@@ -27,7 +27,8 @@ def way(x: Tensor) -> Way:
         return with_gradients
     if x.is_cuda:
         return fused if _cuda_kernel(2) else by_passes
-    return compiled if x.device.type == "cpu" and cpu_kernel(x.dtype) else by_passes
+    # Fake tensors, which trace programs, have no memory for a kernel to read.
+    return compiled if x.device.type == "cpu" and type(x) is Tensor and cpu_kernel(x.dtype) else by_passes
 
 
 def _buffer(register: int, owned: Owned, like: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def compiled(run: Sequence[Combine], held: Held, owned: Owned, like: Tensor) -> 
     shape, stride, dtype = out.shape, out.stride(), out.dtype
     for _, operands, _ in work:
         for x in operands:
-            if x.stride() != stride or x.shape != shape or x.dtype != dtype or x.is_neg():
+            if type(x) is not Tensor or x.stride() != stride or x.shape != shape or x.dtype != dtype or x.is_neg():
                 return by_passes(run, held, owned, like)
     kernel(work, out.numel())
     for register, buffer in now.items():

@@ -115,6 +115,14 @@ def test_a_solve_is_the_same_by_passes(name: str, monkeypatch: pytest.MonkeyPatc
     assert torch.allclose(compiled, end(), rtol=1e-12, atol=1e-12)
 
 
+@needs_kernel
+def test_tensors_without_memory_are_left_to_torch() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with torch.no_grad(), FakeTensorMode():
+        assert combine.way(torch.empty(2, 3)) is combine.by_passes
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Forget which kernels there are, before and after."""

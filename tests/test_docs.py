@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -230,6 +231,19 @@ def test_tables_have_as_many_cells_in_every_row(hooks: ModuleType) -> None:
     for shown in (hooks.solvers(), hooks.grids(), hooks.processes(), hooks.errors()):
         cells = {len(re.findall(r"(?<!\\)\|", line)) for line in shown.splitlines()}
         assert len(cells) == 1, shown
+
+
+def test_readme_says_of_accuracy_what_the_results_say() -> None:
+    said = re.search(
+        r"in (\d+) of (\d+) cells by the median over samples, and in (\d+) by", (ROOT / "README.md").read_text()
+    )
+    cells = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())["cells"]
+    cells = [cell for cell in cells if 5 <= cell["nfe"] <= 50]
+    median, rms = (
+        [cell["ratio"] <= 1 for cell in cells if cell["measure"] == measure] for measure in ("median", "rms")
+    )
+    assert said is not None
+    assert [int(number) for number in said.groups()] == [sum(median), len(median), sum(rms)]
 
 
 def test_pages_show_what_the_registry_knows(hooks: ModuleType) -> None:
