@@ -62,6 +62,8 @@ class Mixture(Denoiser):
     `sdeflow.Empirical`, where all widths are the bandwidth. Its calls are counted.
     """
 
+    exact = True
+
     def __init__(
         self,
         weights: Tensor,

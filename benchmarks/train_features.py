@@ -52,7 +52,16 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--compile", action="store_true", help="torch.compile: some 40 seconds more to start, faster after"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(given)
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="bfloat16 (default: on a GPU; CPUs with AMX gain)",
+    )
+    options = parser.parse_args(given)
+    if options.bf16 is None:
+        options.bf16 = torch.device(options.device).type == "cuda"
+    return options
 
 
 def one_cycle(progress: float, peak: float, rise: float = 0.2) -> float:
@@ -169,7 +178,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             pixels, erased = crops(chosen)
             x = network.normalise(pixels)
             x = x if erased is None else x.masked_fill(erased, 0.0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 logits = forward(x)
             loss = functional.cross_entropy(logits.float(), data.labels[chosen], label_smoothing=options.smoothing)  # type: ignore[index]
             optimizer.zero_grad(set_to_none=True)

@@ -49,6 +49,8 @@ class Denoiser(ABC):
     shape: tuple[int, ...] | None = None
     default_grid: str | None = None
     """The grid that suits this denoiser on its own process, where that is not `Process.default_grid`."""
+    exact: bool = False
+    """Whether it is that of a known density: its paths are smooth, which `solver="auto"` makes use of."""
 
     @abstractmethod
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
@@ -109,6 +111,7 @@ class _Under(Denoiser):
 
     def __init__(self, inner: Denoiser, process: Process):
         self.inner, self.process, self.shape, self.nsr_range = inner, process, inner.shape, inner.nsr_range
+        self.exact = inner.exact
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not there yet, while it is copied or unpickled

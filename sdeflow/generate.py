@@ -294,6 +294,7 @@ class _Free(Denoiser):
 
     def __init__(self, like: Denoiser) -> None:
         self.process, self.nsr_range, self.default_grid = like.process, like.nsr_range, like.default_grid
+        self.exact = like.exact
 
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
         return torch.zeros_like(x)

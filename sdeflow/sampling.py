@@ -144,6 +144,8 @@ def solve(
     denoiser = as_denoiser(score_fn, chosen)
     path = denoiser.process
     method = solver if isinstance(solver, Plan) else registry.solver(DEFAULT_SOLVER if solver is None else solver)
+    if isinstance(method, Solver):
+        method = method.suited(denoiser)
     start = Start(denoiser, shape, n, seeds, x, x0, t, device, dtype)
     if grid is None and not isinstance(method, Plan):
         grid = own_grid(method, denoiser, finish)
@@ -216,7 +218,7 @@ def encode(
     """
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
     if isinstance(grid, str) or grid is None or callable(grid):
-        method = registry.solver(DEFAULT_SOLVER if solver is None else solver)
+        method = registry.solver(DEFAULT_SOLVER if solver is None else solver).suited(denoiser)
         if nfe is not None:
             count = method.levels(nfe, finish=False)
         else:

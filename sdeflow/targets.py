@@ -39,6 +39,7 @@ class Target(Denoiser):
     """
 
     shape: tuple[int, ...]
+    exact = True
 
     def __init__(self, shape: Sequence[int], process: Process):
         if not isinstance(process, Process):

@@ -84,7 +84,12 @@ def own_grid(method: Solver, denoiser: Denoiser, finish: bool) -> str | GridFunc
         return method.default_grid
     # It may end above t_min, where the step to zero noise takes over; without that step the end is wanted.
     whole = partial(registry.grid_function(method.default_grid), t_min=denoiser.process.t_min)
-    whole.__name__ = method.default_grid if isinstance(method.default_grid, str) else "given"  # type: ignore[attr-defined]
+    name = (
+        method.default_grid
+        if isinstance(method.default_grid, str)
+        else getattr(method.default_grid, "__name__", "given")
+    )
+    whole.__name__ = name  # type: ignore[attr-defined]
     return whole
 
 

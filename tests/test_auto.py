@@ -11,8 +11,9 @@ import torch
 from problems import PROCESSES, Mixture, reference
 
 from sdeflow import grid, registry
+from sdeflow.denoiser import Prediction
 from sdeflow.process import EDM, VP, RectifiedFlow
-from sdeflow.recipes import RECIPES, recipe
+from sdeflow.recipes import EXACT, NETWORK, recipe
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import encode, sample, solve
 from sdeflow.solvers.adams import ExponentialAdams
@@ -22,13 +23,31 @@ from sdeflow.targets import Gaussian
 FOUND = Path(__file__).parent.parent / "benchmarks" / "results" / "tune_auto.json"
 
 
-@pytest.mark.parametrize("nfe", RECIPES)
-def test_the_table_is_what_the_search_found(nfe: int) -> None:
+@pytest.mark.parametrize(("kind", "nfe"), [*(("network", n) for n in NETWORK), *(("exact", n) for n in EXACT)])
+def test_the_tables_are_what_the_search_found(kind: str, nfe: int) -> None:
     results = json.loads(FOUND.read_text())
-    which, key = results["rows"][str(nfe)]
+    which, key = results["rows"][kind][str(nfe)]
     for name, value in results[which][key]["recipe"].items():
-        mine = getattr(RECIPES[nfe], name)
+        mine = getattr((EXACT if kind == "exact" else NETWORK)[nfe], name)
         assert mine == (float(f"{value:.3g}") if isinstance(value, float) else value), name
+
+
+def test_the_denoiser_chooses_the_table() -> None:
+    target = Gaussian(torch.zeros(2), std=0.5).under(VP())
+    network = Prediction(lambda x, t: 0.1 * x, "eps", VP(), shape=(2,))
+    for denoiser, exact in (
+        (target, True),
+        (target.under(EDM()), True),
+        (network, False),
+        (network.under(EDM()), False),
+    ):
+        solution = solve(denoiser, nfe=12, n=2, seeds=0)
+        assert solution.solver == Auto(exact=exact)
+        assert solution.grid == "auto"
+        assert solution.times is not None
+        assert torch.equal(solution.times, grid.auto(denoiser.process, 12, exact=exact))
+        asked = solve(denoiser, solver=Auto(exact=not exact), nfe=12, n=2, seeds=0)
+        assert asked.solver == Auto(exact=not exact)
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5, 6, 11, 33, 100, 400])
@@ -42,10 +61,10 @@ def test_it_is_the_member_that_it_names(nfe: int) -> None:
 
 
 def test_a_row_serves_up_to_the_next() -> None:
-    assert recipe(14) == recipe(12) == RECIPES[12]
-    assert recipe(30) == recipe(49) == RECIPES[30]
-    assert recipe(1000) == RECIPES[max(RECIPES)]
-    assert recipe(1) == RECIPES[min(RECIPES)]
+    for exact, table in ((False, NETWORK), (True, EXACT)):
+        assert recipe(14, exact=exact) == recipe(12, exact=exact) == table[12]
+        assert recipe(1000, exact=exact) == table[max(table)]
+        assert recipe(1, exact=exact) == table[min(table)]
 
 
 @pytest.mark.parametrize("nfe", [3, 5, 7, 12, 24, 60])
@@ -89,8 +108,9 @@ def test_it_is_more_accurate_than_the_published_ones(process: VP, nfe: int) -> N
     end = Reverse(Mixture(process))(exact, process.level(process.t_min))
 
     def error(name: str, laid: str) -> float:
-        times = registry.grid_function(laid)(process, nfe, t_max=float(top))
-        x0 = registry.solver(name).integrate(Reverse(Mixture(process)), x, times, None).x
+        solver = registry.solver(name).suited(Mixture(process))
+        function = registry.grid_function(laid if solver.default_grid is None else solver.default_grid)
+        x0 = solver.integrate(Reverse(Mixture(process)), x, function(process, nfe, t_max=float(top)), None).x
         return float((x0 - end).norm(dim=1).median() / end.norm(dim=1).square().mean().sqrt())
 
     best = min(error(name, laid) for name in ("ddim", "dpmpp_2m", "unipc_3") for laid in ("karras", "uniform_lam"))

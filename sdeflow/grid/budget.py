@@ -16,17 +16,18 @@ def auto(
     n: int,
     *,
     data_std: float = DATA_STD,
+    exact: bool = False,
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
     """The levels that were most accurate at `n` calls: `t_max`, then dense about the data's scale, see `sdeflow.recipes`.
 
     With few calls it ends at a higher noise than `t_min`: the step to zero noise goes further than to the process's end. A given
-    `t_min` is honoured. `data_std` is the standard deviation of the data.
+    `t_min` is honoured. `data_std` is the standard deviation of the data; `exact` chooses the table for known densities.
 
     Source: `benchmarks/tune_auto.py`.
     """
-    return lay(process, n, recipe(count(n), data_std), t_min, t_max)
+    return lay(process, n, recipe(count(n), data_std, exact), t_min, t_max)
 
 
 def lay(process: Process, n: int, r: Recipe, t_min: float | None = None, t_max: float | None = None) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
+from sdeflow.denoiser import Denoiser
 from sdeflow.grid import GridFunction, auto
 from sdeflow.process import Level
 from sdeflow.recipes import DATA_STD, Recipe, recipe
@@ -20,17 +21,20 @@ from sdeflow.solvers.weights import Frame, NodeClock
 class Auto(GridSolver):
     r"""The exponential Adams method that was most accurate at the budget, with the grid that goes with it (`grid="auto"`).
 
-    Up to seven levels `x_next = a x + b_0 F_0 + b_1 F_1` in the frame `"v"` with a corrected start, from eight on four predictions
-    in the frame `"flow"`, every step corrected; see `sdeflow.recipes` for the table and how it was found, and `member(levels)` for
-    the method. Deterministic. On another grid than its own it is the same method.
+    `x_next = a x + sum_j b_j F_j` over two to four predictions in the frame `"v"` or `"flow"`, mostly with every step corrected;
+    see `sdeflow.recipes` for the tables and how they were found, and `member(levels)` for the method. Deterministic. On another
+    grid than its own it is the same method.
 
     - `data_std`: standard deviation of the data, about 0.5 for images in [-1, 1], 1 for normalised latents.
+    - `exact`: whether the denoiser is that of a known density, whose smooth paths reward higher orders. None is what the denoiser
+      says of itself (`Denoiser.exact`), and no where there is none.
 
     Cost: 1 call a step. Order: 3, since its start costs one; in practice 4.
     Source: `benchmarks/tune_auto.py`; the family is Hochbruck & Ostermann (2010), Zhang & Chen (2022), Zhao et al. (2023).
     """
 
     data_std: float = DATA_STD
+    exact: bool | None = None
 
     order: ClassVar[int] = 3
     source: ClassVar[str] = "benchmarks/tune_auto.py"
@@ -41,12 +45,20 @@ class Auto(GridSolver):
 
     @property
     def default_grid(self) -> str | GridFunction:  # type: ignore[override]
-        """`grid="auto"`, for this data."""
-        return "auto" if self.data_std == DATA_STD else partial(auto, data_std=self.data_std)
+        """`grid="auto"`, for this data and this kind of denoiser."""
+        if self.data_std == DATA_STD and not self.exact:
+            return "auto"
+        own = partial(auto, data_std=self.data_std, exact=bool(self.exact))
+        own.__name__ = "auto"  # type: ignore[attr-defined]
+        return own
+
+    def suited(self, denoiser: Denoiser) -> Auto:
+        """With the table for this kind of denoiser, unless one was asked for."""
+        return replace(self, exact=denoiser.exact) if self.exact is None else self
 
     def member(self, levels: int) -> ExponentialAdams:
         """The method for a grid of so many levels."""
-        return member(recipe(levels, self.data_std))
+        return member(recipe(levels, self.data_std, bool(self.exact)))
 
     def start(self, steps: int) -> Any:
         member = self.member(steps + 1)

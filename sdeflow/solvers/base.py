@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdeflow._math import value_of
+from sdeflow.denoiser import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
 from sdeflow.execution import OnCall
 from sdeflow.grid.laying import GridFunction
@@ -88,6 +89,10 @@ class Solver(ABC):
     """The grid that goes with it, where that is not the process's own."""
     source: ClassVar[str]
     cost: ClassVar[str] = "1 a step"
+
+    def suited(self, denoiser: Denoiser) -> Solver:
+        """This solver, or the form of it that goes with a denoiser; `sample` and `solve` ask."""
+        return self
 
     @abstractmethod
     def levels(self, nfe: int, *, finish: bool = True) -> int:
