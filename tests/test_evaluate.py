@@ -136,7 +136,7 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "CIFAR_WEIGHTS", tmp_path / "nowhere.safetensors")
-    with pytest.raises(CheckpointError, match=r"is missing.*install sdeflow again.*train_features"):
+    with pytest.raises(CheckpointError, match=r"is missing.*train_features.*--cifar-weights"):
         CifarFeatures()
     with pytest.raises(CheckpointError, match="there is no file"):
         CifarFeatures(tmp_path / "other")
