@@ -51,7 +51,7 @@ ELSEWHERE = {
 """Registered solvers that do not step over a grid, and the file that shows their accuracy."""
 
 STARTS_QUIETLY = {
-    "auto": 5,
+    "auto": 4,
     "adams4": 4,
     "unipc_3": 4,
     "unipc_3_bh1": 4,
