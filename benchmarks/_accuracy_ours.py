@@ -69,6 +69,7 @@ FEW = (
 def grid_functions() -> dict[str, grid.GridFunction]:
     """Every registered grid with its defaults, and some with other parameters."""
     out = {entry.name: entry.make for entry in registry.GRIDS.values()}
+    out["auto"] = partial(grid.auto, exact=True)  # the one that sample takes for known densities, which the targets are
     for name, (base, arguments) in SHAPED.items():
         if base in registry.GRIDS:
             out[name] = partial(registry.GRIDS[base].make, **arguments)

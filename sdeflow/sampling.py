@@ -24,7 +24,7 @@ from sdeflow.plan import Plan
 from sdeflow.process import Process
 from sdeflow.solvers.base import GridSolver, Solution, Solver, check_times
 from sdeflow.start import Conditions, Start, check_device, device_of
-from sdeflow.times import DEFAULT_NFE, default_levels, lay, own_grid, times_of
+from sdeflow.times import DEFAULT_NFE, chosen_grid, default_levels, lay, times_of
 
 __all__ = ["DEFAULT_NFE", "DEFAULT_SOLVER", "Step", "check_device", "device_of", "encode", "sample", "solve"]
 
@@ -147,8 +147,8 @@ def solve(
     if isinstance(method, Solver):
         method = method.suited(denoiser)
     start = Start(denoiser, shape, n, seeds, x, x0, t, device, dtype)
-    if grid is None and not isinstance(method, Plan):
-        grid = own_grid(method, denoiser, finish)
+    if not isinstance(method, Plan):
+        grid = chosen_grid(grid, method, denoiser, finish)
     times, grid_name = times_of(method, path, nfe, grid, t, finish)
     conditions = Conditions(condition, start.n, start.device)
     size = _batch_size(batch_size, score_fn, start, noise, seeds, method, compile)
@@ -223,8 +223,7 @@ def encode(
             count = method.levels(nfe, finish=False)
         else:
             count = 2 if method.adaptive else default_levels(method, finish=False)
-        own = own_grid(method, denoiser, finish=False)
-        grid = lay(denoiser.process, own if grid is None else grid, count, None).flip(0)
+        grid = lay(denoiser.process, chosen_grid(grid, method, denoiser, finish=False), count, None).flip(0)
         nfe = None
     else:
         grid = check_times(grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,19 +77,21 @@ def default_levels(method: Solver, finish: bool) -> int:
     return method.levels(DEFAULT_NFE, finish=finish)
 
 
-def own_grid(method: Solver, denoiser: Denoiser, finish: bool) -> str | GridFunction | None:
-    """The grid that goes with a solver, or else with the model."""
-    if method.default_grid is None:
+def chosen_grid(grid: Any, method: Solver, denoiser: Denoiser, finish: bool) -> Any:
+    """`grid`; where none is given the one that goes with the solver, or else with the model.
+
+    The name of the solver's own grid means that grid too: `auto` has one for networks and one for known densities.
+    """
+    own = method.default_grid
+    name = own if isinstance(own, str) else getattr(own, "__name__", "given")
+    if grid is not None and not (isinstance(grid, str) and grid == name):
+        return grid
+    if own is None:
         return denoiser.default_grid
     if finish:
-        return method.default_grid
+        return own
     # It may end above t_min, where the step to zero noise takes over; without that step the end is wanted.
-    whole = partial(registry.grid_function(method.default_grid), t_min=denoiser.process.t_min)
-    name = (
-        method.default_grid
-        if isinstance(method.default_grid, str)
-        else getattr(method.default_grid, "__name__", "given")
-    )
+    whole = partial(registry.grid_function(own), t_min=denoiser.process.t_min)
     whole.__name__ = name  # type: ignore[attr-defined]
     return whole
 

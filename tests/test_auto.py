@@ -44,6 +44,8 @@ def test_the_denoiser_chooses_the_table() -> None:
         solution = solve(denoiser, nfe=12, n=2, seeds=0)
         assert solution.solver == Auto(exact=exact)
         assert solution.grid == "auto"
+        named = solve(denoiser, solver="auto", grid="auto", nfe=12, n=2, seeds=0)
+        assert torch.equal(named.x, solution.x)
         assert solution.times is not None
         assert torch.equal(solution.times, grid.auto(denoiser.process, 12, exact=exact))
         asked = solve(denoiser, solver=Auto(exact=not exact), nfe=12, n=2, seeds=0)
