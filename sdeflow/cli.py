@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sdeflow import cli_evaluate, cli_generate, cli_info, cli_plan, cli_sample, cli_train
+from sdeflow import cli_ema, cli_evaluate, cli_generate, cli_info, cli_plan, cli_sample, cli_train
 from sdeflow._version import __version__
 from sdeflow.errors import BudgetError, GridError, SdeflowError, UnknownNameError
 
@@ -21,6 +21,7 @@ app.command(epilog=cli_sample.EPILOG)(cli_sample.sample)
 app.command(epilog=cli_train.EPILOG)(cli_train.train)
 app.command(epilog=cli_generate.EPILOG)(cli_generate.generate)
 app.command(epilog=cli_evaluate.EPILOG)(cli_evaluate.evaluate)
+app.command(epilog=cli_ema.EPILOG)(cli_ema.ema)
 app.command(epilog=cli_info.EPILOG)(cli_info.info)
 app.command(epilog=cli_plan.EPILOG)(cli_plan.plan)
 

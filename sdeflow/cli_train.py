@@ -10,7 +10,8 @@ import typer
 
 from sdeflow.distributed import this_rank
 from sdeflow.models.unet import UNetConfig
-from sdeflow.training import TrainConfig, stored_config
+from sdeflow.train_config import TrainConfig
+from sdeflow.training import stored_config
 from sdeflow.training import train as run_training
 
 LENGTH, MODEL, MACHINE = "Length and optimizer", "Network", "Machine and files"
@@ -22,6 +23,8 @@ Examples:
     sdeflow train --data photos/ --size 64 --out runs/photos
 
     sdeflow train --data train.parquet --images 5000000 --max-seconds 3000
+
+    sdeflow train --data train.parquet --init cifar10 --images 5000000    begin from the bundled network
 
     sdeflow train --out runs/photos --resume           go on, exactly where it stopped
 
@@ -46,6 +49,10 @@ def train(
     out: Annotated[
         Path, typer.Option(help="The folder for state, log, grids of samples and the trained model.")
     ] = Path("runs/train"),
+    init: Annotated[
+        str | None,
+        typer.Option(help="Begin from the weights of a bundled model or a file, and its network (not with --resume)."),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -132,6 +139,12 @@ def train(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile (default: on a GPU).", rich_help_panel=MACHINE),
     ] = None,
+    graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs", help="A step as one CUDA graph (default: on a GPU).", rich_help_panel=MACHINE
+        ),
+    ] = None,
     max_seconds: Annotated[
         float | None, typer.Option(help="Save and stop after this long; go on with --resume.", rich_help_panel=MACHINE)
     ] = None,
@@ -142,6 +155,13 @@ def train(
         int | None,
         typer.Option(
             help="Draw a grid every so many images; 0 is only at the end (default: 2000000).", rich_help_panel=MACHINE
+        ),
+    ] = None,
+    snapshot_images: Annotated[
+        int | None,
+        typer.Option(
+            help="Store averages for 'sdeflow ema' every so many images; 0 is never (default: 0).",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     log_steps: Annotated[

@@ -325,8 +325,13 @@ class Stream:
     def __call__(self, step: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """The batch of `step`: `x0` float32 [b, 3, S, S] in [-1, 1] and labels; `generator` flips half of it left to right."""
         pixels, labels = self.pixels(step)
-        x0 = pixels.float().div_(127.5).sub_(1)
-        if generator is not None:
-            flip = torch.rand(len(x0), 1, 1, 1, device=self.device, generator=generator) < 0.5
-            x0 = torch.where(flip, x0.flip(3), x0)
-        return x0, labels
+        return prepared(pixels, generator), labels
+
+
+def prepared(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 images as float32 in [-1, 1]; `generator` flips half of them left to right."""
+    x0 = pixels.float().div_(127.5).sub_(1)
+    if generator is not None:
+        flip = torch.rand(len(x0), 1, 1, 1, device=x0.device, generator=generator) < 0.5
+        x0 = torch.where(flip, x0.flip(3), x0)
+    return x0

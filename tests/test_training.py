@@ -22,12 +22,13 @@ from PIL import Image
 from test_unet import TINY, unet
 from torch import Tensor
 
-from sdeflow import Preconditioned, cli_train, training
+from sdeflow import Preconditioned, cli_train, trainer, training
 from sdeflow.errors import CheckpointError, NonFiniteError, SdeflowError
 from sdeflow.losses import EDMLoss
 from sdeflow.models.checkpoint import load, read_tensors
+from sdeflow.models.posthoc import find_snapshots, reconstruct
 from sdeflow.runs import Log, Stop
-from sdeflow.training import LOG, MODEL, STATE, TrainConfig, crossed, train
+from sdeflow.training import LOG, MODEL, STATE, TrainConfig, crossed, stored_config, train
 
 FLAGS = [
     *("--batch-size", "4", "--channels", "8", "--multipliers", "1,2", "--blocks", "1", "--attention", "4"),
@@ -333,7 +334,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path, data: P
 
 def test_gradients_are_clipped_to_the_stated_norm() -> None:
     network = unet()
-    gradients = training.Gradients(network)
+    gradients = trainer.Gradients(network)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for clip, factor in ((1e9, 1.0), (1e-3, None)):
         network.zero_grad()
@@ -345,6 +346,79 @@ def test_gradients_are_clipped_to_the_stated_norm() -> None:
         scale = factor or clip / float(norm)
         for name, p in network.named_parameters():
             torch.testing.assert_close(p.grad, plain[name] * scale, rtol=1e-4, atol=1e-9)
+
+
+def test_training_begins_from_a_checkpoint(tmp_path: Path, data: Path) -> None:
+    """Its weights and its network, but for the dropout; the first average is of them too; going on needs it no more."""
+    first = train(config(tmp_path / "first", 3), data)
+    model = tmp_path / "first" / MODEL
+    asked = replace(config(tmp_path / "second", 2), init=str(model), lr=1e-12, model=replace(TINY, channels=16))
+    second = train(asked, data).denoiser
+    assert second.network.config == replace(first.denoiser.network.config, dropout=0.0)  # type: ignore[attr-defined]
+    weights = load(model).network.state_dict()  # type: ignore[attr-defined]
+    for name, value in second.network.state_dict().items():  # type: ignore[attr-defined]
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+    assert second.card["settings"]["init"] == str(model)
+    model.unlink()
+    stored = stored_config(tmp_path / "second")
+    assert stored is not None
+    assert train(replace(stored, images=12), data, resume=True).images == 12
+    with pytest.raises(CheckpointError, match="init"):
+        train(replace(stored, images=16, init=None), data, resume=True)
+
+
+def test_a_checkpoint_of_other_classes_is_no_beginning(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(CheckpointError, match="10 classes of 32x32 pixels, and the data are 2 of 8x8"):
+        train(replace(config(tmp_path, 2), init="cifar10"), data)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_replayed_step_is_the_step(tmp_path: Path, data: Path, dropout: float) -> None:
+    """Ten steps, of which seven are replays of one CUDA graph, give the weights of ten steps one after the other."""
+    states = []
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        for graphs in (False, True):
+            asked = replace(
+                config(tmp_path / str(graphs), 10), device="cuda", compile=False, graphs=graphs,
+                precision="float32", model=replace(TINY, dropout=dropout),
+            )  # fmt: skip
+            train(asked, data)
+            states.append(state(tmp_path / str(graphs)))
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_averages_are_stored_and_one_of_another_length_is_made_of_them(tmp_path: Path, data: Path) -> None:
+    """Stopped and resumed they are the same; the averages of a future that is no more are dropped."""
+    asked = replace(config(tmp_path / "whole", 16), snapshot_images=8)
+    train(asked, data)
+    parts = replace(asked, out=str(tmp_path / "parts"), images=40)
+    train(parts, data)
+    old = tmp_path / "parts" / "ema-0.050-000000900.safetensors"
+    old.write_bytes(b"of a state that was lost")
+    train(replace(parts, images=64), data, resume=True)
+    assert not old.exists()
+    stored = find_snapshots(tmp_path / "whole")
+    assert sorted({s.images for s in stored}) == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert {s.std for s in stored} == {0.05, 0.10}
+    whole, again = (state(tmp_path / name) for name in ("whole", "parts"))
+    tracked = [name for name in whole if name.startswith("power-0.1:")]
+    assert tracked
+    # the schedule is another until image 40, so the weights are not the same, but the averages go on with them
+    assert all(again[name].isfinite().all() for name in tracked)
+    made = reconstruct(tmp_path / "whole", 0.1)
+    for name in tracked:
+        torch.testing.assert_close(made.parameters[name.partition(":")[2]], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_averages_may_begin_in_the_middle(tmp_path: Path, data: Path) -> None:
+    asked = config(tmp_path, 2)
+    train(asked, data)
+    train(replace(asked, images=16, snapshot_images=4), data, resume=True)
+    assert {s.images for s in find_snapshots(tmp_path)} == {12, 16}
+    train(replace(asked, images=20), data, resume=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""What to train, on what, for how long: a plain value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sdeflow.losses import EDMLoss
+from sdeflow.models import UNetConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, for how long; a plain value that is stored with the training's state.
+
+    Lengths are counted in training images, so that they do not change with the batch size. `batch_size` is over all
+    processes; `lr` rises over `warmup` images and then decays to zero at `images` (`schedule` "cosine" or "linear"; "constant"
+    does not decay). `ema` is the half-life of the average; every `snapshot_images` images (0 = never) averages with power
+    profiles of the relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length. `init` is a
+    checkpoint (bundled, or a file) from whose weights a new training begins; the network is then like that one, but for its
+    dropout. `precision` "auto" is bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and `graphs=None`
+    replays each step there as one CUDA graph. `save_seconds` and `sample_images` say how often the state is saved and a grid
+    drawn (0 = only at the end), `log_steps` how often the log gets a line. `max_seconds` ends this invocation, not the training:
+    its state is saved and `resume` goes on. Raises `ValueError` for numbers out of range.
+    """
+
+    data: str = "uoft-cs/cifar10"
+    out: str = "runs/train"
+    images: int = 20_000_000
+    batch_size: int = 512
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup: int = 200_000
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema: int = 500_000
+    ema_warmup: float = 0.05
+    nsr_mean: float = -1.2
+    nsr_std: float = 1.2
+    sigma_data: float = 0.5
+    label_dropout: float = 0.1
+    flip: bool = True
+    seed: int = 0
+    split: str = "train"
+    size: int | None = None
+    init: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool | None = None
+    graphs: bool | None = None
+    max_seconds: float | None = None
+    save_seconds: float = 600.0
+    sample_images: int = 2_000_000
+    snapshot_images: int = 0
+    snapshot_stds: tuple[float, ...] = (0.05, 0.10)
+    log_steps: int = 100
+    model: UNetConfig = field(default_factory=UNetConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "snapshot_stds", tuple(self.snapshot_stds))  # JSON has lists
+        for name in ("images", "batch_size", "log_steps", "ema", "ema_warmup", "lr", "grad_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"TrainConfig: {name} must be positive, got {getattr(self, name)}")
+        for name, choices in (
+            ("schedule", ("cosine", "linear", "constant")),
+            ("precision", ("auto", "bf16", "float32")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"TrainConfig: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def steps(self) -> int:
+        """How many steps the whole training has."""
+        return math.ceil(self.images / self.batch_size)
+
+    @property
+    def loss(self) -> EDMLoss:
+        """The loss that the network is trained with."""
+        null = self.model.num_classes or None
+        return EDMLoss(self.nsr_mean, self.nsr_std, self.sigma_data, self.label_dropout, null)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        seen = (step + 0.5) * self.batch_size
+        rise = min(1.0, seen / self.warmup) if self.warmup else 1.0
+        rest = min(1.0, max(0.0, seen - self.warmup) / max(1, self.images - self.warmup))
+        fall = {"cosine": 0.5 + 0.5 * math.cos(math.pi * rest), "linear": 1 - rest, "constant": 1.0}[self.schedule]
+        return self.lr * rise * fall
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; `from_dict` reads it back."""
+        return asdict(self) | {"model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration that `to_dict` wrote."""
+        return cls(**dict(values) | {"model": UNetConfig.from_dict(values["model"])})

@@ -1,0 +1,212 @@
+"""The state of a training and its step; `sdeflow.training` drives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdeflow import distributed
+from sdeflow.data import Stream, mix, prepared
+from sdeflow.errors import CheckpointError, NonFiniteError
+from sdeflow.models import EMA, UNet
+from sdeflow.models.checkpoint import Pretrained, read_tensors, write_tensors
+from sdeflow.models.power import PowerEMA
+from sdeflow.step import GraphedStep, Work
+from sdeflow.train_config import TrainConfig
+
+STATE_FORMAT = "sdeflow-training-1"
+FIXED = (
+    *(
+        "model",
+        "batch_size",
+        "seed",
+        "flip",
+        "nsr_mean",
+        "nsr_std",
+        "sigma_data",
+        "label_dropout",
+        "split",
+        "size",
+        "init",
+    ),
+)
+"""Settings that cannot change while a training goes on: with others it would be another one."""
+
+
+class Gradients:
+    """All gradients in one flat buffer, laid out as their parameters are: one all-reduce, one norm, one scaling."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        sizes = [-(-p.numel() // 32) * 32 for p in self.parameters]  # each begins at a multiple of 128 bytes
+        self.flat = torch.zeros(sum(sizes), device=self.parameters[0].device)
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.views = [
+            self.flat.as_strided(p.shape, p.stride(), start) for p, start in zip(self.parameters, starts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def collect(self, clip: float) -> Tensor:
+        """Average the gradients over processes, scale them down to norm `clip` if they are larger; their norm before that."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # a part of the network that this batch did not use
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_copy_(self.views, [p.grad for p in self.parameters if p.grad is not None])
+        distributed.mean_(self.flat)
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_((clip / (norm + 1e-6)).clamp(max=1.0))
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            parameter.grad = view
+        return norm
+
+
+class Trainer:
+    """The state of a training and its step: network, average, optimizer and the number of steps done."""
+
+    def __init__(
+        self, config: TrainConfig, device: torch.device, rank: distributed.Rank, init: Pretrained | None = None
+    ) -> None:
+        self.config, self.device, self.rank, self.step, self.seconds = config, device, rank, 0, 0.0
+        self.runs: list[dict[str, Any]] = []
+        torch.manual_seed(mix(config.seed, 0))  # the same network on every rank
+        self.network = self.build().to(device)
+        if init is not None:
+            self.network.load_state_dict(init.network.state_dict())  # type: ignore[attr-defined]
+        self.ema = EMA(self.network, config.ema, config.ema_warmup)
+        self.averages = [PowerEMA(self.network, std) for std in config.snapshot_stds if config.snapshot_images]
+        self.gradients = Gradients(self.network)
+        self.generator = torch.Generator(device)
+        gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            torch.tensor(config.lr, device=device) if gpu else config.lr,  # where a graph can read it
+            (config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=gpu,
+            capturable=gpu,
+        )
+        for parameter in self.network.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=device if gpu else None),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
+        self.autocast: Callable[[], Any] = (
+            (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
+        )
+        self.precision = "bf16" if bf16 else "float32"
+        self.compiled = config.compile if config.compile is not None else gpu
+        self.forward: Callable[..., Tensor] = (
+            torch.compile(self.network, fullgraph=True, dynamic=False) if self.compiled else self.network
+        )
+        graphed = gpu and config.graphs is not False
+        self.work: Work = GraphedStep(self._work, self.generator) if graphed else self._work
+
+    def build(self) -> UNet:
+        """The network with its first weights; a comparison puts another in its place."""
+        return UNet(self.config.model)
+
+    @property
+    def images(self) -> int:
+        """How many images have been seen."""
+        return self.step * self.config.batch_size
+
+    def advance(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """One step; returns the loss and the gradients' norm, on the device."""
+        config = self.config
+        seed = mix(config.seed, 2, self.step, self.rank.index)
+        self.generator.manual_seed(seed)
+        torch.manual_seed(mix(seed, 1))  # dropout
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(config.lr_at(self.step))
+            else:
+                group["lr"] = config.lr_at(self.step)
+        loss, norm = self.work(*stream.pixels(self.step))
+        self.step += 1
+        for average in (self.ema, *self.averages):
+            average.update(self.network, self.images, config.batch_size)
+        return loss, norm
+
+    def _work(self, pixels: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a step does on the device, and nothing else: it may be recorded, and then this code runs no more."""
+        x0 = prepared(pixels, self.generator if self.config.flip else None)
+        with self.autocast():
+            loss = self.config.loss(self.forward, x0, label, self.generator).mean()
+        loss.backward()
+        norm = self.gradients.collect(self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = dict(self.network.named_parameters())
+        parts = {f"model.{name}": p.detach() for name, p in named.items()} | {
+            f"ema.{n}": p for n, p in self.ema.state_dict().items()
+        }
+        for average in self.averages:
+            parts |= {f"power-{average.std:g}:{name}": p for name, p in average.state_dict().items()}
+        for key in ("exp_avg", "exp_avg_sq"):
+            parts |= {f"{key}.{name}": self.optimizer.state[p][key] for name, p in named.items()}
+        return parts
+
+    def save(self, path: Path) -> None:
+        """Write all of it, atomically; refuses (`NonFiniteError`) to replace a good state by one that is not finite."""
+        norm = torch.stack(torch._foreach_norm([p.detach() for p in self.network.parameters()])).sum()
+        if not math.isfinite(norm.item()):
+            raise NonFiniteError(f"not saved: the network's parameters are not finite after step {self.step}")
+        facts = {
+            "format": STATE_FORMAT,
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "runs": self.runs,
+        }
+        write_tensors(path, self._tensors(), facts)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; raises `CheckpointError` if it is damaged or of another training."""
+        tensors, facts = read_state(path)
+        stored = TrainConfig.from_dict(facts["config"])
+        for name in FIXED:
+            old, new = getattr(stored, name), getattr(self.config, name)
+            if name == "model" and old != new:  # name the one that differs
+                old, new = (
+                    {k: v for k, v in a.to_dict().items() if v != b.to_dict()[k]} for a, b in ((old, new), (new, old))
+                )
+            if old != new:
+                raise CheckpointError(
+                    f"{path} was trained with {name}={old}, not {new}, and going on would not continue it; "
+                    "leave that option out, or start afresh in another folder"
+                )
+        own = self._tensors()
+        # Averages may be asked for, or no more, at any time: one that begins now begins with the weights of now.
+        if {n for n in own if not n.startswith("power-")} != {n for n in tensors if not n.startswith("power-")}:
+            raise CheckpointError(f"{path} holds another network's tensors; start afresh in another folder")
+        for name, value in own.items():
+            value.copy_(tensors[name] if name in tensors else tensors[f"model.{name.partition(':')[2]}"])
+        self.step, self.seconds, self.runs = int(facts["step"]), float(facts["seconds"]), list(facts["runs"])
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.step)
+
+    def denoiser(self, class_names: tuple[str, ...] = (), card: Mapping[str, Any] | None = None) -> Pretrained:
+        """The averaged network as a denoiser."""
+        network = self.ema.averaged(self.network)
+        assert isinstance(network, UNet)
+        return Pretrained(network, self.config.sigma_data, class_names=class_names, card=card)
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a training's state; raises `CheckpointError` if it is not one."""
+    tensors, facts = read_tensors(path)
+    if facts.get("format") != STATE_FORMAT:
+        raise CheckpointError(f"{path} is not the state of a training, but {facts.get('format', 'something else')!r}")
+    return tensors, facts
