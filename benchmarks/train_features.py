@@ -2,8 +2,8 @@
 
     python benchmarks/train_features.py --data train.parquet --test test.parquet --seconds 120
 
-Stochastic gradient descent with Nesterov's momentum and one cycle of the learning rate, label smoothing, random crops, flips
-and cutout, bf16; what is kept is an exponential average. The cycle runs over `--epochs` or over `--seconds`, whichever ends
+Stochastic gradient descent with Nesterov's momentum and one cycle of the learning rate, label smoothing, random crops, flips,
+cutout and CutMix, bf16; what is kept is an exponential average. The cycle runs over `--epochs` or over `--seconds`, whichever ends
 first, so that a slower machine trains less and still ends with a small learning rate; the file is written before `--seconds`.
 """
 
@@ -44,6 +44,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--smoothing", type=float, default=0.1)
     parser.add_argument("--cutout", type=int, default=12, help="side of the erased square in pixels; 0 for none")
+    parser.add_argument(
+        "--cutmix", type=float, default=0.5, help="share of batches whose pictures get a part of another"
+    )
     parser.add_argument("--ema", type=float, default=0.995, help="decay of the average, a step")
     parser.add_argument("--widths", type=int, nargs="+", default=list(CifarNetConfig.widths))
     parser.add_argument("--blocks", type=int, nargs="+", default=list(CifarNetConfig.blocks))
@@ -93,6 +96,19 @@ class Crops:
         inside = [(places - self._draw(self.size, count) + self.cutout // 2) for _ in range(2)]
         hit = [(place >= 0) & (place < self.cutout) for place in inside]
         return pixels, (hit[0][:, :, None] & hit[1][:, None, :]).unsqueeze(1)
+
+
+def cut_mixed(x: Tensor, labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """In a `share` of calls, each picture with a box of its neighbour's; the neighbours' labels and how much of them there is."""
+    if float(torch.rand((), generator=generator)) >= share:
+        return x, labels, 0.0
+    size = x.shape[-1]
+    kept, row, column = torch.rand(3, generator=generator).tolist()  # on the host: nothing waits for the device
+    side = round(size * math.sqrt(1.0 - kept))
+    top, left = (max(0, min(size - side, round(place * size - side / 2))) for place in (row, column))
+    x = x.clone()
+    x[:, :, top : top + side, left : left + side] = x.roll(1, 0)[:, :, top : top + side, left : left + side]
+    return x, labels.roll(1), (side / size) ** 2
 
 
 class Average:
@@ -153,6 +169,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     average, crops = Average(network, options.ema), Crops(data.pixels, options.cutout, options.seed)
     forward = torch.compile(network) if options.compile else network
     generator = torch.Generator(device).manual_seed(options.seed + 1)
+    coins = torch.Generator().manual_seed(options.seed + 2)
     batch = min(options.batch_size, data.count)
     per_epoch = data.count // batch
     peak, total = options.lr * batch / 512, options.epochs * per_epoch
@@ -178,9 +195,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             pixels, erased = crops(chosen)
             x = network.normalise(pixels)
             x = x if erased is None else x.masked_fill(erased, 0.0)
+            right_ones = data.labels[chosen]  # type: ignore[index]
+            x, others, part = cut_mixed(x, right_ones, options.cutmix, coins)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 logits = forward(x)
-            loss = functional.cross_entropy(logits.float(), data.labels[chosen], label_smoothing=options.smoothing)  # type: ignore[index]
+            loss = sum(
+                weight * functional.cross_entropy(logits.float(), wanted, label_smoothing=options.smoothing)
+                for weight, wanted in ((1.0 - part, right_ones), (part, others))
+                if weight
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -211,9 +211,10 @@ class CifarFeatures(Extractor):
     def __init__(self, weights: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu") -> None:
         path = CIFAR_WEIGHTS if weights is None else Path(weights)
         if not path.is_file():
+            help = "install sdeflow again, or name the file with --cifar-weights" if weights is None else "name another"
             raise CheckpointError(
-                f"the feature network of fd_cifar is missing: there is no file {path} (this version of sdeflow comes without one). "
-                "benchmarks/train_features.py of the repository trains one in two minutes on a GPU; name it with --cifar-weights"
+                f"the feature network of fd_cifar is missing: there is no file {path}; {help}. "
+                "python benchmarks/train_features.py trains one in two minutes on a GPU"
             )
         tensors, facts = read_tensors(path)
         if facts.get("format") != CIFAR_FORMAT:
