@@ -126,9 +126,8 @@ def sweep(arguments: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _, known = read(path)
     cells = list(wanted(arguments, known))[rank.index :: rank.world]
-    model = load(arguments.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if device.type == "cuda":
-        model.network.compile(fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
+    gpu = device.type == "cuda"
+    model = load(arguments.model, device, torch.bfloat16 if gpu else torch.float32, compile=gpu)
     scorer = Scorer(arguments, device)
     facts = {"features": scorer.extractor.describe(), "floor": scorer.floor, "model": arguments.model}
     with path.open("a") as file:  # lines shorter than a page are appended whole, whoever else appends

@@ -1,13 +1,16 @@
 """Images per second of networks and of whole sampling loops on one GPU, ours and peers', in one run.
 
 Forward: median time over repeats of one call in inference, at several batch sizes. Ours is compiled (torch.compile, for each batch
-size) and replayed as a CUDA graph; peers run as their users run them, eagerly in half precision.
+size) and replayed as a CUDA graph; peers run as their users run them, eagerly in half precision, and EDM's compiled as well.
 Loop: 35 calls of Heun on EDM's grid, from noise to pictures: our plan captured whole with the compiled network, against
 EDM's sampler written by hand (float64 state) over the eager network, against diffusers' DDIM pipeline, and against 35 bare replays
 of our compiled network.
-Training (`--train`): forward, backward and optimiser of the large network and of EDM's, bf16 autocast.
+Training: forward, backward and optimiser, bf16 autocast; ours compiled and as one CUDA graph, as `sdeflow train` runs it, EDM's
+eagerly.
 
-    python -m benchmarks.throughput [--batches 1 64 512] [--train] [--out benchmarks/results/throughput]
+    python -m benchmarks.throughput [--batches 1 16 64 512] [--parts forward loops training] [--out benchmarks/results/throughput]
+
+PyTorch keeps what it compiled: runs for one network and batch each, side by side beforehand, make this one short.
 """
 
 from __future__ import annotations
@@ -31,12 +34,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdeflow import Heun, grid
 from sdeflow.capture import CapturedSolve
+from sdeflow.data import prepared as prepared_pixels
 from sdeflow.denoiser import Preconditioned
+from sdeflow.losses import EDMLoss
 from sdeflow.models.checkpoint import load
 from sdeflow.models.unet import UNet, UNetConfig
+from sdeflow.step import GraphedStep
 
 LARGE = UNetConfig(channels=256, multipliers=(1, 1, 1), blocks=4, attention=(16,), embedding=512, num_classes=10)
 """Ours at the scale of EDM's DDPM++: 61.7 M parameters, 44.2 GFLOP an image (theirs 55.7 M and 42.4)."""
+
+TITLES = {
+    "large": "sdeflow, large",
+    "bundled": "sdeflow, bundled",
+    "edm": "EDM DDPM++",
+    "diffusers": "diffusers UNet2DModel",
+}
 
 
 def median_ms(run: Callable[[], object], repeats: int = 12) -> float:
@@ -79,8 +92,8 @@ def prepared(kind: str) -> nn.Module:
         for p in network.parameters():
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
-    network = network.to("cuda", torch.float16 if kind == "edm" else torch.bfloat16).eval().requires_grad_(False)
-    return network
+    half = torch.float16 if kind in ("edm", "diffusers") else torch.bfloat16  # as their users run them
+    return network.to("cuda", half).eval().requires_grad_(False)
 
 
 class Forward:
@@ -136,8 +149,10 @@ def by_hand(network: nn.Module, x: Tensor, steps: int = 18) -> Tensor:
     return x
 
 
-def forward_rows(batches: list[int], names: list[str]) -> tuple[list[list[Any]], dict[str, Any], dict[str, Any]]:
-    rows, found, ready = [], {}, {}
+def forward_rows(
+    batches: list[int], names: list[str], ready: dict[str, Any], timed: bool
+) -> tuple[list[list[Any]], dict[str, Any]]:
+    rows, found = [], {}
     for name in names:
         try:
             network = prepared(name)
@@ -146,19 +161,14 @@ def forward_rows(batches: list[int], names: list[str]) -> tuple[list[list[Any]],
             continue
         work = flops(network)
         parameters = sum(p.numel() for p in network.parameters()) / 1e6
-        title = {
-            "large": "sdeflow, large",
-            "bundled": "sdeflow, bundled",
-            "edm": "EDM DDPM++",
-            "diffusers": "diffusers",
-        }[name]
+        title = TITLES[name]
         ways: list[tuple[str, Any]] = [("eager", None)]
-        if isinstance(network, UNet):
+        if name != "diffusers":
             # Compiled anew for each batch size: one graph for all sizes is slower (366 for 433 TFLOP/s at 512) and takes twice as
             # long to compile.
             ways.append(("compiled, graph", torch.compile(network, fullgraph=True, dynamic=False)))
         for way, compiled in ways:
-            for batch in batches:
+            for batch in batches if timed else []:
                 call = Forward(network, batch, compiled)
                 ms = median_ms(call.run)
                 rate = batch / ms * 1e3
@@ -181,7 +191,7 @@ def forward_rows(batches: list[int], names: list[str]) -> tuple[list[list[Any]],
                 del call
         ready[name] = (network, ways[-1][1])
         torch.cuda.empty_cache()
-    return rows, found, ready
+    return rows, found
 
 
 def loop_rows(ready: dict[str, Any], batch: int = 64) -> tuple[list[list[Any]], dict[str, float]]:
@@ -217,40 +227,55 @@ def loop_rows(ready: dict[str, Any], batch: int = 64) -> tuple[list[list[Any]], 
     return rows, found
 
 
-def train_rows(batch: int = 256) -> tuple[list[list[Any]], dict[str, float]]:
+def train_rows(names: list[str], batch: int = 256) -> tuple[list[list[Any]], dict[str, Any]]:
     found = {}
-    for name in ("large", "edm"):
+    for name in names:
         network = prepared(name).float().train().requires_grad_(True)
-        optimiser = torch.optim.AdamW(network.parameters(), fused=True)
-        called = torch.compile(network) if name == "large" else network
-        x = torch.randn(batch, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
-        time_, label = torch.randn(batch, device="cuda"), _labels(network, batch)
+        optimiser = torch.optim.AdamW(network.parameters(), fused=True, capturable=True)
+        called = network if name == "edm" else torch.compile(network, fullgraph=True, dynamic=False)
+        pixels = torch.randint(256, (batch, 3, 32, 32), device="cuda", dtype=torch.uint8)
+        label = torch.arange(batch, device="cuda") % 10
+        generator = torch.Generator("cuda")
+        loss_of = EDMLoss(null_label=10)
 
-        def step(
-            called: Any = called, optimiser: Any = optimiser, x: Tensor = x, t: Tensor = time_, y: Any = label
-        ) -> None:
+        def work(
+            x: Tensor, y: Tensor | None, called: Any = called, network: Any = network, optimiser: Any = optimiser,
+            generator: Any = generator, loss_of: Any = loss_of,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
             with torch.autocast("cuda", torch.bfloat16):
-                loss = called(x, t, y).float().square().mean()
+                loss = loss_of(called, prepared_pixels(x, generator), y, generator).mean()
             loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+            return loss.detach(), norm
 
+        step: Any = work if name == "edm" else GraphedStep(work, generator)
         with torch.enable_grad():
-            found[name] = batch / median_ms(step) * 1e3
-    return [[name, f"{rate:,.0f}"] for name, rate in found.items()], found
+            for _ in range(3):
+                step(pixels, label)
+            torch.cuda.reset_peak_memory_stats()
+            ms = median_ms(lambda step=step, x=pixels, y=label: step(x, y))
+        found[name] = {"images_per_second": batch / ms * 1e3, "gib": torch.cuda.max_memory_allocated() / 2**30}
+        del step, optimiser, network, called
+        torch.cuda.empty_cache()
+    return [[TITLES[k], f"{v['images_per_second']:,.0f}", f"{v['gib']:.1f}"] for k, v in found.items()], found
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 512])
     parser.add_argument("--networks", nargs="+", default=["large", "bundled", "edm", "diffusers"])
-    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--parts", nargs="+", default=["forward", "loops", "training"])
     parser.add_argument("--out", default=None, help="where to write the results, .json and .md")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("throughput is measured on a GPU, and torch sees none here")
     torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = (
+        64  # of one `forward`, whatever the network: sizes and networks are many here
+    )
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     ceiling = 2 * 8192**3 / median_ms(lambda: square @ square) / 1e9
     results: dict[str, Any] = {"ceiling_tflops": ceiling}
@@ -258,18 +283,21 @@ def main() -> None:
     def save(markdown: str) -> None:
         write("throughput", results, markdown, options.out)
 
-    rows, results["forward"], ready = forward_rows(options.batches, options.networks)
+    ready: dict[str, Any] = {}
+    rows, results["forward"] = forward_rows(options.batches, options.networks, ready, "forward" in options.parts)
     head = ["network", "size", "way", "batch", "ms", "images/s", "TFLOP/s", "peak GiB", "first call, s"]
     text = f"A bf16 matrix product reaches {ceiling:.0f} TFLOP/s here.\n\n" + table(head, rows)
     save(text)
-    loops, results["loops"] = loop_rows(ready)
-    text += "\n\n35 calls of Heun (DDIM's pipeline: 35 steps), 64 pictures from noise:\n\n" + table(
-        ["loop", "ms", "images/s"], loops
-    )
-    save(text)
-    if options.train:
-        trained, results["training"] = train_rows()
-        text += "\n\nTraining, batch 256, bf16 autocast:\n\n" + table(["network", "images/s"], trained)
+    if "loops" in options.parts:
+        loops, results["loops"] = loop_rows(ready)
+        text += "\n\n35 calls of Heun (DDIM's pipeline: 35 steps), 64 pictures from noise:\n\n" + table(
+            ["loop", "ms", "images/s"], loops
+        )
+        save(text)
+    if "training" in options.parts:
+        ready.clear()
+        trained, results["training"] = train_rows([name for name in options.networks if name != "diffusers"])
+        text += "\n\nTraining, batch 256, bf16 autocast:\n\n" + table(["network", "images/s", "peak GiB"], trained)
         save(text)
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sdeflow._files import check_writable
-from sdeflow.cli_sample import pick_device
+from sdeflow.cli_options import MACHINE, DeviceOption, QuietOption, open_model, pick_classes, pick_device, pick_names
+from sdeflow.compiled import CompileWarning
 from sdeflow.distributed import this_rank
 from sdeflow.evaluation import METRICS, Evaluation, Sampling, compare
 from sdeflow.evaluation import evaluate as run_evaluation
 from sdeflow.metrics import ENOUGH
-from sdeflow.models.checkpoint import BUNDLED, load
+from sdeflow.models.checkpoint import BUNDLED
 
-WHAT, HOW, MACHINE = "What", "How samples of a model are drawn", "Machine and files"
+WHAT, HOW = "What", "How samples of a model are drawn"
 RESULT = "evaluation.json"
 EPILOG = """
 Examples:
@@ -28,9 +31,13 @@ Examples:
 
     sdeflow evaluate cifar10 --reference train.parquet --n 10000 --nfe 18 --out nfe18.json
 
+    sdeflow evaluate cifar10 --reference train.parquet --half --compile      a model on a GPU, at its fastest
+
     sdeflow evaluate --compare stats/a.safetensors stats/b.safetensors
 
     torchrun --nproc-per-node 2 -m sdeflow evaluate pictures/ --reference train.parquet
+
+Under torchrun write -n, not --n, which its own parser takes for one of its options.
 """
 
 
@@ -66,7 +73,8 @@ def evaluate(
         int, typer.Option(help="Nearest neighbours of precision and recall.", min=1, rich_help_panel=WHAT)
     ] = 3,
     n: Annotated[
-        int | None, typer.Option(help="The first so many; of a model 50000 by default.", min=2, rich_help_panel=WHAT)
+        int | None,
+        typer.Option("--n", "-n", help="The first so many; of a model 50000 by default.", min=2, rich_help_panel=WHAT),
     ] = None,
     reference_n: Annotated[
         int | None, typer.Option(help="The first so many of the reference.", min=2, rich_help_panel=WHAT)
@@ -82,6 +90,17 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first sample (default: 0).", rich_help_panel=HOW)
     ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Run the model's network in bfloat16.", rich_help_panel=HOW)
+    ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the model's network (a minute or so) and run each batch as one CUDA graph.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -95,12 +114,8 @@ def evaluate(
         Path | None, typer.Option(help="Another feature network for fd_cifar.", rich_help_panel=MACHINE)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1, rich_help_panel=MACHINE)] = 256,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", rich_help_panel=MACHINE)
-    ] = "auto",
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)
-    ] = False,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Score pictures against a reference: Frechet distances, precision, recall, and all that they depend on, as JSON."""
     rank = this_rank()
@@ -110,35 +125,44 @@ def evaluate(
     out = _out(out, samples)
     if rank.first and out is not None:
         check_writable(out, "result")
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    names = pick_names(metrics)
     files: dict[str, Any] = {"weights": weights, "cifar_weights": cifar_weights, "device": place, "progress": not quiet}
+    drawing: dict[str, Any] = {"nfe": nfe, "solver": solver, "seed": seed, "compile": compile or None}
+    drawing["classes"] = None if classes is None else pick_classes(classes)
+    drawing = {key: value for key, value in drawing.items() if value is not None}
+    named = [*drawing, *(["half"] if half else [])]
     if compare_ is not None:
+        others = {"reference": reference, "floor": floor, "statistics": statistics, "n": n, "reference-n": reference_n}
+        if named := [*(name for name, value in others.items() if value is not None), *named]:
+            raise ValueError(f"{_options(named)}: --compare takes two sets as they are; leave that out")
         given = [name for name in names if name in ("fid", "fd_cifar")]
         result = compare(*compare_, given[0] if given else "fd_cifar", split=split, **files)
     else:
         assert samples is not None
-        drawing: dict[str, Any] = {
-            key: value for key, value in {"nfe": nfe, "solver": solver, "seed": seed}.items() if value is not None
-        }
-        if classes is not None:
-            drawing["classes"] = (
-                classes if classes in ("all", "none") else [c.strip() for c in classes.split(",") if c.strip()]
-            )
+        source: Any = samples
+        sampling = None
         if _is_model(samples):
-            source: Any = load(samples, rank.device(place))
-            sampling = Sampling(n=n or ENOUGH, batch_size=batch_size, **drawing)
-        elif drawing:
+            source = open_model(samples, rank.device(place), half, compile)
+            sampling = Sampling(n=n or ENOUGH, batch_size=batch_size, model=samples, **drawing)
+        elif not Path(samples).exists() and samples.count("/") != 1:
             raise ValueError(
-                f"{', '.join('--' + name for name in drawing)}: how samples are drawn is for a model; {samples} is none"
+                f"{samples!r} is neither a folder or file of pictures nor a model: those are {', '.join(sorted(BUNDLED))}, "
+                "and .safetensors files that sdeflow train wrote"
             )
-        else:
-            source, sampling = samples, None
-        result = run_evaluation(
-            source, reference, names, sampling=sampling, floor=floor, statistics=statistics, split=split, n=n,
-            reference_n=reference_n, k=k, batch_size=batch_size, **files,
-        )  # fmt: skip
+        elif named:
+            raise ValueError(f"{_options(named)}: how samples are drawn is for a model; {samples} is none")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompileWarning)  # the summary says it
+            result = run_evaluation(
+                source, reference, names, sampling=sampling, floor=floor, statistics=statistics, split=split, n=n,
+                reference_n=reference_n, k=k, batch_size=batch_size, **files,
+            )  # fmt: skip
     if rank.first:
         _tell(result, out, quiet)
+
+
+def _options(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
 
 
 def _is_model(samples: str) -> bool:

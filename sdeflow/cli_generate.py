@@ -7,16 +7,32 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from sdeflow import registry
-from sdeflow.cli_sample import HOW, MACHINE, pick_batch_size, pick_device, pick_solver
+from sdeflow.cli_options import (
+    HOW,
+    MACHINE,
+    CompileOption,
+    GridOption,
+    HalfOption,
+    ModelOption,
+    NfeOption,
+    NoiseOption,
+    ProcessOption,
+    QuietOption,
+    RtolOption,
+    SolverOption,
+    open_model,
+    pick_batch_size,
+    pick_classes,
+    pick_device,
+    pick_solver,
+)
 from sdeflow.compiled import CompileWarning
 from sdeflow.distributed import this_rank
 from sdeflow.generate import SHARD_SIZE
 from sdeflow.generate import generate as run
-from sdeflow.models.checkpoint import load
 from sdeflow.start import check_device
 
 EPILOG = """
@@ -31,6 +47,8 @@ Examples:
     torchrun --nproc-per-node 2 -m sdeflow generate -n 50000 --out pictures          the same pictures, on two GPUs
 
 The same command again makes what is missing or damaged, after a kill at any moment; with a larger --n it makes more.
+
+Under torchrun write -n, not --n, which its own parser takes for one of its options.
 """
 
 
@@ -54,31 +72,14 @@ def generate(
     format: Annotated[
         Kind, typer.Option(help="png: a file a picture; npz: arrays, a file a shard; parquet: as data sets are kept.")
     ] = Kind.png,
-    solver: Annotated[str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)] = "auto",
-    nfe: Annotated[
-        int | None,
-        typer.Option(help="Network calls, exactly (default: 35; not for adaptive solvers).", rich_help_panel=HOW),
-    ] = None,
-    process: Annotated[
-        str | None,
-        typer.Option(help="A name from 'sdeflow info processes' (default: the model's own).", rich_help_panel=HOW),
-    ] = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            help="A name from 'sdeflow info grids' (default: what suits model and process).", rich_help_panel=HOW
-        ),
-    ] = None,
-    rtol: Annotated[
-        float | None, typer.Option(help="Tolerance of an adaptive solver (default: 1e-3).", rich_help_panel=HOW)
-    ] = None,
-    noise: Annotated[
-        str, typer.Option(help="seeded, or brownian: the same path at every NFE.", rich_help_panel=HOW)
-    ] = "seeded",
+    solver: SolverOption = "auto",
+    nfe: NfeOption = None,
+    process: ProcessOption = None,
+    grid: GridOption = None,
+    rtol: RtolOption = None,
+    noise: NoiseOption = "seeded",
     seed: Annotated[int, typer.Option(help="Seed of picture 0; picture i has seed + i.", rich_help_panel=HOW)] = 0,
-    model: Annotated[
-        str, typer.Option(help="A bundled model or a file that 'sdeflow train' wrote.", rich_help_panel=MACHINE)
-    ] = "cifar10",
+    model: ModelOption = "cifar10",
     shard_size: Annotated[
         int,
         typer.Option(
@@ -99,29 +100,24 @@ def generate(
             rich_help_panel=MACHINE,
         ),
     ] = "auto",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Run each batch as one CUDA graph.", rich_help_panel=MACHINE)
-    ] = False,
-    half: Annotated[bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)] = False,
+    compile: CompileOption = False,
+    half: HalfOption = False,
     max_seconds: Annotated[
         float | None, typer.Option(help="Stop after this long; the same command goes on.", rich_help_panel=MACHINE)
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)
-    ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write many pictures into a folder: the same ones on one process or many; stops and goes on at any moment."""
     method, size = pick_solver(solver, rtol), pick_batch_size(batch_size)
     along = None if process is None else registry.process(process)
     rank = this_rank()
     place = check_device(rank.device(pick_device(device)))
-    denoiser = load(model, place, torch.bfloat16 if half else torch.float32)
-    asked = classes if classes in ("all", "none") else [part.strip() for part in classes.split(",") if part.strip()]
+    denoiser = open_model(model, place, half, compile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompileWarning)  # the summary says it
         made = run(
             denoiser, out, n=n, process=along, solver=method, nfe=nfe, grid=grid, noise=noise,  # type: ignore[arg-type]
-            classes=asked, seed=seed, format=format.value, shard_size=shard_size, batch_size=size, compile=compile,
+            classes=pick_classes(classes), seed=seed, format=format.value, shard_size=shard_size, batch_size=size, compile=compile,
             device=place, max_seconds=max_seconds, model=model, progress=not quiet,
         )  # fmt: skip
     if rank.first and not quiet:

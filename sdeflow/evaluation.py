@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from sdeflow import distributed
 from sdeflow._files import write_whole
 from sdeflow._version import __version__
+from sdeflow.batching import window
+from sdeflow.compiled import Compile
 from sdeflow.denoiser import Denoiser
 from sdeflow.distributed import Rank
 from sdeflow.errors import SdeflowError, unknown
 from sdeflow.features import EXTRACTORS, Extractor, extractor
-from sdeflow.generate import Labels, fingerprint
+from sdeflow.generate import dtype_of, sentence
+from sdeflow.identity import Labels, fingerprint
 from sdeflow.images import to_uint8
 from sdeflow.metrics import ENOUGH, expected_bias, frechet_distance, precision_recall
 from sdeflow.reference import Batch, Measured, Pictures, measure, open_pictures, reference
@@ -44,8 +48,8 @@ PathLike = str | os.PathLike[str]
 class Sampling:
     """How pictures are drawn from a denoiser that is evaluated: `n` of them, picture i with seed `seed + i`.
 
-    `solver`, `nfe`, `grid` and `noise` are those of `sample`; `classes` those of `generate`, taken in turn. Picture i is the
-    same whatever `batch_size` and the number of processes, as with `generate`.
+    `solver`, `nfe`, `grid`, `noise` and `compile` are those of `sample`; `classes` those of `generate`, taken in turn. Picture i
+    is the same whatever `batch_size` and the number of processes, as with `generate`. `model` is its name, which the result tells.
     """
 
     n: int = ENOUGH
@@ -56,6 +60,8 @@ class Sampling:
     classes: Sequence[int | str] | Literal["all", "none"] = "all"
     seed: int = 0
     batch_size: int = 256
+    compile: Compile = False
+    model: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (("n", 2), ("batch_size", 1)):
@@ -71,7 +77,7 @@ class Evaluation:
     - `n`, `reference_n`: how many pictures each distance is over.
     - `floor`: the same distances between the reference and other real pictures; no model is expected below it.
     - `samples`, `reference`: of each extractor's score, what was measured (`Measured.facts`).
-    - `how`: how the samples were made (seed, NFE, solver, classes), where that is known.
+    - `how`: how the samples were made (seed, NFE, solver, classes, dtype, whether compiled), where that is known.
     - `bias`: about what a distance of 0 scores at these numbers, where features are Gaussian (`expected_bias`).
     - `warnings`: why a number should not be compared, or not with any other.
     """
@@ -125,6 +131,8 @@ class Evaluation:
             )
         first = next(iter(self.reference.values()))
         lines.append(f"{'n':<10} {self.n} against {self.reference_n} of {first['source']}")
+        if self.how.get("compiled", "no") != "no":
+            lines.append(f"{'compiled':<10} {self.how['compiled']}")
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
 
@@ -175,6 +183,8 @@ def evaluate(
         scores = [e.score for e in extractors]
         kept = [_manifold(names)] if {"precision", "recall"} & set(names) else []
         if isinstance(samples, Denoiser):
+            if sampling is not None and n not in (None, sampling.n):
+                raise ValueError(f"n={n}, and sampling says n={sampling.n}: say it once")
             pictures = drawn(samples, sampling or Sampling(n=n or ENOUGH), rank)
         elif sampling is not None:
             raise ValueError("sampling says how to draw from a Denoiser; these samples are there already")
@@ -184,6 +194,8 @@ def evaluate(
         under = None
         if floor is not None:
             under = _reference(floor, extractors, None, [], floor_split, None, batch_size, rank, progress)
+        if kept:
+            _check_neighbours(k, {"reference pictures": real[0].statistics.n, "samples": pictures.total})
         found = measure(pictures, extractors, features=kept, rank=rank, progress=progress)
         values = _distances(names, scores, real, found)
         if "accuracy" in names:
@@ -193,8 +205,21 @@ def evaluate(
             values |= _manifolds(real[i], found[i], k, rank)
     result = _result(names, scores, real, found, values, pictures, machine(place, rank.world))
     result.floor = _floor(names, scores, real, under)
+    for what, wanted, there in (("samples", n, result.n), ("reference", reference_n, result.reference_n)):
+        if wanted not in (None, there):
+            result.warnings.append(f"{what}: the first {wanted} were asked for, and these are {there}")
     result.settings = {"k": k, "split": split, "precision_recall_features": kept[0] if kept else None}
     return result
+
+
+def _check_neighbours(k: int, numbers: Mapping[str, int | None]) -> None:
+    """Refuse numbers of pictures that are too small for precision and recall, where they are known beforehand."""
+    for what, n in numbers.items():
+        if n is not None and n <= k:
+            raise ValueError(
+                f"precision and recall look at the {k} nearest neighbours of each picture, and there are only {n} {what}: take "
+                "more, a smaller k, or the metrics without them"
+            )
 
 
 def _distances(
@@ -308,43 +333,41 @@ def open_extractors(
 def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> Pictures:
     """Pictures drawn from a denoiser where it is, as they are needed, this process's share of them; nothing is written."""
     labels = Labels.of(denoiser, sampling.classes)
-    how: dict[str, Any] = {
-        "n": sampling.n,
-        "seed": sampling.seed,
-        "classes": list(labels.stored),
-        "model_sha256": fingerprint(denoiser),
-        "class_names": list(getattr(denoiser, "class_names", ())),
+    names = tuple(getattr(denoiser, "class_names", ()))
+    asked: dict[str, Any] = {
+        "solver": sampling.solver,
+        "nfe": sampling.nfe,
+        "grid": sampling.grid,
+        "noise": sampling.noise,
     }
+    how: dict[str, Any] = {
+        "model": sampling.model, "n": sampling.n, "seed": sampling.seed, "classes": list(labels.stored),
+        "class_names": list(names), "model_sha256": fingerprint(denoiser), **sentence(denoiser, asked),
+        "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser), "network_compiled": _compiled(denoiser),
+        "compiled": "no",
+    }  # fmt: skip
 
     def batches() -> Iterator[Batch]:
         share = rank.share(sampling.n)
         for first in range(share.start, share.stop, sampling.batch_size):
-            rows = range(first, min(first + sampling.batch_size, share.stop))
-            label = labels.given(rows)
+            stop = min(first + sampling.batch_size, share.stop)
+            # A last, smaller batch would be compiled anew: it is drawn with pictures before it, which are dropped.
+            start = window(slice(first, stop), sampling.batch_size).start if sampling.compile else first
+            label = labels.given(range(start, stop))
             solution = solve(
-                denoiser,
-                solver=sampling.solver,
-                nfe=sampling.nfe,
-                grid=sampling.grid,
-                noise=sampling.noise,
-                n=len(rows),
-                seeds=sampling.seed + first,
-                condition=None if label is None else {"label": label},
-                device=device_of(denoiser),
-            )
-            if "solver" not in how:
-                adaptive = solution.solver is not None and solution.solver.adaptive
-                how.update(
-                    solver=repr(solution.solver),
-                    process=repr(solution.process),
-                    grid=solution.grid,
-                    noise=solution.noise,
-                    nfe=None if adaptive else solution.nfe,
-                    times=None if solution.times is None else solution.times.tolist(),
-                )
-            yield to_uint8(solution.x), labels.told(rows)
+                denoiser, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
+                condition=None if label is None else {"label": label}, device=device_of(denoiser),
+            )  # fmt: skip
+            how["compiled"] = str(solution.statistics.get("compiled", "no"))
+            yield to_uint8(solution.x[first - start :]), labels.told(range(first, stop))
 
-    return Pictures("a denoiser", batches(), sampling.n, tuple(getattr(denoiser, "class_names", ())), how)
+    return Pictures(sampling.model or "a denoiser", batches(), sampling.n, names, how)
+
+
+def _compiled(denoiser: Denoiser) -> bool:
+    """Whether torch.compile has the network."""
+    network = getattr(denoiser, "network", None)
+    return isinstance(network, nn.Module) and (hasattr(network, "_orig_mod") or network._compiled_call_impl is not None)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -435,10 +458,16 @@ def _warnings(
                     else ""
                 )
             )
-    if found[0].facts["shape"] != real[0].facts["shape"]:
+    kinds = [name for name in names if name in ("precision", "recall")]
+    numbers = found[0].statistics.n, real[0].statistics.n
+    if kinds and min(numbers) < ENOUGH:
         told.append(
-            f"samples have shape {found[0].facts['shape']}, the reference {real[0].facts['shape']}: resizing alone makes a distance"
+            f"{' and '.join(kinds)} depend on how many samples ({numbers[0]}) and reference pictures ({numbers[1]}) there are; "
+            "compare them only at the same numbers"
         )
+    shapes = found[0].facts["shape"], real[0].facts["shape"]
+    if all(shapes) and shapes[0] != shapes[1]:  # a process that has seen no picture knows of no shape
+        told.append(f"samples have shape {shapes[0]}, the reference {shapes[1]}: resizing alone makes a distance")
     if found[0].facts["pictures_sha256"] == real[0].facts["pictures_sha256"]:
         told.append("the samples are the very pictures of the reference")
     classes, known = pictures.class_names, found[-1].facts.get("class_names")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from sdeflow import distributed, registry
 from sdeflow._version import __version__
+from sdeflow.batching import window
 from sdeflow.company import Company
 from sdeflow.compiled import Compile
 from sdeflow.denoiser import Denoiser, as_denoiser
@@ -143,7 +144,7 @@ def generate(
     settings = {
         "format": format, "shape": list(shards.shape), "shard_size": shard_size, "n": n, "seed": index(seed),
         "classes": list(labels.stored), "class_names": list(shards.class_names), "model": model,
-        "model_sha256": fingerprint(denoiser), "dtype": _dtype(denoiser), **_sentence(denoiser, how),
+        "model_sha256": fingerprint(denoiser), "dtype": dtype_of(denoiser), **sentence(denoiser, how),
         "version": __version__, "layout": FORMAT,
     }  # fmt: skip
     check_settings(shards.folder, settings)
@@ -207,21 +208,24 @@ class Maker:
         for first in range(indices.start, indices.stop, step):
             if self.stop.asked:
                 return None
-            rows = range(first, min(first + step, indices.stop))
+            stop = min(first + step, indices.stop)
+            rows = range(first, stop)
+            if self.compile and self.batch != "auto":  # a last, smaller shard would be compiled anew
+                rows = range(window(slice(first, stop), min(self.batch, self.shards.size)).start, stop)
             label = self.labels.given(rows)
             height, width, channels = self.shards.shape
             try:
                 solution = solve(
-                    self.denoiser, **self.how, shape=(channels, height, width), n=len(rows), seeds=self.seed + first,
+                    self.denoiser, **self.how, shape=(channels, height, width), n=len(rows), seeds=self.seed + rows.start,
                     condition=None if label is None else {"label": label}, batch_size=self.batch, compile=self.compile,
                     device=self.device,
                 )  # fmt: skip
             except (NonFiniteError, SolverError) as error:
                 raise _named(error, rows, self.seed, k) from error
-            parts.append(to_uint8(solution.x).permute(0, 2, 3, 1).cpu())
+            parts.append(to_uint8(solution.x[first - rows.start :]).permute(0, 2, 3, 1).cpu())
             self.company.add("calls", solution.network_calls)
             self.compiled = str(solution.statistics.get("compiled", ""))
-            self.company.add("shown", len(rows))
+            self.company.add("shown", stop - first)
             self.show()
         return torch.cat(parts).contiguous()
 
@@ -300,7 +304,7 @@ class _Free(Denoiser):
         return torch.zeros_like(x)
 
 
-def _sentence(denoiser: Denoiser, how: Mapping[str, Any]) -> dict[str, Any]:
+def sentence(denoiser: Denoiser, how: Mapping[str, Any]) -> dict[str, Any]:
     """Solver, process, times and budget, from a solve of a free model; raises what `sample` raises for what cannot be."""
     if not isinstance(how["noise"], str):
         raise TypeError("noise is 'seeded' or 'brownian': a noise of your own serves one batch")
@@ -320,7 +324,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _dtype(denoiser: Denoiser) -> str:
+def dtype_of(denoiser: Denoiser) -> str:
     """The dtype of the network's parameters, or of the states."""
     network = getattr(denoiser, "network", None)
     first = next(network.parameters(), None) if isinstance(network, nn.Module) else None

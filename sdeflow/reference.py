@@ -270,8 +270,9 @@ def measure(
                 gauge.add(pixels, labels)
             bar.update(min(len(pixels) * rank.world, (bar.total or 1 << 62) - bar.n))
     digest, labelled = (_summed(number % (1 << 256), gauges[0].place) for number in (digest, labelled))
+    shape = _one_shape(shape, pictures.name, gauges[0].place)
     facts = {
-        "source": pictures.name, "pictures_sha256": f"{digest:064x}", "shape": list(shape or ()), "how": pictures.how,
+        "source": pictures.name, "pictures_sha256": f"{digest:064x}", "shape": list(shape), "how": pictures.how,
         "version": __version__, "torch": str(torch.__version__), "machine": machine(extractors[0].device, rank.world),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -284,6 +285,15 @@ def _digest(pixels: Tensor) -> int:
     for picture in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy():
         total += int.from_bytes(hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).digest(), "big")
     return total
+
+
+def _one_shape(shape: tuple[int, ...] | None, name: str, device: torch.device) -> tuple[int, ...]:
+    """The shape of the pictures of all processes, some of which may have seen none."""
+    table = distributed.gather(torch.tensor([shape or (0, 0, 0)], device=device)).tolist()
+    seen = sorted({tuple(row) for row in table if any(row)})
+    if len(seen) > 1:
+        raise ValueError(f"the pictures of {name} differ in shape: {seen[0]} and {seen[1]}")
+    return seen[0] if seen else ()
 
 
 def _summed(number: int, device: torch.device) -> int:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdeflow import cli_options
 from sdeflow.cli import main
 from sdeflow.images import read_facts
 from sdeflow.models import UNet, UNetConfig
@@ -149,6 +150,40 @@ def test_what_fits_and_graphs_are_options(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "asked", "half", "compiled"),
+    [("cpu", True, False, False), ("cuda", True, True, True), ("cuda", False, False, False)],
+)
+def test_a_network_is_compiled_where_that_serves(
+    monkeypatch: pytest.MonkeyPatch, device: str, asked: bool, half: bool, compiled: bool
+) -> None:
+    load = mock.Mock()
+    monkeypatch.setattr(cli_options, "load", load)
+    cli_options.open_model("cifar10", torch.device(device), half, asked)
+    dtype = torch.bfloat16 if half else torch.float32
+    load.assert_called_once_with("cifar10", torch.device(device), dtype, compile=compiled)
+
+
+def test_half_precision_makes_another_picture_and_says_so(tiny: Path, tmp_path: Path) -> None:
+    for name, options in (("a.png", []), ("b.png", ["--half", "--classes", "all"])):
+        done = run("sample", "--model", str(tiny), "--n", "3", "--nfe", "3", "--out", name, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    whole, half = (read_facts(tmp_path / name) for name in ("a.png", "b.png"))
+    assert (whole.pop("dtype"), half.pop("dtype")) == ("float32", "bfloat16")
+    assert whole == half
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_the_commands_share_their_options(tmp_path: Path) -> None:
+    """An option of two commands has the same words in both."""
+    sample, generate = (run(name, "--help", cwd=tmp_path).stdout.splitlines() for name in ("sample", "generate"))
+    for name in ("solver", "nfe", "process", "grid", "rtol", "noise", "model", "compile", "half", "quiet"):
+        [a], [b] = (
+            [" ".join(row.split()) for row in rows if f"--{name} " in row and "│" in row] for rows in (sample, generate)
+        )
+        assert a == b
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
         (["--solver", "hen"], 2, "did you mean 'heun'"),
@@ -164,6 +199,8 @@ def test_what_fits_and_graphs_are_options(tiny: Path, tmp_path: Path) -> None:
         (["--n", "0"], 2, "--n"),
         (["--batch-size", "many"], 2, "--batch-size is a whole number, at least 1, or auto; got 'many'"),
         (["--out", "missing.txt/a.png"], 1, "missing.txt"),
+        (["--out", "a.jpg"], 2, "--out is written as PNG: call it a.png, not a.jpg"),
+        (["--gif", "a.mp4"], 2, "--gif is written as GIF: call it a.gif, not a.mp4"),
         (["--model", "nowhere.safetensors"], 1, "no checkpoint 'nowhere.safetensors'"),
         (["--model", "broken.safetensors"], 1, "damaged"),
     ],

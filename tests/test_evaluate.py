@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,17 +29,21 @@ from PIL import Image
 from torch import Tensor
 
 import sdeflow
-from sdeflow import features, shards
+from sdeflow import evaluation, features, shards
 from sdeflow.cli import main
+from sdeflow.compiled import CompileWarning
 from sdeflow.data import Decoded
 from sdeflow.distributed import Rank
 from sdeflow.errors import CheckpointError, MissingExtraError, SdeflowError, UnknownNameError
-from sdeflow.evaluation import Evaluation, Sampling, compare, evaluate
+from sdeflow.evaluation import Evaluation, Sampling, compare, drawn, evaluate
 from sdeflow.features import CifarFeatures, CifarNet, CifarNetConfig, Inception, extractor, file_sha256, save_cifar_net
 from sdeflow.metrics import Statistics, frechet_distance, precision_recall
 from sdeflow.models import UNet, UNetConfig
 from sdeflow.models.checkpoint import save_model, write_tensors
+from sdeflow.process import VP
 from sdeflow.reference import Measured, measure, open_pictures
+from sdeflow.sampling import solve
+from sdeflow.targets import GaussianMixture
 
 NAMES = ("ant", "bee", "cat")
 
@@ -136,7 +141,7 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "CIFAR_WEIGHTS", tmp_path / "nowhere.safetensors")
-    with pytest.raises(CheckpointError, match=r"is missing.*train_features.*--cifar-weights"):
+    with pytest.raises(CheckpointError, match=r"is missing.*install sdeflow again.*train_features"):
         CifarFeatures()
     with pytest.raises(CheckpointError, match="there is no file"):
         CifarFeatures(tmp_path / "other")
@@ -519,7 +524,11 @@ def test_several_scores_share_one_pass(fidelity: Path, weights: Path) -> None:
         (("fd_cifar",), {"weights": "x.pth"}, "weights is for fid"),
         (("fd_cifar",), {"n": 1}, "2 at least"),
         (("fd_cifar",), {"sampling": Sampling(n=4)}, "these samples are there already"),
-        (("precision",), {"k": 30}, "30-th nearest"),
+        (
+            ("precision",),
+            {"k": 30},
+            "the 30 nearest neighbours of each picture, and there are only 20 reference pictures",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_told(weights: Path, metrics: Any, more: dict[str, Any], said: str) -> None:
@@ -562,14 +571,60 @@ def test_a_denoiser_is_drawn_from_as_generate_draws(model: Path, weights: Path, 
 
     denoiser = sdeflow.load(model)
     sampling = Sampling(n=10, nfe=5, solver="heun", seed=3, batch_size=4)
-    drawn = evaluate(denoiser, pixels(0, 20), ("fd_cifar", "accuracy"), sampling=sampling, cifar_weights=weights)
+    found = evaluate(denoiser, pixels(0, 20), ("fd_cifar", "accuracy"), sampling=sampling, cifar_weights=weights)
     generate(denoiser, tmp_path / "run", n=10, nfe=5, solver="heun", seed=3, batch_size=4, shard_size=4, format="npz")
     read = evaluate(tmp_path / "run", pixels(0, 20), ("fd_cifar", "accuracy"), cifar_weights=weights)
-    assert drawn.metrics == pytest.approx(read.metrics, rel=1e-5)
-    for key in ("seed", "nfe", "solver", "classes", "model_sha256", "process", "grid", "noise", "times"):
-        assert drawn.how[key] == read.how[key], key
+    assert found.metrics == pytest.approx(read.metrics, rel=1e-5)
+    for key in ("seed", "nfe", "solver", "classes", "model_sha256", "process", "grid", "noise", "times", "dtype"):
+        assert found.how[key] == read.how[key], key
     with pytest.raises(ValueError, match="n is a whole number"):
         Sampling(n=1)
+
+
+def test_compiled_batches_are_of_one_size_and_the_pictures_the_same(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each size would be compiled anew, so the last batch is filled up with pictures that were there before."""
+    sizes: list[int] = []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        sizes.append(named["n"])
+        return solve(*given, **named)
+
+    monkeypatch.setattr(evaluation, "solve", counted)
+    target = GaussianMixture([1.0], torch.zeros(1, 3, 8, 8), std=0.4, process=VP())
+    results = []
+    for how in ({}, {"compile": True}, {"compile": True, "batch_size": 50}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompileWarning)
+            sampling = Sampling(**{"n": 10, "nfe": 3, "batch_size": 4, **how})  # type: ignore[arg-type]
+            results.append(evaluate(target, pixels(0, 20), ("fd_cifar",), sampling=sampling, cifar_weights=weights))
+    assert sizes == [4, 4, 2, 4, 4, 4, 10]
+    assert len({result.samples["fd_cifar"]["pictures_sha256"] for result in results}) == 1
+    assert [result.n for result in results] == [10, 10, 10]
+    assert results[0].how["compiled"] == "no"
+    assert results[1].how["compiled"].startswith("no: a CUDA graph needs")
+    assert (results[1].how["dtype"], results[1].how["network_compiled"]) == ("float32", False)
+
+
+def test_a_compiled_network_is_told(model: Path) -> None:
+    for compile in (False, True):
+        denoiser = sdeflow.load(model, dtype=torch.bfloat16, compile=compile)
+        how = drawn(denoiser, Sampling(n=4), Rank()).how
+        assert (how["network_compiled"], how["dtype"]) == (compile, "bfloat16")
+
+
+def test_what_cannot_be_drawn_is_told_before_the_reference_is_measured(model: Path, weights: Path) -> None:
+    def unread() -> Any:
+        pytest.fail("the reference was read")
+        yield
+
+    for how, said in (({"solver": "hen"}, "did you mean 'heun'"), ({"solver": "heun", "nfe": 4}, "3 and 5"),
+                      ({"classes": ["bea"]}, "did you mean 'bee'")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            evaluate(sdeflow.load(model), unread(), sampling=Sampling(n=4, **how), cifar_weights=weights)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="say it once"):
+        evaluate(sdeflow.load(model), unread(), sampling=Sampling(n=4), n=5, cifar_weights=weights)
 
 
 # ------------------------------------------------------------------------------------------------------ the command line
@@ -614,16 +669,53 @@ def test_the_command_draws_from_a_model(model: Path, weights: Path, tmp_path: Pa
     assert (told["n"], told["nfe"], told["seed"], told["classes"]) == (6, 4, 9, [0, 2])
 
 
+def test_half_and_compile_are_in_the_result(model: Path, weights: Path, tmp_path: Path) -> None:
+    pngs(tmp_path / "real", pixels(31, 25))
+    options = ("--reference", "real", "-n", "6", "--nfe", "4", "--cifar-weights", weights, "--device", "cpu")
+    plain, other = (
+        run(model, *options, *more, cwd=tmp_path)
+        for more in (("--out", "a.json"), ("--out", "b.json", "--half", "--compile"))
+    )
+    assert (plain.returncode, other.returncode) == (0, 0), other.stderr
+    assert "compiled" not in plain.stdout
+    assert "compiled   no: a CUDA graph needs a state on a CUDA device" in other.stdout  # said once, and no warning
+    assert "Warning" not in other.stderr
+    a, b = (json.loads((tmp_path / name).read_text())["how"] for name in ("a.json", "b.json"))
+    assert (a["dtype"], a["compiled"], a["network_compiled"]) == ("float32", "no", False)
+    assert (b["dtype"], b["network_compiled"]) == ("bfloat16", False)
+    assert b["compiled"].startswith("no: a CUDA graph needs")
+    assert (a["model"], a["batch_size"]) == (str(model), 256)
+    assert {key for key in a if a[key] != b[key]} == {"dtype", "compiled", "model_sha256"}
+
+
+def test_numbers_that_are_not_there_are_told(weights: Path, tmp_path: Path) -> None:
+    folder(tmp_path / "pictures", pixels(30, 20))
+    pngs(tmp_path / "real", pixels(31, 25))
+    options = ("--reference", "real", "--cifar-weights", weights, "--device", "cpu")
+    done = run("pictures", *options, "--n", "30", "--reference-n", "40", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "samples: the first 30 were asked for, and these are 20" in done.stdout
+    assert "reference: the first 40 were asked for, and these are 25" in done.stdout
+    assert "precision and recall depend on how many samples (20) and reference pictures (25)" in done.stdout
+    done = run("pictures", *options, "--n", "3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there are only 3 samples" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
         ((), 2, "name the pictures"),
+        (("pictures", "--reference", "pictures", "--half"), 2, "--half: how samples are drawn is for a model"),
+        (("--compare", "a", "b", "--reference", "c", "--nfe", "9"), 2, "--reference, --nfe: --compare takes two sets"),
+        (("cifar1", "--reference", "pictures"), 2, "nor a model: those are cifar10"),
+        (("none.safetensors", "--reference", "pictures"), 1, "no checkpoint"),
         (("pictures", "--compare", "a", "b"), 2, "not both"),
         (("pictures", "--metrics", "fd"), 2, "unknown metric"),
         (("pictures",), 2, "a reference is needed"),
         (("pictures", "--reference", "none.safetensors"), 1, "there are no statistics"),
         (("pictures", "--reference", "pictures", "--nfe", "9"), 2, "--nfe: how samples are drawn is for a model"),
-        (("nowhere", "--reference", "pictures"), 2, "neither a folder"),
+        (("nowhere", "--reference", "pictures"), 2, "neither a folder or file of pictures nor a model"),
         (("pictures", "--reference", "pictures", "--out", "."), 1, "it is a folder"),
     ],
 )
@@ -648,10 +740,56 @@ def test_a_gpu_measures_what_a_cpu_does(model: Path, tmp_path: Path) -> None:
     cpu, gpu = (evaluate(run, real, names, cifar_weights=tmp_path / "net", device=device) for device in ("cpu", "cuda"))
     assert gpu.metrics == pytest.approx(cpu.metrics, rel=1e-3)
     assert gpu.samples["fd_cifar"]["pictures_sha256"] == cpu.samples["fd_cifar"]["pictures_sha256"]
-    drawn = evaluate(
+    from_model = evaluate(
         sdeflow.load(model, "cuda"), real, ("fd_cifar",), sampling=Sampling(n=8, nfe=3), cifar_weights=tmp_path / "net"
     )
-    assert drawn.n == 8
+    assert from_model.n == 8
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_model_is_compiled_and_scores_the_same(model: Path, weights: Path, tmp_path: Path) -> None:
+    pngs(tmp_path / "real", pixels(31, 60))
+    options = ("--reference", "real", "-n", "20", "--nfe", "5", "--cifar-weights", weights, "--batch-size", "8")
+    for name, more in (("a", ()), ("b", ("--compile",)), ("c", ("--compile", "--half"))):
+        done = run(model, *options, *more, "--out", f"{name}.json", "--device", "cuda", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    a, b, c = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "abc")
+    assert [told["how"]["compiled"] for told in (a, b, c)] == ["no", "yes", "yes"]
+    assert [told["how"]["network_compiled"] for told in (a, b, c)] == [False, True, True]
+    assert [told["how"]["dtype"] for told in (a, b, c)] == ["float32", "float32", "bfloat16"]
+    assert b["metrics"]["fd_cifar"] == pytest.approx(a["metrics"]["fd_cifar"], rel=1e-2)
+    assert c["metrics"]["fd_cifar"] == pytest.approx(a["metrics"]["fd_cifar"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_as_one_does(model: Path, weights: Path, tmp_path: Path) -> None:
+    pngs(tmp_path / "real", pixels(33, 41))
+    options = [
+        "--reference",
+        "real",
+        "-n",
+        "23",
+        "--nfe",
+        "3",
+        "--cifar-weights",
+        str(weights),
+        "--device",
+        "cpu",
+        "--compile",
+    ]
+    alone = run(model, *options, "--out", "one.json", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdeflow"]
+    done = subprocess.run(
+        [*torchrun, "evaluate", str(model), *options, "--batch-size", "4", "--out", "two.json"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["n"] == one["n"] == 23
+    assert two["metrics"]["fd_cifar"] == pytest.approx(one["metrics"]["fd_cifar"], rel=1e-3)
+    assert {key for key in one["how"] if one["how"][key] != two["how"][key]} == {"batch_size"}
+    assert done.stdout.count("compiled") == 1
 
 
 @pytest.mark.slow
@@ -679,6 +817,7 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
     assert two["n"] == one["n"] == 50
     assert two["machine"].startswith("2 x")
     for side in ("samples", "reference"):
+        assert two[side]["fd_cifar"]["shape"] == [3, 8, 8]
         assert two[side]["fd_cifar"]["pictures_sha256"] == one[side]["fd_cifar"]["pictures_sha256"]
     assert done.stdout.count("FD-CIFAR") == 1
     (pictures / "shard-00006.npz").write_bytes(b"torn")  # of the second process: the first does not wait for it

@@ -21,6 +21,7 @@ from PIL import Image
 from test_unet import unet
 from torch import Tensor
 
+import sdeflow.generate as generating
 from sdeflow import _files, data, shards
 from sdeflow.cli import main
 from sdeflow.denoiser import Prediction
@@ -131,6 +132,23 @@ def test_what_fits_and_graphs_make_the_same_files(tmp_path: Path, how: dict[str,
     made = make(tmp_path / "b", **how)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert ("CUDA device" in str(made)) == ("compile" in how)  # there is none here, and the summary says so
+
+
+@pytest.mark.filterwarnings("ignore::sdeflow.compiled.CompileWarning")
+def test_a_last_smaller_shard_is_compiled_as_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    solve = generating.solve
+
+    def counted(denoiser: Any, **named: Any) -> Any:
+        sizes.append(named["n"])
+        return solve(denoiser, **named)
+
+    make(tmp_path / "a", n=17, shard_size=6, batch_size=3)
+    monkeypatch.setattr(generating, "solve", counted)
+    make(tmp_path / "b", n=13, shard_size=6, batch_size=3, compile=True)
+    make(tmp_path / "b", n=17, shard_size=6, batch_size=3, compile=True)
+    assert sizes == [1, 6, 6, 3, 1, 5]  # a sentence first; the last shard of 13 holds one picture
+    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_classes_take_turns_by_index(tmp_path: Path, tiny: Path) -> None:
@@ -588,6 +606,19 @@ def test_the_command_teaches_in_a_line(
     assert said in told.err
     assert "Traceback" not in told.err
     assert files(tmp_path) == before
+
+
+def test_the_command_runs_in_half_precision_and_says_why_it_is_not_compiled(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(tiny), "--n", "2", "--nfe", "3", "--device", "cpu", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        main(["generate", *options, "--half", "--compile"])
+    assert end.value.code in (0, None)
+    told = capsys.readouterr()
+    assert "compiled  no: a CUDA graph needs a state on a CUDA device" in told.out  # said once, and no warning
+    assert "Warning" not in told.err
+    assert read_settings(tmp_path / "out")["dtype"] == "bfloat16"
 
 
 # -------------------------------------------------------------------------------------------------------- reading others'

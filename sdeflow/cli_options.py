@@ -1,0 +1,93 @@
+"""The options that several commands have, word for word, and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from sdeflow import registry
+from sdeflow.models.checkpoint import Pretrained, load
+from sdeflow.solvers.base import Solver
+from sdeflow.solvers.control import PerSample
+from sdeflow.start import check_device
+
+HOW, MACHINE = "How", "Machine and files"
+
+SolverOption = Annotated[str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)]
+NfeOption = Annotated[
+    int | None,
+    typer.Option(help="Network calls, exactly (default: 35; not for adaptive solvers).", rich_help_panel=HOW),
+]
+ProcessOption = Annotated[
+    str | None,
+    typer.Option(help="A name from 'sdeflow info processes' (default: the model's own).", rich_help_panel=HOW),
+]
+GridOption = Annotated[
+    str | None,
+    typer.Option(help="A name from 'sdeflow info grids' (default: what suits model and process).", rich_help_panel=HOW),
+]
+RtolOption = Annotated[
+    float | None, typer.Option(help="Tolerance of an adaptive solver (default: 1e-3).", rich_help_panel=HOW)
+]
+NoiseOption = Annotated[str, typer.Option(help="seeded, or brownian: the same path at every NFE.", rich_help_panel=HOW)]
+ModelOption = Annotated[
+    str, typer.Option(help="A bundled model or a file that 'sdeflow train' wrote.", rich_help_panel=MACHINE)
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", rich_help_panel=MACHINE)
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the network (a minute or so) and run each batch as one CUDA graph.",
+        rich_help_panel=MACHINE,
+    ),
+]
+HalfOption = Annotated[bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one. `ValueError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return check_device(name)
+
+
+def pick_solver(name: str, rtol: float | None) -> Solver:
+    """The solver of a name, with a tolerance where one is given; `ValueError` for one that takes none."""
+    method = registry.solver(name)
+    if rtol is None:
+        return method
+    if not isinstance(method, PerSample):
+        raise ValueError(f"--rtol is the tolerance of an adaptive solver, such as rk45; {name} takes --nfe")
+    return replace(method, rtol=rtol, atol=rtol)
+
+
+def pick_batch_size(text: str | None) -> int | Literal["auto"] | None:
+    """The batch size that an option means; `ValueError` for what is none."""
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch-size is a whole number, at least 1, or auto; got {text!r}")
+    return int(text)
+
+
+def pick_names(text: str) -> list[str]:
+    """The names in an option that takes several, with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def pick_classes(text: str) -> Literal["all", "none"] | list[str]:
+    """The classes that an option means, as `generate` takes them."""
+    return text if text in ("all", "none") else pick_names(text)  # type: ignore[return-value]
+
+
+def open_model(name: str, device: torch.device, half: bool, compile: bool) -> Pretrained:
+    """The model of a name or a file, in float32 or bfloat16; compiled where that serves: on a GPU."""
+    dtype = torch.bfloat16 if half else torch.float32
+    return load(name, device, dtype, compile=compile and device.type == "cuda")
