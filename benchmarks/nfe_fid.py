@@ -31,9 +31,9 @@ from sdeflow import registry, solve
 from sdeflow.data import load_images
 from sdeflow.distributed import this_rank
 from sdeflow.errors import BudgetError
-from sdeflow.features import CifarFeatures
+from sdeflow.evaluation.features import CifarFeatures
+from sdeflow.evaluation.metrics import Statistics, frechet_distance
 from sdeflow.images import to_uint8
-from sdeflow.metrics import Statistics, frechet_distance
 from sdeflow.models.checkpoint import Pretrained, load
 
 BUDGETS = (3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 35, 50, 70, 100)

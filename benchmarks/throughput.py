@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdeflow import Heun, grid
-from sdeflow.capture import CapturedSolve
 from sdeflow.data import prepared as prepared_pixels
 from sdeflow.denoiser import Preconditioned
-from sdeflow.losses import EDMLoss
+from sdeflow.execution.capture import CapturedSolve
 from sdeflow.models.checkpoint import load
 from sdeflow.models.unet import UNet, UNetConfig
-from sdeflow.step import GraphedStep
+from sdeflow.training.losses import EDMLoss
+from sdeflow.training.step import GraphedStep
 
 LARGE = UNetConfig(channels=256, multipliers=(1, 1, 1), blocks=4, attention=(16,), embedding=512, num_classes=10)
 """Ours at the scale of EDM's DDPM++: 61.7 M parameters, 44.2 GFLOP an image (theirs 55.7 M and 42.4)."""

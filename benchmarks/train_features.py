@@ -22,8 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdeflow.data import Decoded, load_images
-from sdeflow.features import CIFAR_WEIGHTS, CifarFeatures, CifarNet, CifarNetConfig, file_sha256, save_cifar_net
-from sdeflow.training import card_markdown
+from sdeflow.evaluation.features import (
+    CIFAR_WEIGHTS,
+    CifarFeatures,
+    CifarNet,
+    CifarNetConfig,
+    file_sha256,
+    save_cifar_net,
+)
+from sdeflow.training.run import card_markdown
 
 RESERVE = 0.06
 """The share of `--seconds` that is kept for writing the file, a second at least."""

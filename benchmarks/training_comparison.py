@@ -1,6 +1,6 @@
 """Quality after an equal time of training on one GPU: our network and EDM's DDPM++ of the same size, in the same loop.
 
-Both are trained by `sdeflow.training`'s `Trainer` on the same images in the same order: bf16 autocast, torch.compile, the step as
+Both are trained by `sdeflow.training.Trainer` on the same images in the same order: bf16 autocast, torch.compile, the step as
 one CUDA graph, AdamW at EDM's rate and batch, EDM's loss, flips, label dropout, the average of weights. Only the network differs:
 
 - `ours`: sdeflow's UNet, 128 channels on each of three levels, three blocks a level, 13.65 M parameters;
@@ -58,10 +58,10 @@ from sdeflow.distributed import Rank
 from sdeflow.errors import CheckpointError, NonFiniteError
 from sdeflow.models.unet import UNet, UNetConfig
 from sdeflow.runs import Log, Stop, attempted, machine
-from sdeflow.step import WARM
-from sdeflow.train_config import TrainConfig
-from sdeflow.trainer import Trainer, read_state
-from sdeflow.training import LOG, STATE, fit_to_data
+from sdeflow.training.config import TrainConfig
+from sdeflow.training.run import LOG, STATE, fit_to_data
+from sdeflow.training.step import WARM
+from sdeflow.training.trainer import Trainer, read_state
 
 CHANNELS = {"ours": 128, "edm": 64, "edm_fused": 64}
 TITLES = {"ours": "sdeflow UNet", "edm": "EDM DDPM++", "edm_fused": "EDM DDPM++, by our kernels"}

@@ -279,7 +279,7 @@ def card() -> str:
     """What the bundled checkpoint says of its training."""
     from sdeflow import load
     from sdeflow.models.checkpoint import BUNDLED
-    from sdeflow.training import card_markdown
+    from sdeflow.training.run import card_markdown
 
     path = BUNDLED["cifar10"]
     if not path.is_file():

@@ -7,8 +7,6 @@ images = sdeflow.sample(model, nfe=35, n=4, seeds=0)
 
 from sdeflow import grid
 from sdeflow._version import __version__
-from sdeflow.capture import CapturedSolve
-from sdeflow.compiled import CompileWarning
 from sdeflow.denoiser import Denoiser, Preconditioned, Prediction
 from sdeflow.errors import (
     BudgetError,
@@ -21,11 +19,14 @@ from sdeflow.errors import (
     SolverError,
     UnknownNameError,
 )
+from sdeflow.execution.capture import CapturedSolve
+from sdeflow.execution.compiled import CompileWarning
 from sdeflow.grid.search import gits
 from sdeflow.models.checkpoint import load
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
-from sdeflow.plan import Plan
-from sdeflow.plan_check import PlanReport
+from sdeflow.plan.check import PlanReport
+from sdeflow.plan.plan import Plan
+from sdeflow.plan.unroll import Unrolled
 from sdeflow.process import EDM, VE, VP, Cosine, FromBetas, FromSDE, Level, Process, RectifiedFlow, SubVP
 from sdeflow.projection import Clip, DynamicThreshold, Projected
 from sdeflow.reverse import Reverse
@@ -54,7 +55,6 @@ from sdeflow.solvers.stochastic_adams import StochasticAdams
 from sdeflow.solvers.unipc import UniPC
 from sdeflow.solvers.wrappers import Langevin
 from sdeflow.targets import Empirical, Gaussian, GaussianMixture
-from sdeflow.unroll import Unrolled
 
 __all__ = [
     "DDIM",

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdeflow import _memory, compiled
+from sdeflow import _memory
 from sdeflow._memory import Memory
-from sdeflow.batching import BatchSize, in_batches, window
-from sdeflow.compiled import Compiled
 from sdeflow.denoiser import Denoiser
 from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
-from sdeflow.instructions import Call, Record
+from sdeflow.execution import compiled
+from sdeflow.execution.batching import BatchSize, in_batches, window
+from sdeflow.execution.compiled import Compiled
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
-from sdeflow.plan import Plan
+from sdeflow.plan.instructions import Call, Record
+from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan

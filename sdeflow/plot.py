@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdeflow._files import check_writable, write_whole
 from sdeflow.errors import missing_extra
-from sdeflow.unroll import Unrolled
+from sdeflow.plan.unroll import Unrolled
 
 AGES = 4  # the newest so many predictions have a line of their own
 

@@ -18,7 +18,7 @@ class Reverse:
     """The reverse of a process, as a denoiser knows it: `x0`, `eps`, `score` and `velocity` of a state at a level.
 
     Each of the four calls the denoiser once and is counted in `nfe`. They use only `+`, `-` and `*`, so that the same
-    solver step runs on tensors (the textbook) and on symbolic operands (`sdeflow.plan`).
+    solver step runs on tensors (the textbook) and on symbolic operands (`sdeflow.plan.plan`).
     """
 
     _by_lam: Sequence[Level] = ()  # what is known, by `lam`

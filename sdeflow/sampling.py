@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from sdeflow import registry
 from sdeflow._version import __version__
-from sdeflow.batching import BatchSize
-from sdeflow.compiled import Compile, Compiled, refusal
 from sdeflow.denoiser import Denoiser, as_denoiser
 from sdeflow.errors import GridError
+from sdeflow.execution.batching import BatchSize
+from sdeflow.execution.compiled import Compile, Compiled, refusal
 from sdeflow.grid import GridFunction
 from sdeflow.loop import Bar, Loop, Step
 from sdeflow.noise import Noise
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.solvers.base import GridSolver, Solution, Solver, check_times
 from sdeflow.start import Conditions, Start, check_device, device_of

@@ -14,7 +14,7 @@ from sdeflow import registry
 from sdeflow.denoiser import Denoiser
 from sdeflow.errors import BudgetError, GridError
 from sdeflow.grid import GridFunction
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.solvers.base import Solver, check_times
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from sdeflow import registry
 from sdeflow._math import as_time
 from sdeflow.denoiser import Denoiser
-from sdeflow.instructions import Call, Combine, Draw
 from sdeflow.noise import Noise
-from sdeflow.plan import Plan
+from sdeflow.plan.instructions import Call, Combine, Draw
+from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
 from sdeflow.solvers.adams import ExponentialAdams
 from sdeflow.solvers.ancestral import Ancestral

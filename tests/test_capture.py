@@ -8,11 +8,11 @@ from problems import GRID_SOLVERS
 from torch import Tensor, nn
 
 from sdeflow import grid
-from sdeflow.capture import CapturedSolve
 from sdeflow.denoiser import Prediction
 from sdeflow.errors import SolverError
-from sdeflow.instructions import Call
+from sdeflow.execution.capture import CapturedSolve
 from sdeflow.noise import SeededNoise
+from sdeflow.plan.instructions import Call
 from sdeflow.process import VP
 from sdeflow.reverse import Reverse
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdeflow import cli_options
 from sdeflow.cli import main
+from sdeflow.cli import options as cli_options
 from sdeflow.images import read_facts
 from sdeflow.models import UNet, UNetConfig
 from sdeflow.models.checkpoint import save_model

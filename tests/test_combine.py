@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdeflow import combine, kernel
-from sdeflow.instructions import Combine
+from sdeflow.execution import combine, kernel
+from sdeflow.plan.instructions import Combine
 from sdeflow.process import VP
 from sdeflow.registry import grid_function, solver
 from sdeflow.reverse import Reverse
@@ -153,7 +153,7 @@ def test_it_is_compiled_once_and_kept(writable: bool, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     if not writable:
         folder.write_text("not a folder")
-    code = "import torch; from sdeflow.kernel import cpu_kernel; assert cpu_kernel(torch.float32)"
+    code = "import torch; from sdeflow.execution.kernel import cpu_kernel; assert cpu_kernel(torch.float32)"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(folder)}, check=True)
     assert len(list(folder.rglob("*"))) == (2 if writable else 0)  # the folder sdeflow, and one library in it

@@ -17,16 +17,17 @@ import torch
 from problems import FixedNoise, Mixture
 from torch import Tensor, nn
 
-from sdeflow import _memory, batching, compiled, grid
+from sdeflow import _memory, grid
 from sdeflow._memory import Memory
 from sdeflow._weak import WeakTable
-from sdeflow.batching import BatchSize, in_batches, window
-from sdeflow.capture import CapturedSolve
-from sdeflow.compiled import CompileWarning
 from sdeflow.denoiser import Prediction
 from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
+from sdeflow.execution import batching, compiled
+from sdeflow.execution.batching import BatchSize, in_batches, window
+from sdeflow.execution.capture import CapturedSolve
+from sdeflow.execution.compiled import CompileWarning
 from sdeflow.noise import SeededNoise
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP
 from sdeflow.projection import Clip, Projected
 from sdeflow.reverse import Reverse

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdeflow import grid
 from sdeflow.errors import BudgetError
-from sdeflow.instructions import Combine
+from sdeflow.plan.instructions import Combine
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import solve

@@ -11,7 +11,7 @@ from problems import GRID_SOLVERS, PROCESSES, Mixture, reference, slopes, warped
 from torch import Tensor
 
 from sdeflow import grid, registry
-from sdeflow.instructions import Call, Combine
+from sdeflow.plan.instructions import Call, Combine
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import solve

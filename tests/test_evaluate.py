@@ -29,19 +29,29 @@ from PIL import Image
 from torch import Tensor
 
 import sdeflow
-from sdeflow import evaluation, features, shards
 from sdeflow.cli import main
-from sdeflow.compiled import CompileWarning
 from sdeflow.data import Decoded
 from sdeflow.distributed import Rank
 from sdeflow.errors import CheckpointError, MissingExtraError, SdeflowError, UnknownNameError
-from sdeflow.evaluation import Evaluation, Sampling, compare, drawn, evaluate
-from sdeflow.features import CifarFeatures, CifarNet, CifarNetConfig, Inception, extractor, file_sha256, save_cifar_net
-from sdeflow.metrics import Statistics, frechet_distance, precision_recall
+from sdeflow.evaluation import features
+from sdeflow.evaluation import run as evaluation
+from sdeflow.evaluation.features import (
+    CifarFeatures,
+    CifarNet,
+    CifarNetConfig,
+    Inception,
+    extractor,
+    file_sha256,
+    save_cifar_net,
+)
+from sdeflow.evaluation.metrics import Statistics, frechet_distance, precision_recall
+from sdeflow.evaluation.reference import Measured, measure, open_pictures
+from sdeflow.evaluation.run import Evaluation, Sampling, compare, drawn, evaluate
+from sdeflow.execution.compiled import CompileWarning
+from sdeflow.generate import shards
 from sdeflow.models import UNet, UNetConfig
 from sdeflow.models.checkpoint import save_model, write_tensors
 from sdeflow.process import VP
-from sdeflow.reference import Measured, measure, open_pictures
 from sdeflow.sampling import solve
 from sdeflow.targets import GaussianMixture
 
@@ -487,7 +497,7 @@ def test_warnings_are_given_where_they_are_due(weights: Path, tmp_path: Path, mo
     other = folder(tmp_path / "run", pixels(17, 30), class_names=["x", "y", "z"])
     told = evaluate(other, real, ("fd_cifar", "accuracy"), cifar_weights=weights).warnings
     assert any("are not those of the network" in text for text in told)
-    monkeypatch.setattr("sdeflow.evaluation.ENOUGH", 30)
+    monkeypatch.setattr("sdeflow.evaluation.run.ENOUGH", 30)
     assert evaluate(pixels(17, 30), real, ("fd_cifar",), cifar_weights=weights).warnings == []
 
 

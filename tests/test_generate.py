@@ -21,16 +21,17 @@ from PIL import Image
 from test_unet import unet
 from torch import Tensor
 
-import sdeflow.generate as generating
-from sdeflow import _files, data, shards
+import sdeflow.generate.run as generating
+from sdeflow import _files, data
 from sdeflow.cli import main
 from sdeflow.denoiser import Prediction
 from sdeflow.errors import MissingExtraError, NonFiniteError, SdeflowError, UnknownNameError
-from sdeflow.generate import Labels, fingerprint, generate
+from sdeflow.generate import shards
+from sdeflow.generate.run import Labels, fingerprint, generate
+from sdeflow.generate.shards import RUN, Shards, read_images, read_settings
 from sdeflow.models.checkpoint import load, save_model
 from sdeflow.process import EDM, VP
 from sdeflow.sampling import sample
-from sdeflow.shards import RUN, Shards, read_images, read_settings
 from sdeflow.targets import GaussianMixture
 
 FORMATS = shards.FORMATS
@@ -125,7 +126,7 @@ def test_a_network_makes_them_within_a_level(tmp_path: Path, tiny: Path, batch: 
     assert torch.equal(labels, again)
 
 
-@pytest.mark.filterwarnings("ignore::sdeflow.compiled.CompileWarning")
+@pytest.mark.filterwarnings("ignore::sdeflow.execution.compiled.CompileWarning")
 @pytest.mark.parametrize("how", [{"batch_size": "auto"}, {"compile": True}, {"compile": True, "batch_size": 2}])
 def test_what_fits_and_graphs_make_the_same_files(tmp_path: Path, how: dict[str, Any]) -> None:
     make(tmp_path / "a")
@@ -134,7 +135,7 @@ def test_what_fits_and_graphs_make_the_same_files(tmp_path: Path, how: dict[str,
     assert ("CUDA device" in str(made)) == ("compile" in how)  # there is none here, and the summary says so
 
 
-@pytest.mark.filterwarnings("ignore::sdeflow.compiled.CompileWarning")
+@pytest.mark.filterwarnings("ignore::sdeflow.execution.compiled.CompileWarning")
 def test_a_last_smaller_shard_is_compiled_as_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     solve = generating.solve
@@ -257,7 +258,7 @@ def test_a_process_that_dies_takes_the_others_down_and_a_rerun_completes(tmp_pat
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from sdeflow import shards\n"
+        "from sdeflow.generate import shards\n"
         "write, rank = shards.Shards.write, os.environ['RANK']\n"
         "def die(self, k, *rest):\n"
         "    if rank == '1' and k == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -313,9 +314,9 @@ def test_a_run_that_is_killed_goes_on_without_gaps_or_duplicates(tmp_path: Path,
     """SIGKILL in the middle of a process of its own, which is slowed down so that there is a middle."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\nfrom sdeflow import generate\nsolve = generate.solve\n"
+        "import time\nfrom sdeflow.generate import run\nsolve = run.solve\n"
         "def slow(*a, **k):\n    time.sleep(0.03)\n    return solve(*a, **k)\n"
-        "generate.solve = slow\n" + SCRIPT
+        "run.solve = slow\n" + SCRIPT
     )
     command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "out"), kind, "1"]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE) as process:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdeflow.distributed import Rank
 from sdeflow.errors import NonFiniteError
-from sdeflow.metrics import Statistics, expected_bias, frechet_distance, precision_recall
+from sdeflow.evaluation.metrics import Statistics, expected_bias, frechet_distance, precision_recall
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -91,7 +91,7 @@ def test_alone_the_reduction_over_processes_changes_nothing() -> None:
 
 def test_the_reduction_over_processes_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes in turn, the collectives stood in for: first what each sends is seen, then what all get."""
-    from sdeflow import metrics
+    from sdeflow.evaluation import metrics
 
     features = normal(4, 90, 5) + 1e4
     parts = [features[:50], features[50:50], features[50:]]
@@ -232,7 +232,7 @@ def test_precision_and_recall_are_the_definition(k: int, monkeypatch: pytest.Mon
     expected = naive(real, fake, k)
     assert precision_recall(real, fake, k=k) == expected
     assert 0 < expected[1] < expected[0] < 1
-    monkeypatch.setattr("sdeflow.metrics.BLOCK", 700)  # a few rows at a time
+    monkeypatch.setattr("sdeflow.evaluation.metrics.BLOCK", 700)  # a few rows at a time
     assert precision_recall(real.float() + 100, fake.float() + 100, k=k) == expected
 
 
@@ -257,7 +257,7 @@ def test_balls_are_closed() -> None:
 
 def test_a_process_computes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes in turn: the gathered parts are stood in for."""
-    from sdeflow import metrics
+    from sdeflow.evaluation import metrics
 
     real, fake = normal(34, 31, 4), normal(35, 29, 4)
     ranks = [Rank(i, 2) for i in range(2)]

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from sdeflow import grid
 from sdeflow.denoiser import Denoiser, Prediction
 from sdeflow.errors import GridError, SolverError
-from sdeflow.instructions import Call, Combine, Draw
 from sdeflow.noise import SeededNoise
-from sdeflow.plan import Plan
+from sdeflow.plan.instructions import Call, Combine, Draw
+from sdeflow.plan.plan import Plan
+from sdeflow.plan.trace import Operand
 from sdeflow.process import EDM, VP, Level, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
@@ -40,7 +41,6 @@ from sdeflow.solvers.exponential import DDIM
 from sdeflow.solvers.restart import Restart
 from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
 from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
-from sdeflow.trace import Operand
 
 DAY_ONE: dict[str, GridSolver] = {
     "unipc3": UniPC(3),

@@ -17,7 +17,8 @@ from torch import Tensor
 from sdeflow import grid, registry
 from sdeflow.cli import main
 from sdeflow.errors import CheckpointError, MissingExtraError, SolverError
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
+from sdeflow.plan.unroll import FRAMES
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.adams import ExponentialAdams
@@ -25,7 +26,6 @@ from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.exponential import DDIM
 from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
 from sdeflow.solvers.stochastic import DDPM, EulerMaruyama
-from sdeflow.unroll import FRAMES
 
 REGISTERED = {name: GRID_SOLVERS[name] for name in registry.SOLVERS if name in GRID_SOLVERS}
 

@@ -17,7 +17,7 @@ import sdeflow
 from sdeflow import grid, registry
 from sdeflow.denoiser import Preconditioned, Prediction
 from sdeflow.noise import SeededNoise
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import Step, encode, sample, solve

@@ -30,8 +30,8 @@ from scipy.integrate import quad
 from torch import Tensor
 
 from sdeflow import grid, registry
-from sdeflow.instructions import Combine, Draw
-from sdeflow.plan import Plan
+from sdeflow.plan.instructions import Combine, Draw
+from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP, Level, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import sample

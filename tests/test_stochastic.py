@@ -12,8 +12,8 @@ from problems import NO_ORDER, PROCESSES, STOCHASTIC, GaussianData, Mixture, eac
 from test_sde_solvers import OURS
 
 from sdeflow import grid
-from sdeflow.instructions import Call, Combine, Draw
-from sdeflow.plan import Plan
+from sdeflow.plan.instructions import Call, Combine, Draw
+from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP
 from sdeflow.sampling import sample
 from sdeflow.solvers.base import GridSolver

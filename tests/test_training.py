@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +23,16 @@ from PIL import Image
 from test_unet import TINY, unet
 from torch import Tensor
 
-from sdeflow import Preconditioned, cli_train, trainer, training
+from sdeflow import Preconditioned
+from sdeflow.cli import train as cli_train
 from sdeflow.errors import CheckpointError, NonFiniteError, SdeflowError
-from sdeflow.losses import EDMLoss
 from sdeflow.models.checkpoint import load, read_tensors
 from sdeflow.models.posthoc import find_snapshots, reconstruct
 from sdeflow.runs import Log, Stop
-from sdeflow.training import LOG, MODEL, STATE, TrainConfig, crossed, stored_config, train
+from sdeflow.training import run as training
+from sdeflow.training import trainer
+from sdeflow.training.losses import EDMLoss
+from sdeflow.training.run import LOG, MODEL, STATE, TrainConfig, crossed, stored_config, train
 
 FLAGS = [
     *("--batch-size", "4", "--channels", "8", "--multipliers", "1,2", "--blocks", "1", "--attention", "4"),
@@ -359,10 +363,15 @@ def test_training_begins_from_a_checkpoint(tmp_path: Path, data: Path) -> None:
     for name, value in second.network.state_dict().items():  # type: ignore[attr-defined]
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
     assert second.card["settings"]["init"] == str(model)
+    assert re.fullmatch(rf"{MODEL} \(12 images in [\d.]+ s\)", second.card["begun_from"])
+    third = train(replace(asked, out=str(tmp_path / "third"), init=str(tmp_path / "second" / MODEL)), data).denoiser
+    assert f"begun from {second.card['begun_from']}" in third.card["begun_from"]
     model.unlink()
     stored = stored_config(tmp_path / "second")
     assert stored is not None
-    assert train(replace(stored, images=12), data, resume=True).images == 12
+    again = train(replace(stored, images=12), data, resume=True)
+    assert again.images == 12
+    assert again.denoiser.card["begun_from"] == second.card["begun_from"]
     with pytest.raises(CheckpointError, match="init"):
         train(replace(stored, images=16, init=None), data, resume=True)
 

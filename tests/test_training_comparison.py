@@ -21,7 +21,7 @@ from sdeflow.data import Decoded, load_images
 from sdeflow.errors import CheckpointError
 from sdeflow.models.checkpoint import read_tensors, write_tensors
 from sdeflow.runs import Stop
-from sdeflow.training import LOG, STATE, TrainConfig, fit_to_data
+from sdeflow.training.run import LOG, STATE, TrainConfig, fit_to_data
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = ["--channels", "8", "--batch-size", "4", "--log-steps", "1"]

@@ -13,7 +13,7 @@ from test_dpm_solver import run, same
 from torch import Tensor
 
 from sdeflow import grid, registry
-from sdeflow.instructions import Call, Combine
+from sdeflow.plan.instructions import Call, Combine
 from sdeflow.process import EDM, VP
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import solve

@@ -19,7 +19,7 @@ from torch import Tensor
 from sdeflow import grid, registry
 from sdeflow.denoiser import Prediction
 from sdeflow.errors import BudgetError, GridError
-from sdeflow.instructions import Call, Combine
+from sdeflow.plan.instructions import Call, Combine
 from sdeflow.process import EDM, VE, VP, Process, RectifiedFlow
 from sdeflow.projection import Clip, DynamicThreshold, Projected
 from sdeflow.reverse import Reverse

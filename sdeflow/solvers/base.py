@@ -17,13 +17,13 @@ from torch import Tensor
 from sdeflow._math import value_of
 from sdeflow.denoiser import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
-from sdeflow.execution import OnCall
+from sdeflow.execution.execute import OnCall
 from sdeflow.grid.laying import GridFunction
 from sdeflow.noise import Noise
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
+from sdeflow.plan.trace import Operand, Trace, optimise
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
-from sdeflow.trace import Operand, Trace, optimise
 
 
 @dataclass
@@ -167,7 +167,7 @@ class GridSolver(Solver):
     def plan(
         self, process: Process, times: Tensor | Sequence[float], *, finish: bool = True, record: bool = False
     ) -> Plan:
-        """The solver traced over `times` of `process`: see `sdeflow.plan.Plan`."""
+        """The solver traced over `times` of `process`: see `sdeflow.plan.plan.Plan`."""
         if not isinstance(process, Process):
             raise TypeError(f"a plan is traced over times of a Process, such as VP(); got {process!r}")
         times = check_times(times)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import BudgetError, NonFiniteError, SolverError
-from sdeflow.execution import OnCall
-from sdeflow.instructions import Call
+from sdeflow.execution.execute import OnCall
+from sdeflow.plan.instructions import Call
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import Solution, Solver
 

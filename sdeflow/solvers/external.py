@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError, unknown
-from sdeflow.instructions import Call
 from sdeflow.noise import Noise
+from sdeflow.plan.instructions import Call
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdeflow import distributed, shards
+from sdeflow import distributed
 from sdeflow._version import __version__
 from sdeflow.data import Images, load_images
 from sdeflow.distributed import Rank
 from sdeflow.errors import CheckpointError, SdeflowError
-from sdeflow.features import Extractor
-from sdeflow.metrics import Statistics
+from sdeflow.evaluation.features import Extractor
+from sdeflow.evaluation.metrics import Statistics
+from sdeflow.generate import shards
 from sdeflow.models.checkpoint import read_tensors, write_tensors
 from sdeflow.runs import machine
 

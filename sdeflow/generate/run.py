@@ -2,7 +2,8 @@
 
 Picture i has seed `seed + i` and a label that depends on i alone, so it is the same picture whatever the batch size and the
 number of processes: its noise bit for bit, and all of it where the network is exact row by row. The pictures are written in
-shards (`sdeflow.shards`). What is there and sound is kept; the processes share what is missing, and need not talk meanwhile.
+shards (`sdeflow.generate.shards`). What is there and sound is kept; the processes share what is missing, and need not talk
+meanwhile.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from tqdm import tqdm
 
 from sdeflow import distributed, registry
 from sdeflow._version import __version__
-from sdeflow.batching import window
-from sdeflow.company import Company
-from sdeflow.compiled import Compile
 from sdeflow.denoiser import Denoiser, as_denoiser
 from sdeflow.errors import NonFiniteError, SdeflowError, SolverError
+from sdeflow.execution.batching import window
+from sdeflow.execution.compiled import Compile
+from sdeflow.generate.company import Company
+from sdeflow.generate.identity import Labels, fingerprint
+from sdeflow.generate.shards import RUN, Format, Shards, check_folder, read_settings, write_settings
 from sdeflow.grid import GridFunction
-from sdeflow.identity import Labels, fingerprint
 from sdeflow.images import to_uint8
 from sdeflow.noise import SeededNoise
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.runs import Stop
 from sdeflow.sampling import solve
-from sdeflow.shards import RUN, Format, Shards, check_folder, read_settings, write_settings
 from sdeflow.solvers.base import Solver
 from sdeflow.start import check_device, device_of
 

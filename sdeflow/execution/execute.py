@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.combine import way
 from sdeflow.errors import SolverError
-from sdeflow.instructions import Call, Combine, Draw, Instruction, Record, reads
+from sdeflow.execution.combine import way
 from sdeflow.noise import Noise
+from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 
 OnCall = Callable[[int, Call, Tensor, Tensor], None]
 """`on_call(k, call, x, x0)`, after the k-th network call; what it keeps, it must clone."""

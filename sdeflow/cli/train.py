@@ -10,9 +10,9 @@ import typer
 
 from sdeflow.distributed import this_rank
 from sdeflow.models.unet import UNetConfig
-from sdeflow.train_config import TrainConfig
-from sdeflow.training import stored_config
-from sdeflow.training import train as run_training
+from sdeflow.training.config import TrainConfig
+from sdeflow.training.run import stored_config
+from sdeflow.training.run import train as run_training
 
 LENGTH, MODEL, MACHINE = "Length and optimizer", "Network", "Machine and files"
 EPILOG = """

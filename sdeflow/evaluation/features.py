@@ -24,7 +24,7 @@ from torch.nn import functional
 from sdeflow.errors import CheckpointError, MissingExtraError, missing_extra, unknown
 from sdeflow.models.checkpoint import read_tensors, write_tensors
 
-CIFAR_WEIGHTS = Path(__file__).parent / "models" / "checkpoints" / "cifar10_features.safetensors"
+CIFAR_WEIGHTS = Path(__file__).parent.parent / "models" / "checkpoints" / "cifar10_features.safetensors"
 """The bundled feature network, which `benchmarks/train_features.py` trained."""
 
 CIFAR_FORMAT = "sdeflow-features-1"

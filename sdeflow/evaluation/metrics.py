@@ -1,7 +1,7 @@
 r"""Distances between sets of pictures, from their features: Frechet distance, improved precision and recall.
 
-Features are injected: a metric does not know what made them (`sdeflow.features` does). Statistics are float64 and streamed: a
-set of any size needs its mean and scatter alone.
+Features are injected: a metric does not know what made them (`sdeflow.evaluation.features` does). Statistics are float64 and
+streamed: a set of any size needs its mean and scatter alone.
 """
 
 from __future__ import annotations

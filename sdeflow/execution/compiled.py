@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow._weak import WeakTable
-from sdeflow.capture import CapturedSolve, Replay
 from sdeflow.denoiser import Denoiser, as_denoiser
 from sdeflow.errors import SolverError
+from sdeflow.execution.capture import CapturedSolve, Replay
 from sdeflow.noise import Noise
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.solvers.base import GridSolver, Solution, Solver
 

@@ -27,15 +27,15 @@ from torch import Tensor
 from sdeflow._math import Scalar, value_of
 from sdeflow._version import __version__
 from sdeflow.errors import CheckpointError, SolverError
-from sdeflow.execution import OnCall, execute, outliving
-from sdeflow.instructions import Call, Combine, Draw, Instruction, Record, reads
+from sdeflow.execution.execute import OnCall, execute, outliving
 from sdeflow.noise import Noise
-from sdeflow.plan_check import PlanReport, check
-from sdeflow.plan_files import FORMAT, read_plan, write_plan
+from sdeflow.plan.check import PlanReport, check
+from sdeflow.plan.files import FORMAT, read_plan, write_plan
+from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
+from sdeflow.plan.unroll import Difference, Unrolled, difference, unroll
 from sdeflow.plot import plot_unrolled
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
-from sdeflow.unroll import Difference, Unrolled, difference, unroll
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Plan:
     def check(
         self, process: Process | None = None, *, frame: str | None = None, clock: str | None = None, std: float = 0.5
     ) -> PlanReport:
-        """Consistency at every call, and the polynomials that each step reproduces: see `sdeflow.plan_check`; print it.
+        """Consistency at every call, and the polynomials that each step reproduces: see `sdeflow.plan.check`; print it.
 
         `frame` (`"x0"`, `"eps"`, `"v"`, `"flow"`, `"slope"` for `d(x/s)/dlam`, `"velocity"` for `dx/dt`) and `clock` (`"lam"`,
         `"nsr"`, `"angle"`, `"t"`) say polynomials of what, in what; by default the pair of which most are reproduced. What

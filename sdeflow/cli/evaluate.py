@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from sdeflow._files import check_writable
-from sdeflow.cli_options import MACHINE, DeviceOption, QuietOption, open_model, pick_classes, pick_device, pick_names
-from sdeflow.compiled import CompileWarning
+from sdeflow.cli.options import MACHINE, DeviceOption, QuietOption, open_model, pick_classes, pick_device, pick_names
 from sdeflow.distributed import this_rank
-from sdeflow.evaluation import METRICS, Evaluation, Sampling, compare
-from sdeflow.evaluation import evaluate as run_evaluation
-from sdeflow.metrics import ENOUGH
+from sdeflow.evaluation.metrics import ENOUGH
+from sdeflow.evaluation.run import METRICS, Evaluation, Sampling, compare
+from sdeflow.evaluation.run import evaluate as run_evaluation
+from sdeflow.execution.compiled import CompileWarning
 from sdeflow.models.checkpoint import BUNDLED
 
 WHAT, HOW = "What", "How samples of a model are drawn"

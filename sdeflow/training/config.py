@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sdeflow.losses import EDMLoss
 from sdeflow.models import UNetConfig
+from sdeflow.training.losses import EDMLoss
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from sdeflow._memory import out_of_memory
 from sdeflow.denoiser import Denoiser
 from sdeflow.errors import SolverError
-from sdeflow.instructions import Call, Draw
 from sdeflow.noise import Noise
-from sdeflow.plan import Plan
+from sdeflow.plan.instructions import Call, Draw
+from sdeflow.plan.plan import Plan
 from sdeflow.reverse import Reverse
 
 

@@ -10,7 +10,7 @@ import typer
 from sdeflow import registry
 from sdeflow._files import check_writable
 from sdeflow.errors import BudgetError, SolverError
-from sdeflow.plan import Plan
+from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.solvers.base import GridSolver
 

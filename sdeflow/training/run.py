@@ -32,8 +32,8 @@ from sdeflow.models.checkpoint import Pretrained, load, save_model
 from sdeflow.models.posthoc import drop_snapshots, model_facts, write_snapshot
 from sdeflow.runs import Log, Stop, attempted, machine
 from sdeflow.sampling import sample
-from sdeflow.train_config import TrainConfig
-from sdeflow.trainer import FIXED, Trainer, read_state
+from sdeflow.training.config import TrainConfig
+from sdeflow.training.trainer import FIXED, Trainer, read_state
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
@@ -228,6 +228,7 @@ def card(trainer: Trainer, images: Images) -> dict[str, Any]:
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
         "runs": trainer.runs,
+        **({"begun_from": trainer.begun_from} if trainer.begun_from else {}),
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "loss": config.loss.describe(),
         "settings": config.to_dict(),

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from sdeflow import _math
 from sdeflow.errors import unknown
+from sdeflow.plan.unroll import FRAMES, Unrolled, small
 from sdeflow.process import Process
-from sdeflow.unroll import FRAMES, Unrolled, small
 
 DEGREES = 6  # polynomials of degree 0 to 5
 WINDOW = 12  # rows back to which a step may reach

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdeflow import images, registry
 from sdeflow._files import check_writable
-from sdeflow.cli_options import (
+from sdeflow.cli.options import (
     HOW,
     MACHINE,
     CompileOption,
@@ -32,8 +32,8 @@ from sdeflow.cli_options import (
     pick_names,
     pick_solver,
 )
-from sdeflow.compiled import CompileWarning
 from sdeflow.errors import unknown
+from sdeflow.execution.compiled import CompileWarning
 from sdeflow.models.checkpoint import Pretrained
 from sdeflow.sampling import solve
 from sdeflow.solvers.base import Solution

@@ -61,7 +61,7 @@ def _library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if os.environ.get("SDEFLOW_KERNEL") == "0" or compiler is None:
         return None
-    source = resources.files("sdeflow").joinpath("kernel.c").read_bytes()
+    source = resources.files("sdeflow.execution").joinpath("kernel.c").read_bytes()
     for flags in ((*_COMPILE, *_THREADS), _COMPILE):
         try:
             return ctypes.CDLL(str(_compiled(source, compiler, flags)))

@@ -23,17 +23,17 @@ from torch import nn
 from sdeflow import distributed
 from sdeflow._files import write_whole
 from sdeflow._version import __version__
-from sdeflow.batching import window
-from sdeflow.compiled import Compile
 from sdeflow.denoiser import Denoiser
 from sdeflow.distributed import Rank
 from sdeflow.errors import SdeflowError, unknown
-from sdeflow.features import EXTRACTORS, Extractor, extractor
-from sdeflow.generate import dtype_of, sentence
-from sdeflow.identity import Labels, fingerprint
+from sdeflow.evaluation.features import EXTRACTORS, Extractor, extractor
+from sdeflow.evaluation.metrics import ENOUGH, expected_bias, frechet_distance, precision_recall
+from sdeflow.evaluation.reference import Batch, Measured, Pictures, measure, open_pictures, reference
+from sdeflow.execution.batching import window
+from sdeflow.execution.compiled import Compile
+from sdeflow.generate.identity import Labels, fingerprint
+from sdeflow.generate.run import dtype_of, sentence
 from sdeflow.images import to_uint8
-from sdeflow.metrics import ENOUGH, expected_bias, frechet_distance, precision_recall
-from sdeflow.reference import Batch, Measured, Pictures, measure, open_pictures, reference
 from sdeflow.runs import machine
 from sdeflow.sampling import device_of, solve
 from sdeflow.solvers.base import Solver

@@ -1,4 +1,4 @@
-"""The state of a training and its step; `sdeflow.training` drives it."""
+"""The state of a training and its step; `sdeflow.training.run` drives it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sdeflow.errors import CheckpointError, NonFiniteError
 from sdeflow.models import EMA, UNet
 from sdeflow.models.checkpoint import Pretrained, read_tensors, write_tensors
 from sdeflow.models.power import PowerEMA
-from sdeflow.step import GraphedStep, Work
-from sdeflow.train_config import TrainConfig
+from sdeflow.training.config import TrainConfig
+from sdeflow.training.step import GraphedStep, Work
 
 STATE_FORMAT = "sdeflow-training-1"
 FIXED = (
@@ -74,6 +74,7 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.rank, self.step, self.seconds = config, device, rank, 0, 0.0
         self.runs: list[dict[str, Any]] = []
+        self.begun_from = "" if init is None else told(config.init or "", init)
         torch.manual_seed(mix(config.seed, 0))  # the same network on every rank
         self.network = self.build().to(device)
         if init is not None:
@@ -168,6 +169,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "runs": self.runs,
+            "begun_from": self.begun_from,
         }
         write_tensors(path, self._tensors(), facts)
 
@@ -194,6 +196,7 @@ class Trainer:
         for name, value in own.items():
             value.copy_(tensors[name] if name in tensors else tensors[f"model.{name.partition(':')[2]}"])
         self.step, self.seconds, self.runs = int(facts["step"]), float(facts["seconds"]), list(facts["runs"])
+        self.begun_from = str(facts.get("begun_from", ""))
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step)
 
@@ -202,6 +205,13 @@ class Trainer:
         network = self.ema.averaged(self.network)
         assert isinstance(network, UNet)
         return Pretrained(network, self.config.sigma_data, class_names=class_names, card=card)
+
+
+def told(name: str, init: Pretrained) -> str:
+    """Where a training begins, in words: the checkpoint, and what it had seen, its own beginning included."""
+    card = init.card
+    before = f", begun from {card['begun_from']}" if card.get("begun_from") else ""
+    return f"{Path(name).name} ({card.get('images', 'unknown')} images in {card.get('seconds', 'unknown')} s{before})"
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

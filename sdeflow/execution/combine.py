@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.instructions import Combine
-from sdeflow.kernel import cpu_kernel
+from sdeflow.execution.kernel import cpu_kernel
+from sdeflow.plan.instructions import Combine
 
 Held = list[Any]
 Owned = dict[int, Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdeflow._math import Scalar, value_of
 from sdeflow.errors import SolverError
-from sdeflow.instructions import Call, Combine, Draw, Instruction, Record, reads
+from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 

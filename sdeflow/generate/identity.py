@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sdeflow.denoiser import Denoiser
 from sdeflow.errors import unknown
+from sdeflow.generate.shards import NO_LABEL
 from sdeflow.process import Process
-from sdeflow.shards import NO_LABEL
 
 
 @dataclass(frozen=True)

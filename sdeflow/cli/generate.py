@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sdeflow import registry
-from sdeflow.cli_options import (
+from sdeflow.cli.options import (
     HOW,
     MACHINE,
     CompileOption,
@@ -29,10 +29,10 @@ from sdeflow.cli_options import (
     pick_device,
     pick_solver,
 )
-from sdeflow.compiled import CompileWarning
 from sdeflow.distributed import this_rank
-from sdeflow.generate import SHARD_SIZE
-from sdeflow.generate import generate as run
+from sdeflow.execution.compiled import CompileWarning
+from sdeflow.generate.run import SHARD_SIZE
+from sdeflow.generate.run import generate as run
 from sdeflow.start import check_device
 
 EPILOG = """

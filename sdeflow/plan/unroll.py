@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdeflow._math import Scalar
 from sdeflow.errors import unknown
-from sdeflow.instructions import Call, Combine, Draw, Instruction
+from sdeflow.plan.instructions import Call, Combine, Draw, Instruction
 
 FRAMES = ("x0", "eps", "v", "flow")
 """The functions of a prediction in which a table can be written, see `sdeflow.solvers.weights`."""

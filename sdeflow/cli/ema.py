@@ -9,7 +9,7 @@ import typer
 
 from sdeflow._files import check_writable, write_whole
 from sdeflow.models.posthoc import MAX_ERROR, Snapshot, fit, reconstruct, select
-from sdeflow.training import card_markdown
+from sdeflow.training.run import card_markdown
 
 STDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 EPILOG = """

@@ -12,8 +12,14 @@ from typing import Annotated
 
 import typer
 
-from sdeflow import cli_ema, cli_evaluate, cli_generate, cli_info, cli_plan, cli_sample, cli_train
 from sdeflow._version import __version__
+from sdeflow.cli import ema as cli_ema
+from sdeflow.cli import evaluate as cli_evaluate
+from sdeflow.cli import generate as cli_generate
+from sdeflow.cli import info as cli_info
+from sdeflow.cli import plan as cli_plan
+from sdeflow.cli import sample as cli_sample
+from sdeflow.cli import train as cli_train
 from sdeflow.errors import BudgetError, GridError, SdeflowError, UnknownNameError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
