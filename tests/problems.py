@@ -10,10 +10,12 @@ import dataclasses
 import functools
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
@@ -300,6 +302,19 @@ def each(names: Iterable[str], processes: Iterable[str], once: Sequence[str] = (
     """Pairs of solver and process: all of `processes`, and for the clocks of one method `once`: they are one formula everywhere."""
     processes = tuple(processes)
     return [(name, under) for name in names for under in processes if under in once or not CLOCKED.intersection({name})]
+
+
+def thinned(cases: Sequence[tuple[Any, ...]], always: Sequence[str] = ("vp",), one_in: int = 4) -> list[Any]:
+    """Cases (solver, process, ...): all of the processes `always`, and one in `one_in` of the others; the rest are slow tests.
+
+    Which ones is a hash of the case: every solver and every process stays among them, and the same ones each time.
+    """
+    return [
+        case
+        if case[1] in always or zlib.crc32(repr(case).encode()) % one_in == 0
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def from_the_start(solver: Solver, process: Process) -> bool:

@@ -472,8 +472,10 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("solver", ["heun", "ddpm", "rk45"])
+@pytest.mark.parametrize(
+    ("solver", "error"),
+    [*(("ddpm", error) for error in ERRORS), *((name, next(iter(ERRORS))) for name in ("heun", "rk45"))],
+)
 def test_auto_halves_until_it_fits_and_nothing_is_lost(solver: str, error: str) -> None:
     denoiser = Small(6, ERRORS[error])
     how: dict[str, Any] = {"solver": solver, "seeds": range(21)}

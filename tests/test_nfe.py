@@ -14,7 +14,7 @@ from sdeflow.sampling import sample, solve
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.runge_kutta import RK4, Heun
 
-BUDGETS = range(1, 41)
+BUDGETS = (*range(1, 18), 20, 25, 30, 35, 40)
 
 
 class Counting:

@@ -25,6 +25,7 @@ from problems import (
     observed_order,
     reference,
     slopes,
+    thinned,
     warped,
 )
 
@@ -87,11 +88,14 @@ STEPS = {1: (64, 128), 2: (40, 80), 3: (24, 48), 4: (20, 40)}
 
 @pytest.mark.parametrize(
     ("name", "under", "direction"),
-    [
-        (name, under, direction)
-        for name, under in each(DETERMINISTIC, UNDER)
-        for direction in ("sample", *["encode"] * DETERMINISTIC[name].reversible)
-    ],
+    thinned(
+        [
+            (name, under, direction)
+            for name, under in each(DETERMINISTIC, UNDER)
+            for direction in ("sample", *["encode"] * DETERMINISTIC[name].reversible)
+        ],
+        one_in=3,
+    ),
 )
 def test_order_of_deterministic_solvers(name: str, under: str, direction: str) -> None:
     solver, process = DETERMINISTIC[name], PROCESSES[under]

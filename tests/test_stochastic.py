@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import NO_ORDER, PROCESSES, STOCHASTIC, GaussianData, Mixture, each, law, warped
+from problems import NO_ORDER, PROCESSES, STOCHASTIC, GaussianData, Mixture, each, law, thinned, warped
 from test_sde_solvers import OURS
 
 from sdeflow import grid
@@ -48,7 +48,10 @@ def many() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "under"),
     # Samples of the exponential integrators under VP are compared with the data in test_sde_solvers.py.
-    [pair for pair in each(STOCHASTIC, ["vp", "rectified_flow"]) if pair[0] not in OURS or pair[1] != "vp"],
+    thinned(
+        [pair for pair in each(STOCHASTIC, ["vp", "rectified_flow"]) if pair[0] not in OURS or pair[1] != "vp"],
+        one_in=2,
+    ),
 )
 def test_moments_and_modes_of_a_mixture(name: str, under: str) -> None:
     """Mean and covariance, and the share of every half-plane: what moments do not see, each mode's weight."""
@@ -69,7 +72,7 @@ def test_moments_and_modes_of_a_mixture(name: str, under: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "under"), each([name for name in STOCHASTIC if name not in NO_ORDER], sorted(PROCESSES))
+    ("name", "under"), thinned(each([name for name in STOCHASTIC if name not in NO_ORDER], sorted(PROCESSES)))
 )
 def test_the_law_on_a_gaussian_is_near_the_truth(name: str, under: str) -> None:
     """Exact, at 200 steps: no sampler is off by more than 3 % in spread under any process."""
