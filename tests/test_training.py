@@ -376,6 +376,11 @@ def test_training_begins_from_a_checkpoint(tmp_path: Path, data: Path) -> None:
         train(replace(stored, images=16, init=None), data, resume=True)
 
 
+def test_graphs_need_a_gpu(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match=r"this training is on cpu; leave it out"):
+        train(replace(config(tmp_path, 2), graphs=True), data)
+
+
 def test_a_checkpoint_of_other_classes_is_no_beginning(tmp_path: Path, data: Path) -> None:
     with pytest.raises(CheckpointError, match="10 classes of 32x32 pixels, and the data are 2 of 8x8"):
         train(replace(config(tmp_path, 2), init="cifar10"), data)

@@ -107,6 +107,10 @@ class Trainer:
         self.forward: Callable[..., Tensor] = (
             torch.compile(self.network, fullgraph=True, dynamic=False) if self.compiled else self.network
         )
+        if config.graphs and not gpu:
+            raise ValueError(
+                f"graphs=True (--graphs) replays steps as CUDA graphs, and this training is on {device}; leave it out"
+            )
         graphed = gpu and config.graphs is not False
         self.work: Work = GraphedStep(self._work, self.generator) if graphed else self._work
 
