@@ -20,7 +20,7 @@ def provenance() -> dict[str, Any]:
     """How the figures were made."""
     cuda = torch.cuda.is_available()
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": torch.cuda.get_device_name()
         if cuda

@@ -137,6 +137,13 @@ def check_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def named_device(name: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one. `ValueError` for one that is not on this machine."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return check_device(name)
+
+
 def device_of(denoiser: Denoiser) -> torch.device:
     """The device of the network's first parameter; the CPU where there is none."""
     network = getattr(denoiser, "network", None)

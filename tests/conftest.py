@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -44,3 +49,12 @@ def process(request: pytest.FixtureRequest) -> Process:
 def mixture() -> Mixture:
     """A nonlinear problem with an exact denoiser, under EDM; `.under(process)` takes it elsewhere."""
     return Mixture()
+
+
+@pytest.fixture(scope="session")
+def benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """A script of benchmarks/ as a module, by its name."""
+    folder = str(Path(__file__).resolve().parent.parent / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,19 +17,11 @@ from sdeflow import registry
 from sdeflow.errors import SolverError
 from sdeflow.solvers.exponential import DDIM
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def accuracy() -> Iterator[ModuleType]:
+def accuracy(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     pytest.importorskip("scipy")
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import accuracy
-
-        yield accuracy
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return benchmark("accuracy")
 
 
 @pytest.fixture(scope="module")

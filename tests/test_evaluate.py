@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -844,15 +844,8 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def trainer() -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "train_features.py"
-    spec = importlib.util.spec_from_file_location("train_features", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
-        spec.loader.exec_module(module)
-    return module
+def trainer(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("train_features")
 
 
 def labelled(path: Path, n: int, seed: int) -> Path:

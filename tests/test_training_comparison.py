@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,19 +22,12 @@ from sdeflow.models.checkpoint import read_tensors, write_tensors
 from sdeflow.runs import Stop
 from sdeflow.training.run import LOG, STATE, TrainConfig, fit_to_data
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = ["--channels", "8", "--batch-size", "4", "--log-steps", "1"]
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import training_comparison
-
-        yield training_comparison
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def comparison(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("training_comparison")
 
 
 @pytest.fixture(scope="module")

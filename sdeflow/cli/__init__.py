@@ -13,23 +13,17 @@ from typing import Annotated
 import typer
 
 from sdeflow._version import __version__
-from sdeflow.cli import ema as cli_ema
-from sdeflow.cli import evaluate as cli_evaluate
-from sdeflow.cli import generate as cli_generate
-from sdeflow.cli import info as cli_info
-from sdeflow.cli import plan as cli_plan
-from sdeflow.cli import sample as cli_sample
-from sdeflow.cli import train as cli_train
+from sdeflow.cli import ema, evaluate, generate, info, plan, sample, train
 from sdeflow.errors import BudgetError, GridError, SdeflowError, UnknownNameError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command(epilog=cli_sample.EPILOG)(cli_sample.sample)
-app.command(epilog=cli_train.EPILOG)(cli_train.train)
-app.command(epilog=cli_generate.EPILOG)(cli_generate.generate)
-app.command(epilog=cli_evaluate.EPILOG)(cli_evaluate.evaluate)
-app.command(epilog=cli_ema.EPILOG)(cli_ema.ema)
-app.command(epilog=cli_info.EPILOG)(cli_info.info)
-app.command(epilog=cli_plan.EPILOG)(cli_plan.plan)
+app.command(epilog=sample.EPILOG)(sample.sample)
+app.command(epilog=train.EPILOG)(train.train)
+app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(epilog=ema.EPILOG)(ema.ema)
+app.command(epilog=info.EPILOG)(info.info)
+app.command(epilog=plan.EPILOG)(plan.plan)
 
 
 def _version(wanted: bool) -> None:

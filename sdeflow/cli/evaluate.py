@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from sdeflow._files import check_writable
-from sdeflow.cli.options import MACHINE, DeviceOption, QuietOption, open_model, pick_classes, pick_device, pick_names
+from sdeflow.cli.options import MACHINE, DeviceOption, QuietOption, open_model, pick_classes, pick_names
 from sdeflow.distributed import this_rank
 from sdeflow.evaluation.metrics import ENOUGH
 from sdeflow.evaluation.run import METRICS, Evaluation, Sampling, compare
 from sdeflow.evaluation.run import evaluate as run_evaluation
 from sdeflow.execution.compiled import CompileWarning
 from sdeflow.models.checkpoint import BUNDLED
+from sdeflow.start import named_device
 
 WHAT, HOW = "What", "How samples of a model are drawn"
 RESULT = "evaluation.json"
@@ -119,7 +120,7 @@ def evaluate(
 ) -> None:
     """Score pictures against a reference: Frechet distances, precision, recall, and all that they depend on, as JSON."""
     rank = this_rank()
-    place = pick_device(device)
+    place = named_device(device)
     if (samples is None) == (compare_ is None):
         raise ValueError("name the pictures to evaluate, or two sets with --compare; not both")
     out = _out(out, samples)

@@ -26,14 +26,13 @@ from sdeflow.cli.options import (
     open_model,
     pick_batch_size,
     pick_classes,
-    pick_device,
     pick_solver,
 )
 from sdeflow.distributed import this_rank
 from sdeflow.execution.compiled import CompileWarning
 from sdeflow.generate.run import SHARD_SIZE
 from sdeflow.generate.run import generate as run
-from sdeflow.start import check_device
+from sdeflow.start import check_device, named_device
 
 EPILOG = """
 Examples:
@@ -44,7 +43,7 @@ Examples:
 
     sdeflow generate --n 100 --out cats --classes cat --seed 7
 
-    torchrun --nproc-per-node 2 -m sdeflow generate -n 50000 --out pictures          the same pictures, on two GPUs
+    torchrun --nproc-per-node 2 -m sdeflow generate -n 50000 --out pictures          on two GPUs
 
 The same command again makes what is missing or damaged, after a kill at any moment; with a larger --n it makes more.
 
@@ -111,7 +110,7 @@ def generate(
     method, size = pick_solver(solver, rtol), pick_batch_size(batch_size)
     along = None if process is None else registry.process(process)
     rank = this_rank()
-    place = check_device(rank.device(pick_device(device)))
+    place = check_device(rank.device(named_device(device)))
     denoiser = open_model(model, place, half, compile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompileWarning)  # the summary says it

@@ -12,7 +12,6 @@ from sdeflow import registry
 from sdeflow.models.checkpoint import Pretrained, load
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.control import PerSample
-from sdeflow.start import check_device
 
 HOW, MACHINE = "How", "Machine and files"
 
@@ -49,13 +48,6 @@ CompileOption = Annotated[
 ]
 HalfOption = Annotated[bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU where there is one. `ValueError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return check_device(name)
 
 
 def pick_solver(name: str, rtol: float | None) -> Solver:

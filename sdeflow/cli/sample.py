@@ -28,7 +28,6 @@ from sdeflow.cli.options import (
     SolverOption,
     open_model,
     pick_batch_size,
-    pick_device,
     pick_names,
     pick_solver,
 )
@@ -37,6 +36,7 @@ from sdeflow.execution.compiled import CompileWarning
 from sdeflow.models.checkpoint import Pretrained
 from sdeflow.sampling import solve
 from sdeflow.solvers.base import Solution
+from sdeflow.start import named_device
 
 EPILOG = """
 Examples:
@@ -97,7 +97,7 @@ def sample(
             check_writable(path, "picture")
     method, size = pick_solver(solver, rtol), pick_batch_size(batch_size)
     along = None if process is None else registry.process(process)
-    place = pick_device(device)
+    place = named_device(device)
     denoiser = open_model(model, place, half, compile)
     labels, names, columns = _classes(classes, n, denoiser)
     if not quiet:

@@ -37,6 +37,7 @@ from sdeflow.images import to_uint8
 from sdeflow.runs import machine
 from sdeflow.sampling import device_of, solve
 from sdeflow.solvers.base import Solver
+from sdeflow.start import named_device
 
 FORMAT = "sdeflow-evaluation-1"
 METRICS = ("fid", "fd_cifar", "precision", "recall", "accuracy")
@@ -177,7 +178,7 @@ def evaluate(
     """
     names = check_metrics(metrics)
     rank = distributed.this_rank()
-    place = rank.device(_device(device))
+    place = rank.device(named_device(device))
     with distributed.joined(rank, place):
         extractors = open_extractors(names, weights, cifar_weights, place, rank)
         scores = [e.score for e in extractors]
@@ -286,7 +287,7 @@ def compare(
     Errors: those of `evaluate`.
     """
     rank = distributed.this_rank()
-    place = rank.device(_device(device))
+    place = rank.device(named_device(device))
     first, second = _stored(a), _stored(b)
     if first is not None and second is not None:
         first.check(second.facts["extractor"], a if isinstance(a, str | Path) else "given first")
@@ -368,12 +369,6 @@ def _compiled(denoiser: Denoiser) -> bool:
     """Whether torch.compile has the network."""
     network = getattr(denoiser, "network", None)
     return isinstance(network, nn.Module) and (hasattr(network, "_orig_mod") or network._compiled_call_impl is not None)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
 
 
 def _manifold(names: Sequence[str]) -> str:

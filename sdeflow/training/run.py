@@ -32,6 +32,7 @@ from sdeflow.models.checkpoint import Pretrained, load, save_model
 from sdeflow.models.posthoc import drop_snapshots, model_facts, write_snapshot
 from sdeflow.runs import Log, Stop, attempted, machine
 from sdeflow.sampling import sample
+from sdeflow.start import named_device
 from sdeflow.training.config import TrainConfig
 from sdeflow.training.trainer import FIXED, Trainer, read_state
 
@@ -64,7 +65,7 @@ def train(
     """
     stop = Stop(config.max_seconds)
     rank = distributed.this_rank()
-    out, device = Path(config.out), rank.device(_device(config.device))
+    out, device = Path(config.out), rank.device(named_device(config.device))
     if (out / STATE).exists() and not resume:
         raise CheckpointError(
             f"{out} already holds a training; go on with --resume, or choose another folder with --out"
@@ -105,12 +106,6 @@ def fit_to_data(config: TrainConfig, images: Images, init: Pretrained | None = N
         )
     model = replace(begun, dropout=config.model.dropout)
     return replace(config, model=model, size=images.size, sigma_data=init.sigma_data)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> TrainResult:
