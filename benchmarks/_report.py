@@ -37,9 +37,15 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
-def write(name: str, results: dict[str, Any], markdown: str, out: str | Path | None = None) -> None:
-    """Print the table, and write `NAME.json` and `NAME.md` beside it, with their provenance."""
-    about = provenance()
+def write(
+    name: str,
+    results: dict[str, Any],
+    markdown: str,
+    out: str | Path | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Print the table, and write `NAME.json` and `NAME.md`, with their provenance: `about`, or that of this process."""
+    about = provenance() if about is None else about
     folder = Path(out).parent if out else RESULTS
     name = Path(out).stem if out else name
     folder.mkdir(parents=True, exist_ok=True)

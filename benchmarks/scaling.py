@@ -1,9 +1,10 @@
 """Pictures per second of `generate` on one and on more GPUs, in one run, and how far their pictures differ.
 
 Each process first makes a few pictures in a folder of its own, which compiles the network; what is timed is whole: noise, solves,
-conversion, files, verification. The pictures of all counts of processes are then compared, level by level.
+conversion, files, verification. The pictures of all runs are then compared, level by level, with the first's; a count that is
+named twice tells what two runs of the same command differ by.
 
-    python -m benchmarks.scaling [--gpus 1 2] [--pictures 40000] [--nfe 18]
+    python -m benchmarks.scaling [--gpus 1 1 2] [--pictures 40000] [--nfe 18]
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def worker(arguments: argparse.Namespace) -> None:
     how: dict[str, Any] = {
         "nfe": arguments.nfe, "format": "npz", "compile": gpu, "solver": arguments.solver, "shard_size": arguments.shard,
     }  # fmt: skip
-    few = arguments.shard * rank.world
-    generate(model, Path(arguments.worker) / f"warm{rank.world}", n=few, **how)
-    made = generate(model, Path(arguments.worker) / f"gpus{rank.world}", n=arguments.pictures, **how)
+    few, folder = arguments.shard * rank.world, Path(arguments.worker)
+    generate(model, folder / "warm", n=few, **how)
+    made = generate(model, folder / "made", n=arguments.pictures, **how)
     if rank.first:
         seen = {"images_per_second": made.images_per_second, "seconds": made.seconds, "compiled": made.compiled}
-        (Path(arguments.worker) / f"gpus{rank.world}.json").write_text(json.dumps(seen))
+        (folder / "seen.json").write_text(json.dumps(seen))
 
 
 def pictures(folder: Path) -> np.ndarray:
@@ -53,7 +54,7 @@ def pictures(folder: Path) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 1, 2])
     parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--nfe", type=int, default=18)
     parser.add_argument("--solver", default="dpmpp_2m")
@@ -64,10 +65,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(arguments)
-    found: dict[str, Any] = {}
-    rows = []
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for count in arguments.gpus:
+        runs = [Path(folder) / f"{k}-of-{count}" for k, count in enumerate(arguments.gpus)]
+        for count, run in zip(arguments.gpus, runs, strict=True):
+            run.mkdir()
             command = [
                 sys.executable,
                 "-m",
@@ -76,18 +78,18 @@ def main() -> None:
                 f"--nproc-per-node={count}",
                 __file__,
             ]
-            subprocess.run([*command, *sys.argv[1:], "--worker", folder], check=True)
-            found[str(count)] = json.loads((Path(folder) / f"gpus{count}.json").read_text())
-        first = pictures(Path(folder) / f"gpus{arguments.gpus[0]}").astype(np.int16)
-        base = found[str(arguments.gpus[0])]["images_per_second"]
-        for count in arguments.gpus:
-            gap = np.abs(pictures(Path(folder) / f"gpus{count}").astype(np.int16) - first)
-            one = found[str(count)]
+            subprocess.run([*command, *sys.argv[1:], "--worker", str(run)], check=True)
+            found.append({"gpus": count, **json.loads((run / "seen.json").read_text())})
+        first = pictures(runs[0] / "made").astype(np.int16)
+        for one, run in zip(found, runs, strict=True):
+            gap = np.abs(pictures(run / "made").astype(np.int16) - first)
             one |= {"largest_difference": int(gap.max()), "share_equal": float((gap == 0).mean())}
-            rows.append(
-                [count, f"{one['images_per_second']:,.0f}", f"{one['images_per_second'] / base:.2f}", f"{one['seconds']:.1f}",
-                 one["largest_difference"], f"{100 * one['share_equal']:.3f} %"]
-            )  # fmt: skip
+    base = found[0]["images_per_second"]
+    rows = [
+        [one["gpus"], f"{one['images_per_second']:,.0f}", f"{one['images_per_second'] / base:.2f}", f"{one['seconds']:.1f}",
+         one["largest_difference"], f"{100 * one['share_equal']:.3f} %"]
+        for one in found
+    ]  # fmt: skip
     text = f"{arguments.pictures} pictures, {arguments.solver}, {arguments.nfe} calls each:\n\n" + table(
         [
             "GPUs",
@@ -99,7 +101,7 @@ def main() -> None:
         ],
         rows,
     )
-    write("scaling", found, text, arguments.out)
+    write("scaling", {"runs": found}, text, arguments.out)
 
 
 if __name__ == "__main__":

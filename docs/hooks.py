@@ -219,14 +219,21 @@ def refreshed(readme: str) -> str:
 
 
 def excerpt(name: str, wanted: list[str]) -> str:
-    """The rows of a result in which one of `wanted` stands, under their head, and the line that says how they were made."""
+    """The rows of a result in which one of `wanted` stands, under their head, and the line that says how they were made.
+
+    `first table` is all of that.
+    """
     path = RESULTS / f"{name}.md"
     if not path.is_file():
         return "\n*Not measured yet.*\n\n"
     lines = path.read_text().strip().splitlines()
-    rows = [
-        i for i, line in enumerate(lines) if line.startswith("| ") and any(f"| {text} |" in line for text in wanted)
-    ]
+    if wanted == ["first table"]:
+        first = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+        rows = list(range(first + 1, next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))))
+    else:
+        rows = [
+            i for i, line in enumerate(lines) if line.startswith("| ") and any(f"| {text} |" in line for text in wanted)
+        ]
     head = max(i for i, line in enumerate(lines) if line.startswith("|---") and i < rows[0])
     return "\n".join(["", lines[head - 1], lines[head], *(lines[i] for i in rows), "", lines[-1], "", ""])
 

@@ -52,7 +52,7 @@ def mixture() -> Mixture:
 
 
 @pytest.fixture(scope="session")
-def benchmark() -> Iterator[Callable[[str], ModuleType]]:
+def script() -> Iterator[Callable[[str], ModuleType]]:
     """A script of benchmarks/ as a module, by its name."""
     folder = str(Path(__file__).resolve().parent.parent / "benchmarks")
     sys.path.insert(0, folder)

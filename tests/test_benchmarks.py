@@ -19,9 +19,9 @@ from sdeflow.solvers.exponential import DDIM
 
 
 @pytest.fixture(scope="module")
-def accuracy(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+def accuracy(script: Callable[[str], ModuleType]) -> ModuleType:
     pytest.importorskip("scipy")
-    return benchmark("accuracy")
+    return script("accuracy")
 
 
 @pytest.fixture(scope="module")

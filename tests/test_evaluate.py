@@ -844,8 +844,8 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def trainer(benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark("train_features")
+def trainer(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("train_features")
 
 
 def labelled(path: Path, n: int, seed: int) -> Path:

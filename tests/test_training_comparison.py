@@ -26,8 +26,8 @@ SMALL = ["--channels", "8", "--batch-size", "4", "--log-steps", "1"]
 
 
 @pytest.fixture(scope="module")
-def comparison(benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark("training_comparison")
+def comparison(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("training_comparison")
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,10 @@ def train(
             trainer.load(out / STATE)
             if rank.first:
                 drop_snapshots(out, trainer.images)
-        return _run(trainer, images, stop, Path(export) if export else None)
+        try:
+            return _run(trainer, images, stop, Path(export) if export else None)
+        finally:
+            trainer.release()
 
 
 def fit_to_data(config: TrainConfig, images: Images, init: Pretrained | None = None) -> TrainConfig:

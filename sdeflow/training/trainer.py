@@ -140,6 +140,10 @@ class Trainer:
             average.update(self.network, self.images, config.batch_size)
         return loss, norm
 
+    def release(self) -> None:
+        """Let the recorded step go: NCCL may wait for the graphs that hold its sums when a group ends."""
+        self.work = self._work
+
     def _work(self, pixels: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a step does on the device, and nothing else: it may be recorded, and then this code runs no more."""
         x0 = prepared(pixels, self.generator if self.config.flip else None)
