@@ -34,7 +34,7 @@ from sdeflow.data import Decoded
 from sdeflow.distributed import Rank
 from sdeflow.errors import CheckpointError, MissingExtraError, SdeflowError, UnknownNameError
 from sdeflow.evaluation import features
-from sdeflow.evaluation import run as evaluation
+from sdeflow.evaluation.drawn import Sampling, drawn
 from sdeflow.evaluation.features import (
     CifarFeatures,
     CifarNet,
@@ -46,7 +46,7 @@ from sdeflow.evaluation.features import (
 )
 from sdeflow.evaluation.metrics import Statistics, frechet_distance, precision_recall
 from sdeflow.evaluation.reference import Measured, measure, open_pictures
-from sdeflow.evaluation.run import Evaluation, Sampling, compare, drawn, evaluate
+from sdeflow.evaluation.run import Evaluation, compare, evaluate
 from sdeflow.execution.compiled import CompileWarning
 from sdeflow.generate import shards
 from sdeflow.models import UNet, UNetConfig
@@ -601,7 +601,7 @@ def test_compiled_batches_are_of_one_size_and_the_pictures_the_same(
         sizes.append(named["n"])
         return solve(*given, **named)
 
-    monkeypatch.setattr(evaluation, "solve", counted)
+    monkeypatch.setattr("sdeflow.evaluation.drawn.solve", counted)
     target = GaussianMixture([1.0], torch.zeros(1, 3, 8, 8), std=0.4, process=VP())
     results = []
     for how in ({}, {"compile": True}, {"compile": True, "batch_size": 50}):

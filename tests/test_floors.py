@@ -108,10 +108,11 @@ FLOORS = {
     10: ["times", "loop"],
     11: ["sampling"],
     12: ["training.run", "generate.run", "grid.search", "tune", "cli.options"],
-    13: ["training", "generate", "evaluation.run", "cli.train", "cli.ema", "cli.sample", "cli.info", "cli.plan"],
-    14: ["evaluation", "cli.generate", "cli.evaluate"],
-    15: ["cli"],
-    16: ["__main__", "__init__"],
+    13: ["training", "generate", "evaluation.drawn", "cli.train", "cli.ema", "cli.sample", "cli.info", "cli.plan"],
+    14: ["evaluation.run", "cli.generate"],
+    15: ["evaluation", "cli.evaluate"],
+    16: ["cli"],
+    17: ["__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 

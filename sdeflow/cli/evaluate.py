@@ -12,8 +12,9 @@ import typer
 from sdeflow._files import check_writable
 from sdeflow.cli.options import MACHINE, DeviceOption, QuietOption, open_model, pick_classes, pick_names
 from sdeflow.distributed import this_rank
+from sdeflow.evaluation.drawn import Sampling
 from sdeflow.evaluation.metrics import ENOUGH
-from sdeflow.evaluation.run import METRICS, Evaluation, Sampling, compare
+from sdeflow.evaluation.run import METRICS, Evaluation, compare
 from sdeflow.evaluation.run import evaluate as run_evaluation
 from sdeflow.execution.compiled import CompileWarning
 from sdeflow.models.checkpoint import BUNDLED

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from sdeflow import distributed
 from sdeflow._files import write_whole
@@ -26,48 +25,17 @@ from sdeflow._version import __version__
 from sdeflow.denoiser import Denoiser
 from sdeflow.distributed import Rank
 from sdeflow.errors import SdeflowError, unknown
+from sdeflow.evaluation.drawn import Sampling, drawn
 from sdeflow.evaluation.features import EXTRACTORS, Extractor, extractor
 from sdeflow.evaluation.metrics import ENOUGH, expected_bias, frechet_distance, precision_recall
-from sdeflow.evaluation.reference import Batch, Measured, Pictures, measure, open_pictures, reference
-from sdeflow.execution.batching import window
-from sdeflow.execution.compiled import Compile
-from sdeflow.generate.identity import Labels, fingerprint
-from sdeflow.generate.run import dtype_of, sentence
-from sdeflow.images import to_uint8
+from sdeflow.evaluation.reference import Measured, Pictures, measure, open_pictures, reference
 from sdeflow.runs import machine
-from sdeflow.sampling import device_of, solve
-from sdeflow.solvers.base import Solver
 from sdeflow.start import named_device
 
 FORMAT = "sdeflow-evaluation-1"
 METRICS = ("fid", "fd_cifar", "precision", "recall", "accuracy")
 DEFAULT = ("fd_cifar", "precision", "recall")
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn from a denoiser that is evaluated: `n` of them, picture i with seed `seed + i`.
-
-    `solver`, `nfe`, `grid`, `noise` and `compile` are those of `sample`; `classes` those of `generate`, taken in turn. Picture i
-    is the same whatever `batch_size` and the number of processes, as with `generate`. `model` is its name, which the result tells.
-    """
-
-    n: int = ENOUGH
-    solver: str | Solver | None = None
-    nfe: int | None = None
-    grid: str | None = None
-    noise: Literal["seeded", "brownian"] = "seeded"
-    classes: Sequence[int | str] | Literal["all", "none"] = "all"
-    seed: int = 0
-    batch_size: int = 256
-    compile: Compile = False
-    model: str = ""
-
-    def __post_init__(self) -> None:
-        for name, least in (("n", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"Sampling: {name} is a whole number, at least {least}; got {getattr(self, name)}")
 
 
 @dataclass
@@ -329,46 +297,6 @@ def open_extractors(
     opened = [extractor(s, files[s], device) for s in scores] if rank.local == 0 else []
     distributed.barrier()
     return opened or [extractor(s, files[s], device) for s in scores]
-
-
-def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> Pictures:
-    """Pictures drawn from a denoiser where it is, as they are needed, this process's share of them; nothing is written."""
-    labels = Labels.of(denoiser, sampling.classes)
-    names = tuple(getattr(denoiser, "class_names", ()))
-    asked: dict[str, Any] = {
-        "solver": sampling.solver,
-        "nfe": sampling.nfe,
-        "grid": sampling.grid,
-        "noise": sampling.noise,
-    }
-    how: dict[str, Any] = {
-        "model": sampling.model, "n": sampling.n, "seed": sampling.seed, "classes": list(labels.stored),
-        "class_names": list(names), "model_sha256": fingerprint(denoiser), **sentence(denoiser, asked),
-        "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser), "network_compiled": _compiled(denoiser),
-        "compiled": "no",
-    }  # fmt: skip
-
-    def batches() -> Iterator[Batch]:
-        share = rank.share(sampling.n)
-        for first in range(share.start, share.stop, sampling.batch_size):
-            stop = min(first + sampling.batch_size, share.stop)
-            # A last, smaller batch would be compiled anew: it is drawn with pictures before it, which are dropped.
-            start = window(slice(first, stop), sampling.batch_size).start if sampling.compile else first
-            label = labels.given(range(start, stop))
-            solution = solve(
-                denoiser, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
-                condition=None if label is None else {"label": label}, device=device_of(denoiser),
-            )  # fmt: skip
-            how["compiled"] = str(solution.statistics.get("compiled", "no"))
-            yield to_uint8(solution.x[first - start :]), labels.told(range(first, stop))
-
-    return Pictures(sampling.model or "a denoiser", batches(), sampling.n, names, how)
-
-
-def _compiled(denoiser: Denoiser) -> bool:
-    """Whether torch.compile has the network."""
-    network = getattr(denoiser, "network", None)
-    return isinstance(network, nn.Module) and (hasattr(network, "_orig_mod") or network._compiled_call_impl is not None)
 
 
 def _manifold(names: Sequence[str]) -> str:
