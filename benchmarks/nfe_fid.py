@@ -52,6 +52,7 @@ STOCHASTIC = (
     *(("dpmpp_2m_sde", "karras"), ("stochastic_adams2", "karras"), ("stochastic_adams3", "karras")),
     *(
         ("sa_solver", "karras"),
+        ("sa_solver", "uniform_lam"),
         ("er_sde_3", "karras"),
         ("euler_maruyama", "karras"),
         ("ddpm", "karras"),
