@@ -243,7 +243,10 @@ def report(arguments: argparse.Namespace) -> None:
         runs = dict.fromkeys(f"- `{h['command']}` on {h['gpus']} x {h['machine']}, {h['date']}" for h in headers)
         parts.append("The runs:\n\n" + "\n".join(runs))
     write("nfe_fid", {"floor": floor, "runs": headers}, "\n\n".join(parts), arguments.into, about=headers[0])
-    plot(curves, floor, n, Path(arguments.into or RESULTS / "nfe_fid").with_suffix(".png"))
+    try:
+        plot(curves, floor, n, Path(arguments.into or RESULTS / "nfe_fid").with_suffix(".png"))
+    except ImportError:
+        print("The table is written; the figure needs matplotlib: pip install 'sdeflow[plot]'")
 
 
 def at(curve: dict[int, float], nfe: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -135,7 +136,8 @@ def test_a_sweep_goes_on_and_tells_what_it_saw(
     nine = cells["heun", "karras", 9, 12]["fd_cifar"]
     assert next(line for line in text.splitlines() if line.startswith("| heun, karras")).endswith(f"| {nine:.2f} |")
     assert "20 pictures:" in text
-    assert (tmp_path / "table.png").stat().st_size > 10_000
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
 def test_the_length_of_the_average_is_measured(
