@@ -28,6 +28,7 @@ from sdeflow.cli import train as cli_train
 from sdeflow.errors import CheckpointError, NonFiniteError, SdeflowError
 from sdeflow.models.checkpoint import load, read_tensors
 from sdeflow.models.posthoc import find_snapshots, reconstruct
+from sdeflow.models.power import exponent
 from sdeflow.runs import Log, Stop
 from sdeflow.training import run as training
 from sdeflow.training import trainer
@@ -374,6 +375,28 @@ def test_training_begins_from_a_checkpoint(tmp_path: Path, data: Path) -> None:
     assert again.denoiser.card["begun_from"] == second.card["begun_from"]
     with pytest.raises(CheckpointError, match="init"):
         train(replace(stored, images=16, init=None), data, resume=True)
+
+
+def test_averages_count_what_a_checkpoint_has_seen(tmp_path: Path, data: Path) -> None:
+    """Its weights stand for the 12 images before: of the 16 after a step of 4 they keep (12/16)^(gamma + 1)."""
+    train(config(tmp_path / "first", 3), data)
+    model = tmp_path / "first" / MODEL
+    asked = replace(
+        config(tmp_path / "second", 1), init=str(model), lr=0.1, warmup=0, schedule="constant", snapshot_images=4
+    )
+    made = train(asked, data).denoiser
+    begun, after = load(model).network.state_dict(), state(tmp_path / "second")  # type: ignore[attr-defined]
+    kept = (12 / 16) ** (exponent(0.1) + 1)
+    for name, old in begun.items():
+        new = after[f"model.{name}"]
+        assert not torch.equal(new, old), name
+        torch.testing.assert_close(after[f"power-0.1:{name}"], kept * old + (1 - kept) * new, rtol=1e-5, atol=1e-6)
+    assert {s.images for s in find_snapshots(tmp_path / "second")} == {16}
+    assert (made.card["images"], made.card["images_before"]) == (4, 12)
+    train(replace(asked, images=8), data, resume=True)
+    assert {s.images for s in find_snapshots(tmp_path / "second")} == {16, 20}
+    third = replace(config(tmp_path / "third", 1), init=str(tmp_path / "second" / MODEL), snapshot_images=4)
+    assert train(third, data).denoiser.card["images_before"] == 20
 
 
 def test_graphs_need_a_gpu(tmp_path: Path, data: Path) -> None:

@@ -15,15 +15,16 @@ from sdeflow.training.losses import EDMLoss
 class TrainConfig:
     """What to train, on what, for how long; a plain value that is stored with the training's state.
 
-    Lengths are counted in training images, so that they do not change with the batch size. `batch_size` is over all
-    processes; `lr` rises over `warmup` images and then decays to zero at `images` (`schedule` "cosine" or "linear"; "constant"
-    does not decay). `ema` is the half-life of the average; every `snapshot_images` images (0 = never) averages with power
-    profiles of the relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length. `init` is a
-    checkpoint (bundled, or a file) from whose weights a new training begins; the network is then like that one, but for its
-    dropout. `precision` "auto" is bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and `graphs=None`
-    replays each step there as one CUDA graph. `save_seconds` and `sample_images` say how often the state is saved and a grid
-    drawn (0 = only at the end), `log_steps` how often the log gets a line. `max_seconds` ends this invocation, not the training:
-    its state is saved and `resume` goes on. Raises `ValueError` for numbers out of range.
+    Lengths are counted in training images, so that they do not change with the batch size. `batch_size` is over all processes;
+    `lr` rises over `warmup` images and then decays to zero at `images` (`schedule` "cosine" or "linear"; "constant" does not
+    decay). `ema` is the half-life of the average; every `snapshot_images` images (0 = never) averages with power profiles of
+    the relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length. `init` is a checkpoint
+    (bundled, or a file) from whose weights a new training begins; the network is then like that one, but for its dropout, and
+    the profiles of those averages begin where the checkpoint's training did, its weights standing for all of it. `precision`
+    "auto" is bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and `graphs=None` replays each step there
+    as one CUDA graph. `save_seconds` and `sample_images` say how often the state is saved and a grid drawn (0 = only at the
+    end), `log_steps` how often the log gets a line. `max_seconds` ends this invocation, not the training: its state is saved
+    and `resume` goes on. Raises `ValueError` for numbers out of range.
     """
 
     data: str = "uoft-cs/cifar10"

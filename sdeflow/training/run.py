@@ -89,7 +89,7 @@ def train(
         if going_on:
             trainer.load(out / STATE)
             if rank.first:
-                drop_snapshots(out, trainer.images)
+                drop_snapshots(out, trainer.seen)
         try:
             return _run(trainer, images, stop, Path(export) if export else None)
         finally:
@@ -226,7 +226,7 @@ def card(trainer: Trainer, images: Images) -> dict[str, Any]:
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
         "runs": trainer.runs,
-        **({"begun_from": trainer.begun_from} if trainer.begun_from else {}),
+        **({"begun_from": trainer.begun_from, "images_before": trainer.before} if trainer.begun_from else {}),
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "loss": config.loss.describe(),
         "settings": config.to_dict(),
@@ -242,7 +242,7 @@ def store_averages(trainer: Trainer, images: Images) -> None:
         trainer.network, training=same, sigma_data=config.sigma_data, class_names=images.class_names,
         card=card(trainer, images),
     )  # fmt: skip
-    write_snapshot(config.out, trainer.averages, trainer.images, facts)
+    write_snapshot(config.out, trainer.averages, trainer.seen, facts)
 
 
 def export_model(trainer: Trainer, denoiser: Pretrained, paths: list[Path]) -> None:

@@ -75,6 +75,7 @@ class Trainer:
         self.config, self.device, self.rank, self.step, self.seconds = config, device, rank, 0, 0.0
         self.runs: list[dict[str, Any]] = []
         self.begun_from = "" if init is None else told(config.init or "", init)
+        self.before = 0 if init is None else seen_by(init)
         torch.manual_seed(mix(config.seed, 0))  # the same network on every rank
         self.network = self.build().to(device)
         if init is not None:
@@ -123,6 +124,11 @@ class Trainer:
         """How many images have been seen."""
         return self.step * self.config.batch_size
 
+    @property
+    def seen(self) -> int:
+        """How many images the weights have seen, those before this training included: the time of the averages' profiles."""
+        return self.before + self.images
+
     def advance(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """One step; returns the loss and the gradients' norm, on the device."""
         config = self.config
@@ -136,8 +142,9 @@ class Trainer:
                 group["lr"] = config.lr_at(self.step)
         loss, norm = self.work(*stream.pixels(self.step))
         self.step += 1
-        for average in (self.ema, *self.averages):
-            average.update(self.network, self.images, config.batch_size)
+        self.ema.update(self.network, self.images, config.batch_size)
+        for average in self.averages:
+            average.update(self.network, self.seen, config.batch_size)
         return loss, norm
 
     def release(self) -> None:
@@ -178,6 +185,7 @@ class Trainer:
             "seconds": self.seconds,
             "runs": self.runs,
             "begun_from": self.begun_from,
+            "before": self.before,
         }
         write_tensors(path, self._tensors(), facts)
 
@@ -204,7 +212,7 @@ class Trainer:
         for name, value in own.items():
             value.copy_(tensors[name] if name in tensors else tensors[f"model.{name.partition(':')[2]}"])
         self.step, self.seconds, self.runs = int(facts["step"]), float(facts["seconds"]), list(facts["runs"])
-        self.begun_from = str(facts.get("begun_from", ""))
+        self.begun_from, self.before = str(facts.get("begun_from", "")), int(facts.get("before", 0))
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step)
 
@@ -220,6 +228,11 @@ def told(name: str, init: Pretrained) -> str:
     card = init.card
     before = f", begun from {card['begun_from']}" if card.get("begun_from") else ""
     return f"{Path(name).name} ({card.get('images', 'unknown')} images in {card.get('seconds', 'unknown')} s{before})"
+
+
+def seen_by(init: Pretrained) -> int:
+    """How many images a checkpoint's weights have seen, as far as its card tells."""
+    return int(init.card.get("images", 0)) + int(init.card.get("images_before", 0))
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
