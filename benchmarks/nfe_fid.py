@@ -106,7 +106,7 @@ def wanted(arguments: argparse.Namespace, known: dict[Cell, Any]) -> Iterator[Ce
 
 def spendable(name: str, nfe: int) -> int | None:
     """The budget `nfe`, or the nearest of the two below it that the solver can spend and that is no budget itself."""
-    for spent in (nfe, nfe - 1, nfe - 2):
+    for spent in range(nfe, max(nfe - 3, min(BUDGETS) - 1), -1):
         with suppress(BudgetError):
             registry.solver(name).levels(spent)
             return spent if spent == nfe or spent not in BUDGETS else None

@@ -59,6 +59,7 @@ def model(path: Path, seed: int) -> Path:
 def test_a_solver_spends_the_budget_or_one_or_two_calls_less(nfe_fid: ModuleType) -> None:
     found = {nfe: nfe_fid.spendable("heun", nfe) for nfe in (3, 4, 8, 10, 20, 50)}
     assert found == {3: 3, 4: None, 8: None, 10: 9, 20: 19, 50: 49}  # 3 and 7 are budgets: they have cells of their own
+    assert nfe_fid.spendable("dpm_solver_3", 3) is None  # no fewer than the least budget
     curve = {3: 1.0, 7: 2.0, 9: 3.0, 15: 4.0, 19: 5.0}
     assert [nfe_fid.at(curve, nfe) for nfe in (3, 4, 8, 10, 12, 15, 20)] == [1.0, None, None, 3.0, None, 4.0, 5.0]
 
