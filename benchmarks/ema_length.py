@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from _report import table, write
 from nfe_fid import Scorer
-from torch import distributed
 
-from sdeflow.distributed import joined, this_rank
+from sdeflow.distributed import gather, joined, this_rank
 from sdeflow.models.checkpoint import load, read_tensors
 from sdeflow.models.posthoc import find_snapshots, reconstruct
 from sdeflow.training.run import MODEL
@@ -50,47 +48,38 @@ def main(words: list[str] | None = None) -> None:
     model = load(arguments.folder / MODEL, device, torch.bfloat16 if gpu else torch.float32, compile=gpu)
     scorer = Scorer(arguments, device)
     cell = (arguments.solver, arguments.grid, arguments.nfe, arguments.n)
-    lengths: list[float | None] = [None, *arguments.stds]
-    mine: dict[float | None, dict[str, float]] = {}
-    for std in lengths[rank.index :: rank.world]:
+    mine: list[list[float]] = []  # std (0: the one that was tracked), FD-CIFAR, how far the profile is off
+    for std in [0.0, *arguments.stds][rank.index :: rank.world]:
         error = 0.0
-        if std is None:
-            parameters = {n: p.float() for n, p in read_tensors(arguments.folder / MODEL)[0].items()}
-        else:
+        if std:
             made = reconstruct(arguments.folder, std)
             parameters, error = dict(made.parameters), made.error
+        else:
+            parameters = {n: p.float() for n, p in read_tensors(arguments.folder / MODEL)[0].items()}
         model.network.load_state_dict(parameters)  # type: ignore[attr-defined]  # in place: what is compiled stays
         distance, _ = scorer(model, cell, min(arguments.batch_size, arguments.n))
-        mine[std] = {"fd_cifar": distance, "profile_error": error}
+        mine.append([std, distance, error])
         print(std or "exponential", f"{distance:.4f}", flush=True)
-    found: list[dict[Any, Any]] = [{} for _ in range(rank.world)]
     with joined(rank, torch.device("cpu")):
-        if rank.world > 1:
-            distributed.all_gather_object(found, mine)
-        else:
-            found = [mine]
+        found = gather(torch.tensor(mine, dtype=torch.float64).reshape(-1, 3))
     if rank.first:
-        report(arguments, {std: row for part in found for std, row in part.items()}, scorer.floor)
+        report(arguments, sorted(found.tolist()), scorer.floor)
 
 
-def report(arguments: argparse.Namespace, found: dict[float | None, dict[str, float]], floor: float) -> None:
+def report(arguments: argparse.Namespace, found: list[list[float]], floor: float) -> None:
     """The table, the tracked average first."""
     stored = find_snapshots(arguments.folder)
-    order = sorted(found, key=lambda std: std or 0.0)
     rows = [
-        [
-            "exponential, tracked" if std is None else f"{std:g}", f"{found[std]['profile_error']:.1e}" if std else "",
-            f"{found[std]['fd_cifar']:.4f}",
-        ]
-        for std in order
-    ]  # fmt: skip
+        [f"{std:g}", f"{error:.1e}", f"{distance:.4f}"] if std else ["exponential, tracked", "", f"{distance:.4f}"]
+        for std, distance, error in found
+    ]
     text = (
         f"FD-CIFAR of {arguments.n} pictures, {arguments.solver} on the {arguments.grid} grid, {arguments.nfe} calls, after "
         f"{stored[-1].images} images; made of {len(stored)} stored averages; the floor is {floor:.3f}:\n\n"
         + table(["std of the average", "its profile is off by", "FD-CIFAR"], rows)
     )
-    cells = [{"std": std, **found[std]} for std in order]
-    write("ema_length", {"floor": floor, "images": stored[-1].images, "averages": cells}, text, arguments.out)
+    averages = [{"std": std or None, "fd_cifar": distance, "profile_error": error} for std, distance, error in found]
+    write("ema_length", {"floor": floor, "images": stored[-1].images, "averages": averages}, text, arguments.out)
 
 
 if __name__ == "__main__":

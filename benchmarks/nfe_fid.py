@@ -165,12 +165,10 @@ def sweep(arguments: argparse.Namespace) -> None:
     model = load(arguments.model, device, torch.bfloat16 if gpu else torch.float32, compile=gpu)
     scorer = Scorer(arguments, device)
     facts = {"features": scorer.extractor.describe(), "floor": scorer.floor, "model_sha256": fingerprint(model)}
-    if odd := [h["model_sha256"] for h in read(path)[0] if h["model_sha256"] != facts["model_sha256"]]:
-        raise SystemExit(f"{path} was begun with other weights ({odd[0][:12]}): choose another --out")
-    with (
-        path.open("a") as file,
-        path.with_suffix(".lock").open("a") as lock,
-    ):  # lines shorter than a page are appended whole, whoever else appends
+    if odd := {h.get("model_sha256", "unknown") for h in read(path)[0]} - {facts["model_sha256"]}:
+        raise SystemExit(f"{path} was begun with other weights ({min(odd)[:12]}): choose another --out")
+    # Lines shorter than a page are appended whole, whoever else appends.
+    with path.open("a") as file, path.with_suffix(".lock").open("a") as lock:
         if rank.first:
             if path.stat().st_size and not path.read_bytes().endswith(b"\n"):  # a line that a kill tore
                 file.write("\n")
@@ -213,10 +211,9 @@ def report(arguments: argparse.Namespace) -> None:
     tables = []
     for kind, pairs in (("Deterministic", DETERMINISTIC), ("Stochastic", STOCHASTIC)):
         found = {pair: curves[pair] for pair in pairs if pair in curves}
-        for pair, curve in found.items():
-            near[settled(curve) or most + 1].append(
-                f"`{pair[0]}` ({pair[1]})" if pair[0] != pair[1] else f"`{pair[0]}`"
-            )
+        for (name, grid), curve in found.items():
+            notes = [grid] * (grid != name) + [f"up to {max(curve)}"] * (max(curve) < most)
+            near[settled(curve) or most + 1].append(f"`{name}`" + f" ({', '.join(notes)})" * bool(notes))
         rows = [
             [
                 ", ".join(pair),
@@ -229,10 +226,16 @@ def report(arguments: argparse.Namespace) -> None:
             f"{kind}, FD-CIFAR at so many calls (where a solver cannot spend them, one or two fewer):\n\n"
             + table(head, rows)
         )
-    rows = [[f"{nfe}" if nfe <= most else f"not by {most}", ", ".join(names)] for nfe, names in sorted(near.items())]
+    rows = [[nfe if nfe <= most else "only there", ", ".join(names)] for nfe, names in sorted(near.items())]
     parts = [
         f"FD-CIFAR of {n} pictures of the bundled checkpoint; the floor, test against training set, is {floor:.3f}.",
-        table([f"calls from which on FD-CIFAR is within 5 % of that at {most}", "solver (grid)"], rows),
+        table(
+            [
+                f"calls from which on FD-CIFAR is within 5 % of that at the most calls, {most} or as told",
+                "solver (grid)",
+            ],
+            rows,
+        ),
         *tables,
     ]
     full = [[*cell[:3], f"{row['fd_cifar']:.3f}"] for cell, row in sorted(cells.items()) if cell[3] > n]
