@@ -242,10 +242,12 @@ def report(arguments: argparse.Namespace) -> None:
     if full:
         count = max(cell[3] for cell in cells)
         parts.append(f"{count} pictures:\n\n" + table(["solver", "grid", "NFE", "FD-CIFAR"], full))
+    about = headers[0]
     if len(headers) > 1:
+        about = about | {"date": f"{about['date']}, and {len(headers) - 1} runs more until {headers[-1]['date']}"}
         runs = dict.fromkeys(f"- `{h['command']}` on {h['gpus']} x {h['machine']}, {h['date']}" for h in headers)
         parts.append("The runs:\n\n" + "\n".join(runs))
-    write("nfe_fid", {"floor": floor, "runs": headers}, "\n\n".join(parts), arguments.into, about=headers[0])
+    write("nfe_fid", {"floor": floor, "runs": headers}, "\n\n".join(parts), arguments.into, about=about)
     try:
         plot(curves, floor, n, Path(arguments.into or RESULTS / "nfe_fid").with_suffix(".png"))
     except ImportError:
@@ -263,19 +265,21 @@ def plot(curves: dict[tuple[str, str], dict[int, float]], floor: float, n: int, 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5), sharey=True)
     for axis, kind, pairs in zip(axes, ("deterministic", "stochastic"), (DETERMINISTIC, STOCHASTIC), strict=True):
         for pair in pairs:
             if curve := curves.get(pair):
                 style = {"lw": 2.2, "color": "black"} if pair[0] == "auto" else {"lw": 1}
                 axis.plot(*zip(*sorted(curve.items()), strict=True), marker=".", ms=4, label=", ".join(pair), **style)  # type: ignore[arg-type]
-        axis.axhline(floor, color="#888888", ls=":", label="floor: test against training set")
+        axis.axhline(floor, color="#888888", ls=":", label="floor")
         axis.set(xscale="log", yscale="log", xlabel="NFE", title=f"{kind}, {n} pictures")
         ticks = [nfe for nfe in (3, 5, 10, 20, 50, 100) if nfe <= max(max(curve) for curve in curves.values())]
         axis.set_xticks(ticks, [str(nfe) for nfe in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3, which="both", lw=0.3)
-        axis.legend(fontsize=6)
+        axis.legend(
+            fontsize=7, ncol=3, columnspacing=1, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False
+        )  # covers no line
     axes[0].set_ylabel("FD-CIFAR")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
