@@ -1,8 +1,8 @@
 """Pictures per second of `generate` on one and on more GPUs, in one run, and how far their pictures differ.
 
 Each process first makes a few pictures in a folder of its own, which compiles the network; what is timed is whole: noise, solves,
-conversion, files, verification. The pictures of all runs are then compared, level by level, with the first's; a count that is
-named twice tells what two runs of the same command differ by.
+conversion, files, verification. The pictures of all runs are then compared, level by level, with the first's, those of each
+process apart; a count that is named twice tells what two runs of the same command differ by.
 
     python -m benchmarks.scaling [--gpus 1 1 2] [--pictures 40000] [--nfe 18]
 """
@@ -84,10 +84,13 @@ def main() -> None:
         for one, run in zip(found, runs, strict=True):
             gap = np.abs(pictures(run / "made").astype(np.int16) - first)
             one |= {"largest_difference": int(gap.max()), "share_equal": float((gap == 0).mean())}
+            maker = np.arange(len(gap)) // arguments.shard % one["gpus"]  # shards are dealt in turn
+            one["share_equal_by_process"] = [float((gap[maker == k] == 0).mean()) for k in np.unique(maker)]
     base = found[0]["images_per_second"]
     rows = [
         [one["gpus"], f"{one['images_per_second']:,.0f}", f"{one['images_per_second'] / base:.2f}", f"{one['seconds']:.1f}",
-         one["largest_difference"], f"{100 * one['share_equal']:.3f} %"]
+         one["largest_difference"], f"{100 * one['share_equal']:.3f} %",
+         ", ".join(f"{100 * share:.3f} %" for share in one["share_equal_by_process"])]
         for one in found
     ]  # fmt: skip
     text = f"{arguments.pictures} pictures, {arguments.solver}, {arguments.nfe} calls each:\n\n" + table(
@@ -98,6 +101,7 @@ def main() -> None:
             "seconds",
             "largest difference, levels of 255",
             "values that are equal",
+            "by process",
         ],
         rows,
     )
