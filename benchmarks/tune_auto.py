@@ -13,9 +13,11 @@ their figures there are a test.
 
     python -m benchmarks.tune_auto --data test.parquet --seconds 60 --network 2 --out benchmarks/results/tune_auto.json
 
-A run begins from the results in the file, if it is there, and only betters them. `rows` in the file says which of them, or of
-what is kept from an earlier search, serves which budget of the two tables: chosen by hand, those for networks by the network's
-error and those for known densities by the others'. On a GPU the network ran with TF32, too coarse to judge it above 25 calls.
+A run begins from the results in the file, if it is there, and only betters them; `--begin` takes recipes of an earlier file, of
+another checkpoint say, and not their scores. `--judge 192` searches nothing: it measures the network's error of all that a file
+has, and of a few published methods, on samples that no search saw. `rows` in the file says which recipe, of this search or of
+those that are kept from others, serves which budget of the two tables: chosen by hand, those for networks by the network's error
+and those for known densities by the others'. On a GPU the network ran with TF32, too coarse to judge it above 25 calls.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import os
 import random
 import sys
 import time
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -54,13 +58,13 @@ from sdeflow.solvers.auto import member
 
 PROCESSES = ("vp", "rectified_flow")
 SIZE = 32  # of the photographs
-BUDGETS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70)
+BUDGETS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 18, 20, 25, 30, 40, 50, 70)
 FAMILIES = {  # p, frame, clock, corrector, and the budgets that they are tried at
     "v2": (2, "v", "bounded_lam", False, (2, 7)),
     "v3": (3, "v", "bounded_lam", False, (4, 8)),
     "flow3": (3, "flow", "bounded_lam", False, (5, 10)),
     "flow2c": (2, "flow", "bounded_lam", True, (6, 15)),
-    "flow3c": (3, "flow", "bounded_lam", True, (10, 70)),
+    "flow3c": (3, "flow", "bounded_lam", True, (7, 70)),
     "angle3c": (3, "flow", "angle", True, (8, 20)),
     "angle4": (4, "flow", "angle", False, (8, 30)),
     "angle4c": (4, "flow", "angle", True, (8, 70)),
@@ -207,12 +211,12 @@ def ordinary(budgets: list[int], pool: Any) -> dict[int, list[tuple[float, float
 class Network:
     """The bundled network as one more cell: its own solution at 200 calls is the reference."""
 
-    def __init__(self, samples: int, device: str):
+    def __init__(self, samples: int, device: str, seed: int = 0, model: str = "cifar10"):
         from sdeflow.models.checkpoint import load
 
-        self.denoiser = load("cifar10", device=device)
+        self.denoiser = load(model, device=device)
         label = {"label": torch.arange(samples) % 10}
-        self.how: dict[str, Any] = {"n": samples, "seeds": range(samples), "condition": label}
+        self.how: dict[str, Any] = {"n": samples, "seeds": range(seed, seed + samples), "condition": label}
         self.end = self.solve("adams3", "karras", 200)
 
     @torch.no_grad()
@@ -285,12 +289,12 @@ def mutated(candidate: Recipe, draw: random.Random) -> Recipe:
     return Recipe(candidate.p, candidate.frame, candidate.clock, candidate.corrector, **numbers)
 
 
-def beginnings(family: str, nfe: int, known: dict[str, Any]) -> list[Recipe]:
+def beginnings(family: str, nfe: int, known: Mapping[str, Any]) -> list[Recipe]:
     p, frame, clock, corrector, _ = FAMILIES[family]
     now = recipes.recipe(nfe)
     out = []
     for name in (family, *FAMILIES):
-        for n in sorted(BUDGETS, key=lambda n: abs(math.log(n / nfe)))[:3]:
+        for n in sorted({int(key.split()[0]) for key in known}, key=lambda n: abs(math.log(n / nfe)))[:3]:
             if f"{n} {name}" in known:
                 out.append({k: known[f"{n} {name}"]["recipe"][k] for k in NUMBERS})
     out.append({k: getattr(now, k) for k in NUMBERS})
@@ -306,7 +310,7 @@ def beginnings(family: str, nfe: int, known: dict[str, Any]) -> list[Recipe]:
     return [Recipe(p, frame, clock, corrector, **numbers) for numbers in out[:10]]
 
 
-def search(task: tuple[str, int, float, dict[str, Any], int, Any]) -> tuple[str, float, Recipe, list[float], int]:
+def search(task: tuple[str, int, float, Mapping[str, Any], int, Any]) -> tuple[str, float, Recipe, list[float], int]:
     family, nfe, seconds, known, seed, _BEST[nfe] = task
     network()
     draw = random.Random(f"{family} {nfe} {seed}")
@@ -321,9 +325,33 @@ def search(task: tuple[str, int, float, dict[str, Any], int, Any]) -> tuple[str,
     return f"{nfe} {family}", *best[0], tried
 
 
+PUBLISHED = (("dpmpp_2m", "karras"), ("ipndm", "karras"), ("unipc_3", "uniform_lam"), ("dpmpp_2m", "uniform_lam"))
+
+
+def judge(found: dict[str, Any], samples: int, model: str) -> dict[str, dict[str, float]]:
+    """By budget, a network's error of the recipes found, of the table's and of published methods, on seeds from 5000."""
+    if not found:
+        raise SystemExit("the file of --out has no recipes to judge: search first, with --data")
+    torch.set_num_threads(os.cpu_count() or 1)
+    net = Network(samples, "cuda" if torch.cuda.is_available() else "cpu", 5000, model)
+    out: dict[str, dict[str, float]] = {}
+    for nfe in sorted({int(key.split()[0]) for key in found}):
+        tried = {key: Recipe(**of["recipe"]) for key, of in found.items() if int(key.split()[0]) == nfe}
+        tried["the table"] = recipes.recipe(nfe)
+        errors = {key: net.error(member(r), lay(net.denoiser.process, nfe, r), nfe) for key, r in tried.items()}
+        errors |= {f"{name}, {grid}": net.error(name, grid, nfe) for name, grid in PUBLISHED}
+        out[str(nfe)] = {key: round(error, 4) for key, error in errors.items()}
+        print(nfe, out[str(nfe)], flush=True)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a parquet file of images")
+    parser.add_argument("--data", help="a parquet file of images")
+    parser.add_argument(
+        "--judge", type=int, default=0, metavar="SAMPLES", help="measure what the file has, and no search"
+    )
+    parser.add_argument("--model", default="cifar10", help="the network that judges, a bundled checkpoint or a file")
     parser.add_argument("--out", default="benchmarks/results/tune_auto.json")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=60.0, help="of search, a family and budget")
@@ -331,6 +359,7 @@ def main() -> None:
     parser.add_argument("--nfe", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--network", type=int, default=0, metavar="SAMPLES", help="judge by the bundled network too")
+    parser.add_argument("--begin", default=None, metavar="FILE", help="results to begin with, where --out has none")
     parser.add_argument("--starts", type=int, default=16)
     parser.add_argument("--cache", default="/tmp/sdeflow-accuracy")
     arguments = parser.parse_args()
@@ -338,6 +367,17 @@ def main() -> None:
     out = Path(arguments.out)
     before = json.loads(out.read_text()) if out.exists() else {"found": {}}
     known = before["found"]
+    if arguments.judge:
+        errors = judge(known, arguments.judge, arguments.model)
+        judged = before.get("judged", {}) | {
+            arguments.model: {"samples": arguments.judge, **provenance(), "errors": errors}
+        }
+        out.write_text(json.dumps({**before, "judged": judged}, indent=1) + "\n")
+        return
+    before.pop("judged", None)  # of recipes that may not stay
+    if arguments.data is None:
+        raise SystemExit("--data names a parquet file of images, of which some of the targets are made")
+    first = json.loads(Path(arguments.begin).read_text())["found"] if arguments.begin else {}
     began = time.perf_counter()
     prepare(arguments.data, Path(arguments.cache), arguments.starts)
     print(f"prepared in {time.perf_counter() - began:.0f} s", flush=True)
@@ -347,7 +387,14 @@ def main() -> None:
         best = ordinary(sorted(set(arguments.nfe)), pool)
         print(f"measured the ordinary after {time.perf_counter() - began:.0f} s", flush=True)
         tasks = [
-            (family, nfe, arguments.seconds, known, seed, best[nfe])
+            (
+                family,
+                nfe,
+                arguments.seconds,
+                ChainMap(known, first),
+                seed,
+                best[nfe],
+            )  # live: later tasks begin with what was found
             for nfe in sorted(arguments.nfe, reverse=True)
             for family in arguments.families
             if FAMILIES[family][4][0] <= nfe <= FAMILIES[family][4][1]

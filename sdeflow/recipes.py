@@ -1,9 +1,9 @@
 r"""What `solver="auto"` does at each budget: a member of the exponential Adams family, and where its levels stand.
 
 `benchmarks/tune_auto.py` searched both together, for the error against the exact probability-flow solution on targets with a
-known density and on the bundled network; `benchmarks/results/tune_auto.json` holds what it found, and the tables below are of its
-rows. All of it is written in the noise-to-signal ratio, in which every process is the same one, and for data of standard deviation
-1/2, as images in [-1, 1] have; for other data the ratios scale with it.
+known density and on the network that was bundled before 0.5; `benchmarks/results/tune_auto.json` holds what it found, and the
+tables below are of its rows. All of it is written in the noise-to-signal ratio, in which every process is the same one, and for
+data of standard deviation 1/2, as images in [-1, 1] have; for other data the ratios scale with it.
 
 Known densities and networks want different things, so there are two tables. The paths of a density's exact denoiser are smooth:
 four predictions with a corrector, levels dense about the ratio 1/2, the start soon below the ratio 10. A network's paths are less
