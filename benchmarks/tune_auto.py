@@ -378,6 +378,7 @@ def main() -> None:
     if arguments.data is None:
         raise SystemExit("--data names a parquet file of images, of which some of the targets are made")
     first = json.loads(Path(arguments.begin).read_text())["found"] if arguments.begin else {}
+    begin = ChainMap(known, first)  # a view: later tasks begin with what earlier ones have found
     began = time.perf_counter()
     prepare(arguments.data, Path(arguments.cache), arguments.starts)
     print(f"prepared in {time.perf_counter() - began:.0f} s", flush=True)
@@ -387,14 +388,7 @@ def main() -> None:
         best = ordinary(sorted(set(arguments.nfe)), pool)
         print(f"measured the ordinary after {time.perf_counter() - began:.0f} s", flush=True)
         tasks = [
-            (
-                family,
-                nfe,
-                arguments.seconds,
-                ChainMap(known, first),
-                seed,
-                best[nfe],
-            )  # live: later tasks begin with what was found
+            (family, nfe, arguments.seconds, begin, seed, best[nfe])
             for nfe in sorted(arguments.nfe, reverse=True)
             for family in arguments.families
             if FAMILIES[family][4][0] <= nfe <= FAMILIES[family][4][1]
