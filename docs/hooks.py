@@ -1,6 +1,8 @@
-"""What the documentation takes from the code at build time, so that it cannot disagree with it (a hook of mkdocs).
+"""What the documentation takes from the code at build time, so that it cannot disagree with it (a
+hook of mkdocs).
 
-`python docs/hooks.py` brings the figures of README.md up to date with benchmarks/results; a test notices where they are not.
+`python docs/hooks.py` brings the figures of README.md up to date with benchmarks/results; a test
+notices where they are not.
 
 A page asks for it with a comment on a line of its own:
 
@@ -30,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sdeflow"
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(
-    r"^<!-- (table|results|result|floors|figure|card|help|errors|include)(?:: (.+?))? -->$", re.MULTILINE
+    r"^<!-- (table|results|result|layers|figure|card|help|errors|include)(?:: (.+?))? -->$",
+    re.MULTILINE,
 )
 
 
@@ -39,13 +42,19 @@ def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
     return MARKER.sub(lambda match: MAKERS[match[1]](match[2]), markdown)
 
 
-# ---------------------------------------------------------------------------------------------------------- the registry
+# ------------------------------------------------------------------------------------- the registry
 
 
 def tables(which: str) -> str:
-    """A table of the registry: `solvers`, perhaps of one kind (`solvers multistep`), `grids` or `processes`."""
+    """A table of the registry: `solvers`, perhaps of one kind (`solvers multistep`), `grids` or
+    `processes`.
+    """
     which, _, kind = which.partition(" ")
-    return solvers(kind) if kind else {"solvers": solvers, "grids": grids, "processes": processes}[which]()
+    return (
+        solvers(kind)
+        if kind
+        else {"solvers": solvers, "grids": grids, "processes": processes}[which]()
+    )
 
 
 def solvers(kind: str = "") -> str:
@@ -71,7 +80,17 @@ def solvers(kind: str = "") -> str:
                 ", ".join(f"`{alias}`" for alias in entry.aliases),
             ]
         )
-    head = ["name", "class", "solves", "order", "network calls", "tensors", "encodes", "source", "also called"]
+    head = [
+        "name",
+        "class",
+        "solves",
+        "order",
+        "network calls",
+        "tensors",
+        "encodes",
+        "source",
+        "also called",
+    ]
     return _table(head, rows)
 
 
@@ -81,8 +100,9 @@ KINDS = ("multistep", "singlestep", "stochastic", "wrapper", "adaptive", "extern
 def kind_of(solver: Any) -> str:
     """In which table of docs/solvers.md a solver stands, one of `KINDS`."""
     from sdeflow.solvers.base import GridSolver
-    from sdeflow.solvers.external import TorchDiffEq, TorchSDE
-    from sdeflow.solvers.nested import Nested
+    from sdeflow.solvers.external.torchdiffeq import TorchDiffEq
+    from sdeflow.solvers.external.torchsde import TorchSDE
+    from sdeflow.solvers.wrappers.base import Nested
 
     if isinstance(solver, TorchDiffEq | TorchSDE):
         return "external"
@@ -96,7 +116,9 @@ def kind_of(solver: Any) -> str:
 
 
 def _calls(solver: Any) -> str:
-    """What a step costs: counted, where a solver has a budget and does not leave it to the one it holds."""
+    """What a step costs: counted, where a solver has a budget and does not leave it to the one it
+    holds.
+    """
     if kind_of(solver) in ("wrapper", "adaptive", "external"):
         return str(solver.cost)
     each = solver.calls(20) - solver.calls(19)
@@ -147,9 +169,18 @@ def processes() -> str:
         span = f"{process.t_min:g} to {process.t_max:.4g}"
         defaults = [f"`{process.default_grid}`", f"`{process.default_clock}`"]
         rows.append(
-            [f"`{entry.name}`", _link(entry.kind), _cell(entry.summary), span, f"{low:.3g} to {high:.4g}", *defaults]
+            [
+                f"`{entry.name}`",
+                _link(entry.kind),
+                _cell(entry.summary),
+                span,
+                f"{low:.3g} to {high:.4g}",
+                *defaults,
+            ]
         )
-    return _table(["name", "class", "what it is", "t", "nsr", "default grid", "default clock"], rows)
+    return _table(
+        ["name", "class", "what it is", "t", "nsr", "default grid", "default clock"], rows
+    )
 
 
 def _link(thing: Any) -> str:
@@ -165,11 +196,13 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-# ----------------------------------------------------------------------------------------------------------- the results
+# -------------------------------------------------------------------------------------- the results
 
 
 def result(name: str) -> str:
-    """The table that `benchmarks/NAME.py` wrote, and its figure; a note on how to make it where there is none."""
+    """The table that `benchmarks/NAME.py` wrote, and its figure; a note on how to make it where
+    there is none.
+    """
     path = RESULTS / f"{name}.md"
     if not path.is_file():
         return f'!!! note "Not measured yet"\n    `python benchmarks/{name}.py` writes this table.'
@@ -178,7 +211,9 @@ def result(name: str) -> str:
         if (RESULTS / f"{name}.{kind}").is_file() and f"{name}.{kind}" not in text:
             text += f"\n\n![{name}](results/{name}.{kind})"
     return re.sub(
-        r"\]\((?:benchmarks/results/|\./)?(?!results/|https?:|#)([\w.-]+\.(?:png|svg))\)", r"](results/\1)", text
+        r"\]\((?:benchmarks/results/|\./)?(?!results/|https?:|#)([\w.-]+\.(?:png|svg))\)",
+        r"](results/\1)",
+        text,
     )
 
 
@@ -186,12 +221,16 @@ def results() -> str:
     """A section a benchmark: what its script says it measures, and the tables that it wrote."""
     pages = "\n".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     placed = set(re.findall(r"^<!-- result: (.+?) -->$", pages, re.MULTILINE))
-    scripts = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if not path.stem.startswith("_")]
+    scripts = [
+        path for path in sorted((ROOT / "benchmarks").glob("*.py")) if not path.stem.startswith("_")
+    ]
     tables = {path.stem for path in RESULTS.glob("*.md")} - placed
     parts = []
     for path in scripts:
         name = path.stem
-        mine = {table for table in tables if table == name or table.startswith((f"{name}_", f"{name}-"))}
+        mine = {
+            table for table in tables if table == name or table.startswith((f"{name}_", f"{name}-"))
+        }
         tables -= mine
         if name not in placed:
             shown = [result(table) for table in sorted(mine or {name})]
@@ -210,16 +249,21 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
     return files
 
 
-MEASURED = re.compile(r"(<!-- measured: ([\w-]+) rows: (.+?) -->\n).*?(<!-- /measured -->)", re.DOTALL)
+MEASURED = re.compile(
+    r"(<!-- measured: ([\w-]+) rows: (.+?) -->\n).*?(<!-- /measured -->)", re.DOTALL
+)
 
 
 def refreshed(readme: str) -> str:
     """`README.md` with its tables as benchmarks/results has them now."""
-    return MEASURED.sub(lambda match: match[1] + excerpt(match[2], match[3].split(" | ")) + match[4], readme)
+    return MEASURED.sub(
+        lambda match: match[1] + excerpt(match[2], match[3].split(" | ")) + match[4], readme
+    )
 
 
 def excerpt(name: str, wanted: list[str]) -> str:
-    """The rows of a result in which one of `wanted` stands, under their head, and the line that says how they were made.
+    """The rows of a result in which one of `wanted` stands, under their head, and the line that
+    says how they were made.
 
     `first table` is all of that.
     """
@@ -229,29 +273,43 @@ def excerpt(name: str, wanted: list[str]) -> str:
     lines = path.read_text().strip().splitlines()
     if wanted == ["first table"]:
         first = next(i for i, line in enumerate(lines) if line.startswith("|---"))
-        rows = list(range(first + 1, next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))))
+        rows = list(
+            range(
+                first + 1, next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
+            )
+        )
     else:
         rows = [
-            i for i, line in enumerate(lines) if line.startswith("| ") and any(f"| {text} |" in line for text in wanted)
+            i
+            for i, line in enumerate(lines)
+            if line.startswith("| ") and any(f"| {text} |" in line for text in wanted)
         ]
     head = max(i for i, line in enumerate(lines) if line.startswith("|---") and i < rows[0])
-    return "\n".join(["", lines[head - 1], lines[head], *(lines[i] for i in rows), "", lines[-1], "", ""])
+    return "\n".join(
+        ["", lines[head - 1], lines[head], *(lines[i] for i in rows), "", lines[-1], "", ""]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- the package
+# -------------------------------------------------------------------------------------- the package
 
 
-def floors() -> str:
-    """The files of the package by floor; tests/test_floors.py states the floors and enforces them."""
-    tree = ast.parse((ROOT / "tests" / "test_floors.py").read_text())
-    stated = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "FLOORS")
-    floor = {module: number for number, modules in ast.literal_eval(stated).items() for module in modules}
-    lines = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        summary = ast.get_docstring(ast.parse(path.read_text())) or ""
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        lines.append((floor[name], f"{floor[name]:>2}  {path.relative_to(ROOT).as_posix():<34} {_first(summary)}"))
-    return "```text\n" + "\n".join(line for _, line in sorted(lines)) + "\n```"
+def layers() -> str:
+    """Every file of the package with its summary, layer by layer; tests/test_layers.py states the
+    stack.
+    """
+    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text())
+    assigned = (n for n in tree.body if isinstance(n, ast.Assign))
+    stack = next(n.value for n in assigned if ast.unparse(n.targets[0]) == "STACK")
+    blocks = []
+    for line in reversed(ast.literal_eval(stack).split("\n")[1:-1]):
+        rows = []
+        for name in line.split():
+            files = sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / f"{name}.py"]
+            for path in files:
+                summary = ast.get_docstring(ast.parse(path.read_text())) or ""
+                rows.append(f"{path.relative_to(PACKAGE).as_posix():<34} {_first(summary)}")
+        blocks.append("\n".join(rows))
+    return "```text\n" + "\n\n".join(blocks) + "\n```"
 
 
 def _first(text: str) -> str:
@@ -279,14 +337,18 @@ def errors() -> str:
 def figure(what: str) -> str:
     """A picture of docs/assets with its caption, or nothing where it has not been made."""
     name, _, caption = what.partition(" ")
-    return f"![{caption}](assets/{name})\n\n*{caption}*" if (ROOT / "docs" / "assets" / name).is_file() else ""
+    return (
+        f"![{caption}](assets/{name})\n\n*{caption}*"
+        if (ROOT / "docs" / "assets" / name).is_file()
+        else ""
+    )
 
 
 def card() -> str:
     """What the bundled checkpoint says of its training."""
     from sdeflow import load
     from sdeflow.models.checkpoint import BUNDLED
-    from sdeflow.training.run import card_markdown
+    from sdeflow.training.api import card_markdown
 
     path = BUNDLED["cifar10"]
     if not path.is_file():
@@ -294,7 +356,10 @@ def card() -> str:
     text = card_markdown(load(path).card)
     hashed = hashlib.sha256(path.read_bytes()).hexdigest()
     size = path.stat().st_size / 1e6
-    return f"{text.partition('# Model card')[2].strip()}\n\n- file: `{path.name}`, {size:.1f} MB, SHA-256 `{hashed}`"
+    return (
+        f"{text.partition('# Model card')[2].strip()}\n\n- file: `{path.name}`, {size:.1f} MB,"
+        f" SHA-256 `{hashed}`"
+    )
 
 
 def command_line() -> str:
@@ -316,20 +381,24 @@ def command_line() -> str:
 
 
 def include(what: str) -> str:
-    """A file of the repository's root, or a part of it, with its links as they are from the pages."""
+    """A file of the repository's root, or a part of it, with its links as they are from the
+    pages.
+    """
     name, _, part = what.partition(" ")
     text = (ROOT / name).read_text()
     if part:
         text = text.split(f"<!-- {part} -->\n")[1].split(f"<!-- /{part} -->")[0]
     text = re.sub(r"\]\(docs/", "](", text)
-    return re.sub(r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", text).strip()
+    return re.sub(
+        r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", text
+    ).strip()
 
 
 MAKERS: dict[str, Callable[[str], str]] = {
     "table": tables,
     "result": result,
     "results": lambda _: results(),
-    "floors": lambda _: floors(),
+    "layers": lambda _: layers(),
     "figure": figure,
     "card": lambda _: card(),
     "help": lambda _: command_line(),

@@ -1,4 +1,5 @@
-"""Wrap an eps-network with discrete times (the usual DDPM), and sample from it along another process.
+"""Wrap an eps-network with discrete times (the usual DDPM), and sample from it along another
+process.
 
 The network here is a stand-in with the right answer for data N(0, 0.5^2); put yours in its place.
 

@@ -1,4 +1,5 @@
-"""A mixture of Gaussians with its exact score, sampled by four solvers: who gets the weights and the widths right?
+"""A mixture of Gaussians with its exact score, sampled by four solvers: who gets the weights and
+the widths right?
 
 python examples/mixture.py
 """
@@ -15,5 +16,6 @@ for solver, nfe in (("ddim", 20), ("heun", 35), ("ddpm", 35), ("euler_maruyama",
     x, y = solution.x.double().unbind(1)
     right = x > 0
     print(
-        f"{solver:>15}  {solution.nfe:>3}  {right.double().mean():.3f}    {y[~right].std():.3f}     {y[right].std():.3f}"
+        f"{solver:>15}  {solution.nfe:>3}  {right.double().mean():.3f}    {y[~right].std():.3f}    "
+        f" {y[right].std():.3f}"
     )

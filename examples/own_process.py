@@ -28,5 +28,6 @@ target = Gaussian(torch.zeros(3), std=[0.2, 0.5, 1.0], process=process)
 for solver in ("heun", "ddpm"):
     x = sdeflow.sample(target, solver=solver, nfe=101, n=4000, seeds=0)
     print(
-        f"{solver:>6}: standard deviations {[round(v, 3) for v in x.double().std(0).tolist()]}, should be [0.2, 0.5, 1.0]"
+        f"{solver:>6}: standard deviations {[round(v, 3) for v in x.double().std(0).tolist()]},"
+        " should be [0.2, 0.5, 1.0]"
     )

@@ -6,8 +6,10 @@ images = sdeflow.sample(model, nfe=35, n=4, seeds=0)
 """
 
 from sdeflow import grid
+from sdeflow._utils import moved
 from sdeflow._version import __version__
-from sdeflow.denoiser import Denoiser, Preconditioned, Prediction
+from sdeflow.denoisers import Denoiser, Preconditioned, Prediction
+from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
 from sdeflow.errors import (
     BudgetError,
     CheckpointError,
@@ -19,42 +21,53 @@ from sdeflow.errors import (
     SolverError,
     UnknownNameError,
 )
-from sdeflow.execution.capture import CapturedSolve
-from sdeflow.execution.compiled import CompileWarning
-from sdeflow.grid.search import gits
 from sdeflow.models.checkpoint import load
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.plan.check import PlanReport
 from sdeflow.plan.plan import Plan
 from sdeflow.plan.unroll import Unrolled
-from sdeflow.process import EDM, VE, VP, Cosine, FromBetas, FromSDE, Level, Process, RectifiedFlow, SubVP
-from sdeflow.projection import Clip, DynamicThreshold, Projected
+from sdeflow.process import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    FromBetas,
+    FromSDE,
+    Level,
+    Process,
+    RectifiedFlow,
+    SubVP,
+)
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import Step, encode, sample, solve
-from sdeflow.solvers.adams import ExponentialAdams
-from sdeflow.solvers.adaptive import RK23, RK45
-from sdeflow.solvers.adaptive_sde import AdaptiveSDE
-from sdeflow.solvers.ancestral import Ancestral
-from sdeflow.solvers.auto import Auto
+from sdeflow.sampling.api import Step, encode, sample, solve
+from sdeflow.sampling.capture import CapturedSolve
+from sdeflow.sampling.cuda_graphs import CompileWarning
+from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
+from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45
+from sdeflow.solvers.adaptive.sde import AdaptiveSDE
+from sdeflow.solvers.auto.solver import Auto
 from sdeflow.solvers.base import GridSolver, Solution, Solver
-from sdeflow.solvers.churn import Churn
-from sdeflow.solvers.deis import DEIS, LMS, DEISRungeKutta
-from sdeflow.solvers.dpm_adaptive import DPMAdaptive
-from sdeflow.solvers.dpm_solver import DPMSolver, DPMSolverPP
-from sdeflow.solvers.er_sde import ERSDE
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.external import TorchDiffEq, TorchSDE
-from sdeflow.solvers.pndm import IPNDM, PNDM, IPNDMv
-from sdeflow.solvers.restart import Restart
-from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston
-from sdeflow.solvers.sa_solver import SASolver
-from sdeflow.solvers.sde_dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
-from sdeflow.solvers.seeds import SEEDS
-from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
-from sdeflow.solvers.stochastic_adams import StochasticAdams
-from sdeflow.solvers.unipc import UniPC
-from sdeflow.solvers.wrappers import Langevin
+from sdeflow.solvers.external.torchdiffeq import TorchDiffEq
+from sdeflow.solvers.external.torchsde import TorchSDE
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.deis import DEIS, LMS, DEISRungeKutta
+from sdeflow.solvers.ode.dpm_solver import DPMSolver, DPMSolverPP
+from sdeflow.solvers.ode.pndm import IPNDM, PNDM, IPNDMv
+from sdeflow.solvers.ode.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston
+from sdeflow.solvers.ode.unipc import UniPC
+from sdeflow.solvers.sde.adams import StochasticAdams
+from sdeflow.solvers.sde.classic import DDPM, AnnealedLangevin, EulerMaruyama
+from sdeflow.solvers.sde.dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
+from sdeflow.solvers.sde.er_sde import ERSDE
+from sdeflow.solvers.sde.sa_solver import SASolver
+from sdeflow.solvers.sde.seeds import SEEDS
+from sdeflow.solvers.wrappers.ancestral import Ancestral
+from sdeflow.solvers.wrappers.churn import Churn
+from sdeflow.solvers.wrappers.langevin import Langevin
+from sdeflow.solvers.wrappers.restart import Restart
 from sdeflow.targets import Empirical, Gaussian, GaussianMixture
+from sdeflow.tuning.gits import gits
 
 __all__ = [
     "DDIM",
@@ -142,3 +155,5 @@ __all__ = [
     "sample",
     "solve",
 ]
+
+moved.install()

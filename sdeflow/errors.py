@@ -26,8 +26,8 @@ class GridError(SdeflowError, ValueError):
 class SolverError(SdeflowError, RuntimeError):
     """A solve that could not go on; says at which time, which step size and which sample.
 
-    `partial` is the `Solution` of the batch as far as it was reached, where there is one; `finished` that of the batches
-    before it.
+    `partial` is the `Solution` of the batch as far as it was reached, where there is one;
+    `finished` that of the batches before it.
     """
 
     partial: Any = None
@@ -42,7 +42,9 @@ class NonFiniteError(SdeflowError, ArithmeticError):
 
 
 class OutOfMemoryError(SolverError, MemoryError):
-    """A batch that does not fit into memory, on whatever device; `finished` is that of `SolverError`."""
+    """A batch that does not fit into memory, on whatever device; `finished` is that of
+    `SolverError`.
+    """
 
 
 class CheckpointError(SdeflowError, ValueError):
@@ -53,8 +55,12 @@ class MissingExtraError(SdeflowError, ImportError):
     """A feature whose optional packages are not installed."""
 
 
-def unknown(kind: str, name: object, known: Iterable[str], aliases: Iterable[str] = ()) -> UnknownNameError:
-    """The error for `name`, which is no `kind` we know, with the nearest names or aliases that we do."""
+def unknown(
+    kind: str, name: object, known: Iterable[str], aliases: Iterable[str] = ()
+) -> UnknownNameError:
+    """The error for `name`, which is no `kind` we know, with the nearest names or aliases that we
+    do.
+    """
     names = sorted(known)
     near = get_close_matches(str(name), [*names, *aliases], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
@@ -63,4 +69,6 @@ def unknown(kind: str, name: object, known: Iterable[str], aliases: Iterable[str
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """The error for an optional `package` that is not installed."""
-    return MissingExtraError(f"{purpose} needs {package}, which is not installed; run: pip install 'sdeflow[{extra}]'")
+    return MissingExtraError(
+        f"{purpose} needs {package}, which is not installed; run: pip install 'sdeflow[{extra}]'"
+    )

@@ -1,20 +1,25 @@
-r"""Where randomness comes from: one generator per sample, so that a sample never depends on its batch.
+r"""Where randomness comes from: one generator per sample, so that a sample never depends on its
+batch.
 
-Every draw is one call of a sample's own shape, contiguous, in float32, on the CPU; only then is it cast and moved. The
-noise of a row is therefore bit-identical alone, in any batch, in any order, in any dtype and on any device.
+Every draw is one call of a sample's own shape, contiguous, in float32, on the CPU; only then is it
+cast and moved. The noise of a row is therefore bit-identical alone, in any batch, in any order, in
+any dtype and on any device.
 
-`SeededNoise` draws in sequence. `BrownianNoise` draws the increments of a Brownian path that the seed alone fixes: as
-$g^2 = s^2\,d\,\mathrm{nsr}^2/dt$, the noise that a reverse SDE adds between two levels is, in units of the signal, an
-increment of a Brownian motion $W$ in the clock $\tau = \mathrm{nsr}^2$: one seed, one path, at 20 steps and at 40.
+`SeededNoise` draws in sequence. `BrownianNoise` draws the increments of a Brownian path that the
+seed alone fixes: as $g^2 = s^2\,d\,\mathrm{nsr}^2/dt$, the noise that a reverse SDE adds between
+two levels is, in units of the signal, an increment of a Brownian motion $W$ in the clock
+$\tau = \mathrm{nsr}^2$: one seed, one path, at 20 steps and at 40.
 
-The path is a binary tree over $u = \log_2 \mathrm{nsr}$ in $[-64, 64]$, with $W = 0$ at the lower end. A node is the
-middle of an interval $[l, r]$ of $u$; given $W$ at the two ends, $W$ there comes from the Brownian bridge
+The path is a binary tree over $u = \log_2 \mathrm{nsr}$ in $[-64, 64]$, with $W = 0$ at the lower
+end. A node is the middle of an interval $[l, r]$ of $u$; given $W$ at the two ends, $W$ there comes
+from the Brownian bridge
 
 $$W(\tau) = \frac{(\tau_r - \tau)\,W_l + (\tau - \tau_l)\,W_r}{\tau_r - \tau_l}
 + \sqrt{\frac{(\tau - \tau_l)(\tau_r - \tau)}{\tau_r - \tau_l}}\; z,$$
 
-with $z$ from a generator keyed by (seed, node). A point inside the last interval, the leaf, is one more such bridge. So
-$W$ is a function of (seed, $\tau$) and of nothing else, and its joint law is exact at points in distinct leaves.
+with $z$ from a generator keyed by (seed, node). A point inside the last interval, the leaf, is one
+more such bridge. So $W$ is a function of (seed, $\tau$) and of nothing else, and its joint law is
+exact at points in distinct leaves.
 """
 
 from __future__ import annotations
@@ -36,15 +41,16 @@ _DRAWS, _NODES, _INFINITE, _CLOSE = 1, 2, 3, 4
 class Noise(ABC):
     """A source of standard normal noise `[B, *shape]`, one generator a sample.
 
-    - `seeds`: a Python integer a sample, in $[-2^{63}, 2^{64})$; equal seeds give equal noise. A negative seed means
-      `seed + 2^64`, as in torch.
+    - `seeds`: a Python integer a sample, in $[-2^{63}, 2^{64})$; equal seeds give equal noise. A
+      negative seed means `seed + 2^64`, as in torch.
     - `shape`: the shape of one sample.
     - `device`, `dtype`: where the noise goes and what it is cast to; neither changes what is drawn.
 
-    torch's CPU generator reads 32 bits of its seed: seeds below $2^{32}$ are its own, larger ones are hashed.
+    torch's CPU generator reads 32 bits of its seed: seeds below $2^{32}$ are its own, larger ones
+    are hashed.
 
-    Errors: `TypeError` for seeds that are not integers or a dtype that is not floating; `ValueError` for no seeds,
-    seeds out of range, or a shape with a size below 1.
+    Errors: `TypeError` for seeds that are not integers or a dtype that is not floating;
+    `ValueError` for no seeds, seeds out of range, or a shape with a size below 1.
     """
 
     def __init__(
@@ -57,7 +63,9 @@ class Noise(ABC):
         self.seeds = _check_seeds(seeds)
         self.shape = tuple(int(size) for size in shape)
         if any(size < 1 for size in self.shape):
-            raise ValueError(f"shape is the shape of one sample, every size at least 1; got {self.shape}")
+            raise ValueError(
+                f"shape is the shape of one sample, every size at least 1; got {self.shape}"
+            )
         if not dtype.is_floating_point:
             raise TypeError(f"noise needs a floating dtype, such as torch.float32; got {dtype}")
         self.device, self.dtype = torch.device(device), dtype
@@ -66,9 +74,11 @@ class Noise(ABC):
         self._stream = [torch.Generator().manual_seed(key) for key in self._keys(_DRAWS)]
 
     def start(self) -> Tensor:
-        """The noise that a solve starts from: the same at every call, for the same seeds, from every kind of noise.
+        """The noise that a solve starts from: the same at every call, for the same seeds, from
+        every kind of noise.
 
-        For a seed below $2^{32}$ it is `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
+        For a seed below $2^{32}$ it is
+        `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
         """
         small = self._bits < 2**32
         return self._place(self._keyed(np.where(small, self._bits, _mix(self._bits)).tolist()))
@@ -77,16 +87,25 @@ class Noise(ABC):
     """Whether `draw` takes `out=`; a noise of your own need not."""
 
     @abstractmethod
-    def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Standard normal noise for the step between two noise-to-signal ratios; without them, an independent draw.
+    def draw(
+        self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Standard normal noise for the step between two noise-to-signal ratios; without them, an
+        independent draw.
 
-        `out`, a contiguous tensor `[B, *shape]` of this noise's dtype and device, receives the draw and is returned.
+        `out`, a contiguous tensor `[B, *shape]` of this noise's dtype and device, receives the draw
+        and is returned.
         """
 
     def _next(self, out: Tensor | None) -> Tensor:
         """The next draw of every sample's stream."""
         self._check(out)
-        direct = out is not None and out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+        direct = (
+            out is not None
+            and out.dtype == torch.float32
+            and out.device.type == "cpu"
+            and out.is_contiguous()
+        )
         noise = out if direct and out is not None else self._empty()
         for row, generator in zip(noise.unbind(), self._stream, strict=True):
             row.normal_(generator=generator)
@@ -94,7 +113,10 @@ class Noise(ABC):
 
     def _check(self, out: Tensor | None) -> None:
         if out is not None and out.shape != (len(self.seeds), *self.shape):
-            raise ValueError(f"out has shape {tuple(out.shape)}; a draw has shape {(len(self.seeds), *self.shape)}")
+            raise ValueError(
+                f"out has shape {tuple(out.shape)}; a draw has shape"
+                f" {(len(self.seeds), *self.shape)}"
+            )
 
     def _keyed(self, keys: list[int]) -> Tensor:
         """A standard normal draw from one fresh generator a sample."""
@@ -109,8 +131,11 @@ class Noise(ABC):
         return _mix(self._bits ^ salt).tolist()
 
     def _empty(self) -> Tensor:
-        # Fresh pinned memory, not a buffer of our own: the caching host allocator reuses it only once its copy is done.
-        return torch.empty(len(self.seeds), *self.shape, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        # Fresh pinned memory, not a buffer of our own: the caching host allocator reuses it only
+        # once its copy is done.
+        return torch.empty(
+            len(self.seeds), *self.shape, dtype=torch.float32, pin_memory=self.device.type == "cuda"
+        )
 
     def _place(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -129,36 +154,44 @@ class SeededNoise(Noise):
 
     in_place: ClassVar[bool] = True
 
-    def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
+    def draw(
+        self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """The next standard normal draw `[B, *shape]`; the levels do not matter."""
         return self._next(out)
 
 
 class _Node(NamedTuple):
-    """A visited node: its number (the root's is 1, the children of `i` are `2i` and `2i + 1`) and `W` there."""
+    """A visited node: its number (the root's is 1, the children of `i` are `2i` and `2i + 1`) and
+    `W` there.
+    """
 
     number: int
     value: Tensor
 
 
 class BrownianNoise(Noise):
-    r"""The standardised increments of a Brownian path in $\tau$ = nsr^2 that is a function of the seed alone.
+    r"""The standardised increments of a Brownian path in $\tau$ = nsr^2 that is a function of the
+    seed alone.
 
-    `draw(nsr, nsr_next)` is $(W(\tau) - W(\tau'))/\sqrt{|\tau - \tau'|}$ with $\tau'$ = `nsr_next^2`: pass the level
-    that a step starts from, then the one it goes to; swapped, the sign changes (but for levels
-    that share a leaf, below). Over disjoint intervals increments are
-    independent, and that of a long step is the sum of those of the short steps within it, to float32 rounding, whatever
-    the order of the queries. `nsr = inf` (or above 2^64) gives an independent draw keyed by the seed; `nsr_next = 0` is
-    a level like any other. `draw()` is a draw from an independent stream, in sequence.
+    `draw(nsr, nsr_next)` is $(W(\tau) - W(\tau'))/\sqrt{|\tau - \tau'|}$ with $\tau'$ =
+    `nsr_next^2`: pass the level that a step starts from, then the one it goes to; swapped, the sign
+    changes (but for levels that share a leaf, below). Over disjoint intervals increments are
+    independent, and that of a long step is the sum of those of the short steps within it, to
+    float32 rounding, whatever the order of the queries. `nsr = inf` (or above 2^64) gives an
+    independent draw keyed by the seed; `nsr_next = 0` is a level like any other. `draw()` is a draw
+    from an independent stream, in sequence.
 
-    A leaf is 1.1 percent wide in nsr. A step narrower than two leaves is refined until it is not, so that its law stays
-    exact; there, short and long steps agree but for what happens within a leaf. Levels that differ by less than
-    5e-6 (relative) get a normal of their own.
+    A leaf is 1.1 percent wide in nsr. A step narrower than two leaves is refined until it is not,
+    so that its law stays exact; there, short and long steps agree but for what happens within a
+    leaf. Levels that differ by less than 5e-6 (relative) get a normal of their own.
 
-    Cost: a draw a call, and a draw for each tree node that the last call did not visit: some 7 a call in a solve of 40
-    steps, 4 in one of 1000. Memory: 15 tensors `[B, *shape]` float32, at most 27.
+    Cost: a draw a call, and a draw for each tree node that the last call did not visit: some 7 a
+    call in a solve of 40 steps, 4 in one of 1000. Memory: 15 tensors `[B, *shape]` float32, at most
+    27.
 
-    Source: Lévy's construction; the virtual Brownian tree of Li et al., "Scalable gradients for SDEs" (2020).
+    Source: Lévy's construction; the virtual Brownian tree of Li et al., "Scalable gradients for
+    SDEs" (2020).
     """
 
     in_place: ClassVar[bool] = True
@@ -177,10 +210,15 @@ class BrownianNoise(Noise):
         super().__init__(seeds, shape, device, dtype)
         self._root: Tensor | None = None
         self._path: list[_Node] = []
-        self._last: tuple[float, int, Tensor] | None = None  # the point visited last: its nsr, its depth, and W there
+        self._last: tuple[float, int, Tensor] | None = (
+            None  # the point visited last: its nsr, its depth, and W there
+        )
 
-    def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
-        """The standardised increment `[B, *shape]` between two levels; without levels, an independent draw.
+    def draw(
+        self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """The standardised increment `[B, *shape]` between two levels; without levels, an
+        independent draw.
 
         Errors: `ValueError` for one level without the other, or one that is negative or NaN.
         """
@@ -188,10 +226,15 @@ class BrownianNoise(Noise):
             return self._next(out)
         self._check(out)
         if nsr is None or nsr_next is None:
-            raise ValueError("a Brownian increment lies between two levels: draw(nsr, nsr_next); draw() is independent")
+            raise ValueError(
+                "a Brownian increment lies between two levels: draw(nsr, nsr_next); draw() is"
+                " independent"
+            )
         a, b = float(nsr), float(nsr_next)
         if not (a >= 0.0 and b >= 0.0):
-            raise ValueError(f"noise-to-signal ratios are non-negative numbers; got nsr={a} and nsr_next={b}")
+            raise ValueError(
+                f"noise-to-signal ratios are non-negative numbers; got nsr={a} and nsr_next={b}"
+            )
         return self._place(self._increment(a, b), out)
 
     def _increment(self, a: float, b: float) -> Tensor:
@@ -204,7 +247,9 @@ class BrownianNoise(Noise):
         while gap < 2.0 * width / 2**depth:
             depth += 1
             if depth > self._DEEPEST:
-                leaf = int((min(max(u_a, -self._TOP), self._TOP) + self._TOP) / width * 2**self._DEEPEST)
+                leaf = int(
+                    (min(max(u_a, -self._TOP), self._TOP) + self._TOP) / width * 2**self._DEEPEST
+                )
                 return self._keyed(self._keys(_CLOSE, leaf))
         start = self._value(a, u_a, depth)
         # Into memory from which the copy to a device need not wait.
@@ -232,9 +277,12 @@ class BrownianNoise(Noise):
         for level in range(depth):
             middle = (low + high) / 2.0
             if level >= len(self._path) or self._path[level].number != number:
-                # The path to the last point only: a monotone sweep never comes back to the nodes that are dropped here.
+                # The path to the last point only: a monotone sweep never comes back to the nodes
+                # that are dropped here.
                 del self._path[level:]
-                self._path.append(_Node(number, self._bridge(w_low, w_high, low, high, 4.0**middle, number)))
+                self._path.append(
+                    _Node(number, self._bridge(w_low, w_high, low, high, 4.0**middle, number))
+                )
             w_middle = self._path[level].value
             if u == middle:
                 return w_middle
@@ -244,14 +292,16 @@ class BrownianNoise(Noise):
                 number, low, w_low = 2 * number + 1, middle, w_middle
         return self._bridge(w_low, w_high, low, high, nsr**2, number)
 
-    def _bridge(self, w_low: Tensor, w_high: Tensor, low: float, high: float, tau: float, number: int) -> Tensor:
+    def _bridge(
+        self, w_low: Tensor, w_high: Tensor, low: float, high: float, tau: float, number: int
+    ) -> Tensor:
         """`W(tau)` given `W` at both ends of an interval, with the normal of node `number`."""
         # The tree's lower end stands for zero, where W is zero.
         tau_low, tau_high = 4.0**low if low > -self._TOP else 0.0, 4.0**high
         below, above, whole = max(tau - tau_low, 0.0), max(tau_high - tau, 0.0), tau_high - tau_low
         noise = self._keyed(self._keys(_NODES, number)).mul_(math.sqrt(below * (above / whole)))
-        # One rounding an operation: a fused multiply-add may round otherwise at the end of a vectorised loop, and a row's
-        # bits would depend on its place in the batch.
+        # One rounding an operation: a fused multiply-add may round otherwise at the end of a
+        # vectorised loop, and a row's bits would depend on its place in the batch.
         return noise.add_(w_low * (above / whole)).add_(w_high * (below / whole))
 
 
@@ -259,7 +309,9 @@ def _check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     try:
         checked = tuple(index(seed) for seed in seeds)
     except TypeError as error:
-        raise TypeError(f"seeds are integers, one a sample, such as range(64) or [7]; got {seeds!r}") from error
+        raise TypeError(
+            f"seeds are integers, one a sample, such as range(64) or [7]; got {seeds!r}"
+        ) from error
     if not checked:
         raise ValueError("seeds are integers, one a sample; got none")
     for seed in checked:

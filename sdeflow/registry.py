@@ -1,4 +1,6 @@
-"""Names: solvers, grids and processes, with their aliases; the documentation, the command line and the tests iterate over it."""
+"""Names: solvers, grids and processes, with their aliases; the documentation, the command line and
+the tests iterate over it.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +12,39 @@ from typing import Any
 from sdeflow import grid
 from sdeflow.errors import unknown
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
-from sdeflow.solvers.adams import ExponentialAdams
-from sdeflow.solvers.adaptive import RK23, RK45
-from sdeflow.solvers.adaptive_sde import AdaptiveSDE
-from sdeflow.solvers.ancestral import Ancestral
-from sdeflow.solvers.auto import Auto
+from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
+from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45
+from sdeflow.solvers.adaptive.sde import AdaptiveSDE
+from sdeflow.solvers.auto.grid import auto as auto_grid
+from sdeflow.solvers.auto.solver import Auto
 from sdeflow.solvers.base import Solver
-from sdeflow.solvers.churn import Churn
-from sdeflow.solvers.deis import DEIS, LMS, DEISRungeKutta
-from sdeflow.solvers.dpm_adaptive import DPMAdaptive
-from sdeflow.solvers.dpm_solver import DPMSolver, DPMSolverPP
-from sdeflow.solvers.er_sde import ERSDE
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.external import TorchDiffEq, TorchSDE
-from sdeflow.solvers.nested import Nested
-from sdeflow.solvers.pndm import IPNDM, PNDM, IPNDMv
-from sdeflow.solvers.restart import Restart
-from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston
-from sdeflow.solvers.sa_solver import SASolver
-from sdeflow.solvers.sde_dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
-from sdeflow.solvers.seeds import SEEDS
-from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
-from sdeflow.solvers.stochastic_adams import StochasticAdams
-from sdeflow.solvers.unipc import UniPC
-from sdeflow.solvers.wrappers import Langevin
+from sdeflow.solvers.external.torchdiffeq import TorchDiffEq
+from sdeflow.solvers.external.torchsde import TorchSDE
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.deis import DEIS, LMS, DEISRungeKutta
+from sdeflow.solvers.ode.dpm_solver import DPMSolver, DPMSolverPP
+from sdeflow.solvers.ode.pndm import IPNDM, PNDM, IPNDMv
+from sdeflow.solvers.ode.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston
+from sdeflow.solvers.ode.unipc import UniPC
+from sdeflow.solvers.sde.adams import StochasticAdams
+from sdeflow.solvers.sde.classic import DDPM, AnnealedLangevin, EulerMaruyama
+from sdeflow.solvers.sde.dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
+from sdeflow.solvers.sde.er_sde import ERSDE
+from sdeflow.solvers.sde.sa_solver import SASolver
+from sdeflow.solvers.sde.seeds import SEEDS
+from sdeflow.solvers.wrappers.ancestral import Ancestral
+from sdeflow.solvers.wrappers.base import Nested
+from sdeflow.solvers.wrappers.churn import Churn
+from sdeflow.solvers.wrappers.langevin import Langevin
+from sdeflow.solvers.wrappers.restart import Restart
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered name: the class or function behind it, its other names, and the arguments that it stands for."""
+    """A registered name: the class or function behind it, its other names, and the arguments that
+    it stands for.
+    """
 
     name: str
     kind: Callable[..., Any]
@@ -94,10 +100,17 @@ SOLVERS = _table(
     Entry("dpm_solver_1", DPMSolver, (), {"p": 1}),
     Entry("dpm_solver_2", DPMSolver, ("dpm_2", "sample_dpm_2", "kdpm2discretescheduler"), {"p": 2}),
     Entry("dpm_solver_3", DPMSolver, ("dpm_solver",), {"p": 3}),
-    Entry("dpm_solver_fast", DPMSolver, ("dpm_fast", "sample_dpm_fast"), {"p": 3, "stages": "grid"}),
+    Entry(
+        "dpm_solver_fast", DPMSolver, ("dpm_fast", "sample_dpm_fast"), {"p": 3, "stages": "grid"}
+    ),
     Entry("dpmpp_2s", DPMSolver, ("dpm++_2s", "dpmsolver++_2s"), {"p": 2, "frame": "x0"}),
     Entry("dpmpp_3s", DPMSolver, ("dpm++_3s", "dpmsolver++_3s"), {"p": 3, "frame": "x0"}),
-    Entry("dpmpp_2s_fast", DPMSolver, ("dpmsolversinglestepscheduler",), {"p": 2, "frame": "x0", "stages": "grid"}),
+    Entry(
+        "dpmpp_2s_fast",
+        DPMSolver,
+        ("dpmsolversinglestepscheduler",),
+        {"p": 2, "frame": "x0", "stages": "grid"},
+    ),
     Entry("dpmpp_3s_fast", DPMSolver, ("dpmpp_fast",), {"p": 3, "frame": "x0", "stages": "grid"}),
     Entry("dpm_solver_2m", DPMSolverPP, (), {"p": 2, "frame": "eps"}),
     Entry("dpm_solver_3m", DPMSolverPP, (), {"p": 3, "frame": "eps"}),
@@ -105,7 +118,13 @@ SOLVERS = _table(
     Entry(
         "dpmpp_2m",
         DPMSolverPP,
-        ("sample_dpmpp_2m", "dpmsolvermultistepscheduler", "dpmsolver++", "dpm_solver_pp", "dpm++_2m"),
+        (
+            "sample_dpmpp_2m",
+            "dpmsolvermultistepscheduler",
+            "dpmsolver++",
+            "dpm_solver_pp",
+            "dpm++_2m",
+        ),
         {"p": 2},
     ),
     Entry("dpmpp_2m_heun", DPMSolverPP, (), {"p": 2, "solver_type": "heun"}),
@@ -123,7 +142,12 @@ SOLVERS = _table(
     Entry(
         "euler_ancestral",
         Ancestral,
-        ("euler_a", "sample_euler_ancestral", "eulerancestraldiscretescheduler", "k_euler_ancestral"),
+        (
+            "euler_a",
+            "sample_euler_ancestral",
+            "eulerancestraldiscretescheduler",
+            "k_euler_ancestral",
+        ),
     ),
     Entry(
         "dpmpp_2s_ancestral",
@@ -158,11 +182,20 @@ SOLVERS = _table(
         {"p": 2, "exact": True},
     ),
     Entry("dpmpp_3m_sde", SDEDPMSolverPP, ("sample_dpmpp_3m_sde", "dpmpp_3m_sde_gpu"), {"p": 3}),
-    Entry("dpmpp_sde", SDEDPMSolverPPSingle, ("sample_dpmpp_sde", "dpmpp_sde_gpu", "dpmsolversdescheduler")),
+    Entry(
+        "dpmpp_sde",
+        SDEDPMSolverPPSingle,
+        ("sample_dpmpp_sde", "dpmpp_sde_gpu", "dpmsolversdescheduler"),
+    ),
     Entry("seeds_1", SEEDS, (), {"p": 1}),
     Entry("seeds_2", SEEDS, ("sample_seeds_2",), {"p": 2}),
     Entry("seeds_3", SEEDS, ("seeds", "sample_seeds_3"), {"p": 3}),
-    Entry("exp_heun_2_x0_sde", SEEDS, ("sample_exp_heun_2_x0_sde",), {"p": 2, "r": 1.0, "taylor": True}),
+    Entry(
+        "exp_heun_2_x0_sde",
+        SEEDS,
+        ("sample_exp_heun_2_x0_sde",),
+        {"p": 2, "r": 1.0, "taylor": True},
+    ),
     Entry("sa_solver", SASolver, ("sample_sa_solver", "sasolverscheduler")),
     Entry("sa_solver_pece", SASolver, ("sample_sa_solver_pece",), {"pece": True}),
     Entry("er_sde_1", ERSDE, (), {"p": 1}),
@@ -184,16 +217,22 @@ SOLVERS = _table(
     Entry("torchdiffeq", TorchDiffEq),
     Entry("torchsde", TorchSDE),
 )
-"""Solvers by name; `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries, and `churn:NAME`, like
-every name of a solver that holds a solver, has the named one within."""
+"""Solvers by name; `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those
+libraries, and `churn:NAME`, like every name of a solver that holds a solver, has the named one
+within.
+"""
 
 GRIDS = _table(
-    Entry("auto", grid.auto),
+    Entry("auto", auto_grid),
     Entry("uniform_t", grid.uniform_t, ("uniform", "normal")),
     Entry("uniform_sqrt_t", grid.uniform_sqrt_t, ("sqrt_t",)),
     Entry("power_t", grid.power_t),
     Entry("cosine_t", grid.cosine_t, ("chebyshev_t",)),
-    Entry("uniform_lam", grid.uniform_lam, ("exponential", "logsnr", "get_sigmas_exponential", "use_lu_lambdas")),
+    Entry(
+        "uniform_lam",
+        grid.uniform_lam,
+        ("exponential", "logsnr", "get_sigmas_exponential", "use_lu_lambdas"),
+    ),
     Entry("polyexponential", grid.polyexponential, ("power_lam", "get_sigmas_polyexponential")),
     Entry("two_powers", grid.two_powers),
     Entry("dense_lam", grid.dense_lam, ("sinh_lam",)),

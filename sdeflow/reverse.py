@@ -1,4 +1,6 @@
-"""A process and a denoiser together: what a solver asks of them, and the only place where a denoiser is called."""
+"""A process and a denoiser together: what a solver asks of them, and the only place where a
+denoiser is called.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.denoiser import Denoiser
+from sdeflow.denoisers import Denoiser
 from sdeflow.process import Level, Process
 
 
 class Reverse:
-    """The reverse of a process, as a denoiser knows it: `x0`, `eps`, `score` and `velocity` of a state at a level.
+    """The reverse of a process, as a denoiser knows it: `x0`, `eps`, `score` and `velocity` of a
+    state at a level.
 
-    Each of the four calls the denoiser once and is counted in `nfe`. They use only `+`, `-` and `*`, so that the same
-    solver step runs on tensors (the textbook) and on symbolic operands (`sdeflow.plan.plan`).
+    Each of the four calls the denoiser once and is counted in `nfe`. They use only `+`, `-` and
+    `*`, so that the same solver step runs on tensors (the textbook) and on symbolic operands
+    (`sdeflow.plan.plan`).
     """
 
     _by_lam: Sequence[Level] = ()  # what is known, by `lam`
@@ -45,7 +49,9 @@ class Reverse:
         return known if known is not None else self.process.level(t)
 
     def level_of_lam(self, lam: float | Tensor) -> Level:
-        """The process at the time where `log(s / sigma) = lam`; a lookup where `prepare` has seen it, to rounding."""
+        """The process at the time where `log(s / sigma) = lam`; a lookup where `prepare` has seen
+        it, to rounding.
+        """
         if isinstance(lam, float):
             i = bisect_left(self._by_lam, lam, key=_lam)
             for known in self._by_lam[max(i - 1, 0) : i + 1]:
@@ -67,8 +73,8 @@ class Reverse:
     def rows(self, index: Tensor, size: int) -> Reverse:
         """The same for the samples `index` of a batch of `size`, with a counter of its own.
 
-        Conditions that are tensors or lists of `size` rows are cut along; so is what the denoiser holds for each sample
-        (`Denoiser.rows`).
+        Conditions that are tensors or lists of `size` rows are cut along; so is what the denoiser
+        holds for each sample (`Denoiser.rows`).
         """
 
         def cut(value: Any) -> Any:
@@ -84,11 +90,15 @@ class Reverse:
         return some
 
     def calls(self, times: Tensor, x: Tensor) -> Sequence[Callable[[Tensor], Tensor]]:
-        """The denoiser at each of `times`, prepared; whoever runs them adds their number to `nfe`."""
+        """The denoiser at each of `times`, prepared; whoever runs them adds their number to
+        `nfe`.
+        """
         return self.denoiser.at(times, x, **self.condition)
 
-    def keep(self, state: Any) -> Any:
-        """`state` itself. A trace then holds its operands in values of their own: call it between steps within a step."""
+    def materialise(self, state: Any) -> Any:
+        """`state` itself. A trace then holds its operands in values of their own: call it between
+        steps within a step.
+        """
         return state
 
     def eps(self, x: Any, t: Level) -> Any:

@@ -1,4 +1,5 @@
-"""Methods that the library does not ship yet, as its users would write them: do they fit the protocol of a step?
+"""Methods that the library does not ship yet, as its users would write them: do they fit the
+protocol of a step?
 
 UniPC redoes the last step with the newest prediction: it is linear, so that it traces into plans.
 """
@@ -15,11 +16,13 @@ from torch import Tensor
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.runge_kutta import RK4
+from sdeflow.solvers.ode.runge_kutta import RK4
 
 
 def phi(k: int, z: float) -> float:
-    """`phi_k(z) = sum_j z^j / (j + k)!`; by the series, which is exact enough for the steps of a grid that resolves anything."""
+    """`phi_k(z) = sum_j z^j / (j + k)!`; by the series, which is exact enough for the steps of a
+    grid that resolves anything.
+    """
     if abs(z) > 2.0:
         return (phi(k - 1, z) - 1.0 / math.factorial(k - 1)) / z if k else math.exp(z)
     return sum(z**j / math.factorial(j + k) for j in range(30))
@@ -27,9 +30,11 @@ def phi(k: int, z: float) -> float:
 
 @dataclass(frozen=True)
 class UniPC(GridSolver):
-    r"""UniPC in x0: predictor UniP-`p` over `p - 1` old predictions, corrector UniC that redoes the last step with the newest one.
+    r"""UniPC in x0: predictor UniP-`p` over `p - 1` old predictions, corrector UniC that redoes the
+    last step with the newest one.
 
-    `warm_up="orders"` starts with orders 1, 2, ... (and so converges at order 2); `"rk4"` takes its first `p - 1` steps by RK4.
+    `warm_up="orders"` starts with orders 1, 2, ... (and so converges at order 2); `"rk4"` takes its
+    first `p - 1` steps by RK4.
 
     Source: Zhao et al., "UniPC" (2023), algorithms 5 and 7, with B(h) = h.
     """
@@ -50,9 +55,14 @@ class UniPC(GridSolver):
         return RK4("lam").extra_times(process, times[: self.p]) if self.warm_up == "rk4" else None
 
     def start(self, steps: int) -> Any:
-        return (None, ())  # (the step to correct, or None; the history of (level, prediction), newest last)
+        return (
+            None,
+            (),
+        )  # (the step to correct, or None; the history of (level, prediction), newest last)
 
-    def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+    def step(
+        self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+    ) -> tuple[Any, Any]:
         pending, history = state
         if self.warm_up == "rk4" and len(history) < self.p - 1:
             recorder = _First(reverse)
@@ -82,7 +92,9 @@ class _First:
 
 
 def _update(x: Any, t: Level, t_next: Level, history: Any, newest: Any) -> Any:
-    """`x_next` from `x` at `t`; the history's last entry stands at `t`; `newest` is the corrector's prediction at `t_next`."""
+    """`x_next` from `x` at `t`; the history's last entry stands at `t`; `newest` is the corrector's
+    prediction at `t_next`.
+    """
     h = t_next.lam - t.lam
     (_, x0), old = history[-1], list(history[:-1][::-1])
     nodes = [((level.lam - t.lam) / h, f) for level, f in old]

@@ -26,14 +26,18 @@ def _k_diffusion() -> ModuleType | None:
         before = set(sys.modules)
         sampling = importlib.import_module("k_diffusion.sampling")
         others = {name: module for name, module in sys.modules.items() if name not in before}
-    sys.modules.update({name: module for name, module in others.items() if not name.startswith("k_diffusion")})
+    sys.modules.update(
+        {name: module for name, module in others.items() if not name.startswith("k_diffusion")}
+    )
     return sampling
 
 
 def k_sampling() -> ModuleType:
-    """`k_diffusion.sampling` alone: the package itself imports training and evaluation, with a dozen requirements.
+    """`k_diffusion.sampling` alone: the package itself imports training and evaluation, with a
+    dozen requirements.
 
-    It leaves no half-made `k_diffusion` behind in `sys.modules`. Where it cannot be imported, the test is skipped.
+    It leaves no half-made `k_diffusion` behind in `sys.modules`. Where it cannot be imported, the
+    test is skipped.
     """
     try:
         sampling = _k_diffusion()

@@ -1,7 +1,9 @@
-r"""Problems whose answers are known, written without `sdeflow.targets`, and exact laws of plans on Gaussian data.
+r"""Problems whose answers are known, written without `sdeflow.targets`, and exact laws of plans on
+Gaussian data.
 
-`Mixture` is nonlinear: its ODE is solved by scipy's DOP853 at a tolerance of 1e-13. On `GaussianData` every step is affine, so that
-the law of a sampler, its noise included, follows from its plan by propagating one row of numbers: no Monte Carlo (`law`).
+`Mixture` is nonlinear: its ODE is solved by scipy's DOP853 at a tolerance of 1e-13. On
+`GaussianData` every step is affine, so that the law of a sampler, its noise included, follows from
+its plan by propagating one row of numbers: no Monte Carlo (`law`).
 """
 
 from __future__ import annotations
@@ -21,21 +23,21 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from sdeflow import registry
-from sdeflow._math import as_time
-from sdeflow.denoiser import Denoiser
+from sdeflow._utils.math import as_time
+from sdeflow.denoisers import Denoiser
 from sdeflow.noise import Noise
 from sdeflow.plan.instructions import Call, Combine, Draw
 from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
-from sdeflow.solvers.adams import ExponentialAdams
-from sdeflow.solvers.ancestral import Ancestral
 from sdeflow.solvers.base import GridSolver, Solver
-from sdeflow.solvers.churn import Churn
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.restart import Restart
-from sdeflow.solvers.runge_kutta import Heun
-from sdeflow.solvers.stochastic import DDPM
-from sdeflow.solvers.wrappers import Langevin
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.runge_kutta import Heun
+from sdeflow.solvers.sde.classic import DDPM
+from sdeflow.solvers.wrappers.ancestral import Ancestral
+from sdeflow.solvers.wrappers.churn import Churn
+from sdeflow.solvers.wrappers.langevin import Langevin
+from sdeflow.solvers.wrappers.restart import Restart
 
 LINEAR_BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 
@@ -67,7 +69,11 @@ class Problem(Denoiser):
         s, sigma = self.process.kernel(as_time(t).double())
         if s.ndim:
             s, sigma = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in (s, sigma))
-        return self.denoise(x, s.to(x), sigma.to(x)) if s.ndim else self.denoise(x, s.to(x.dtype), sigma.to(x.dtype))
+        return (
+            self.denoise(x, s.to(x), sigma.to(x))
+            if s.ndim
+            else self.denoise(x, s.to(x.dtype), sigma.to(x.dtype))
+        )
 
     def denoise(self, x: Any, s: Any, sigma: Any) -> Any:
         raise NotImplementedError
@@ -84,7 +90,11 @@ class Mixture(Problem):
     def denoise(self, x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
         means = x.new_tensor(self.means)
         c2 = x.new_tensor(self.stds) ** 2
-        r = x.unsqueeze(-2) - s * means if s.ndim == 0 else x.unsqueeze(-2) - s.unsqueeze(-1) * means
+        r = (
+            x.unsqueeze(-2) - s * means
+            if s.ndim == 0
+            else x.unsqueeze(-2) - s.unsqueeze(-1) * means
+        )
         s_, sigma_ = (s, sigma) if s.ndim == 0 else (s.reshape(-1, 1), sigma.reshape(-1, 1))
         v = s_**2 * c2 + sigma_**2
         logits = x.new_tensor(self.weights).log() - 0.5 * (r**2).sum(-1) / v - torch.log(v)
@@ -122,16 +132,24 @@ def _reference(lam: float, lam_next: float, n: int, seed: int) -> tuple[Tensor, 
     rng = np.random.default_rng(seed)
     start = Mixture.draw(n, seed) + math.exp(-lam) * rng.standard_normal((n, 2))
 
-    def slope(lam: float, z: np.ndarray) -> np.ndarray:  # dz/dlam = -nsr eps = D - z, with z = x / s
+    def slope(
+        lam: float, z: np.ndarray
+    ) -> np.ndarray:  # dz/dlam = -nsr eps = D - z, with z = x / s
         z = z.reshape(n, 2)
         return (_mixture_numpy(z, math.exp(-lam)) - z).ravel()
 
-    end = solve_ivp(slope, (lam, lam_next), start.ravel(), method="DOP853", rtol=1e-13, atol=1e-14).y[:, -1]
+    end = solve_ivp(
+        slope, (lam, lam_next), start.ravel(), method="DOP853", rtol=1e-13, atol=1e-14
+    ).y[:, -1]
     return torch.from_numpy(start), torch.from_numpy(end.reshape(n, 2))
 
 
-def reference(process: Process, t: float, t_next: float, n: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """States of `Mixture` at `t` and where the probability-flow ODE takes them at `t_next`, to 1e-12; float64 `[n, 2]`."""
+def reference(
+    process: Process, t: float, t_next: float, n: int = 6, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """States of `Mixture` at `t` and where the probability-flow ODE takes them at `t_next`, to
+    1e-12; float64 `[n, 2]`.
+    """
     a, b = process.level(t), process.level(t_next)
     start, end = _reference(round(a.lam, 12), round(b.lam, 12), n, seed)
     return a.s * start, b.s * end
@@ -167,9 +185,11 @@ class Point(Problem):
 
 
 def law(plan: Plan, mean: float, std: float) -> tuple[float, float]:
-    """Exact mean and standard deviation of a plan's result on data `N(mean, std^2)`, from the true marginal at its first level.
+    """Exact mean and standard deviation of a plan's result on data `N(mean, std^2)`, from the true
+    marginal at its first level.
 
-    A register is `constant + sum_k weight_k z_k` over independent standard normals: the start and one for each draw.
+    A register is `constant + sum_k weight_k z_k` over independent standard normals: the start and
+    one for each draw.
     """
     _, s, sigma = plan.grid[0]
     size = 2 + plan.draws
@@ -183,7 +203,9 @@ def law(plan: Plan, mean: float, std: float) -> tuple[float, float]:
                 registers[i.out][2 + draws] = 1.0
                 draws += 1
             case Combine():
-                registers[i.out] = sum((float(c) * registers[r] for r, c in i.terms), np.zeros(size))
+                registers[i.out] = sum(
+                    (float(c) * registers[r] for r, c in i.terms), np.zeros(size)
+                )
             case Call():
                 gain = i.s * std**2 / (i.s**2 * std**2 + i.sigma**2)
                 x0 = gain * registers[i.input]
@@ -194,7 +216,9 @@ def law(plan: Plan, mean: float, std: float) -> tuple[float, float]:
 
 
 def warped(process: Process, n: int, nsr: float = 8.0, nsr_next: float = 0.1) -> Tensor:
-    """`n` steps between two noise-to-signal ratios, smoothly non-uniform (by a factor of 5), with the same ends for all n."""
+    """`n` steps between two noise-to-signal ratios, smoothly non-uniform (by a factor of 5), with
+    the same ends for all n.
+    """
     u = torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
     u = u - 2.0 / 3.0 * torch.sin(2 * math.pi * u) / (2 * math.pi)
     a, b = (process.t_of_lam(-math.log(r)) for r in (nsr, nsr_next))
@@ -220,19 +244,27 @@ def observed_order(run: Callable[[int], float], counts: Iterable[int]) -> float:
 class FixedNoise(Noise):
     """Draws made beforehand, in float64, so that two executions can be compared to rounding."""
 
-    def __init__(self, batch: int, shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 0):
+    def __init__(
+        self, batch: int, shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 0
+    ):
         super().__init__(range(batch), shape, dtype=dtype)
         self._generator = torch.Generator().manual_seed(seed)
         self.drawn = 0
 
-    def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
+    def draw(
+        self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         self.drawn += 1
-        z = torch.randn(len(self.seeds), *self.shape, generator=self._generator, dtype=torch.float64)
+        z = torch.randn(
+            len(self.seeds), *self.shape, generator=self._generator, dtype=torch.float64
+        )
         return z.to(self.dtype)
 
 
 class PathNoise(Noise):
-    """Increments of a Brownian path in nsr^2 a sample, fixed by its values at `nodes`: steps between nodes agree exactly."""
+    """Increments of a Brownian path in nsr^2 a sample, fixed by its values at `nodes`: steps
+    between nodes agree exactly.
+    """
 
     def __init__(self, batch: int, shape: Sequence[int], nodes: Sequence[float], seed: int = 0):
         super().__init__(range(batch), shape, dtype=torch.float64)
@@ -245,18 +277,25 @@ class PathNoise(Noise):
 
     def _at(self, nsr: float) -> int:
         i = int(np.searchsorted(self._nodes, nsr))
-        return min((j for j in (i - 1, i) if 0 <= j < len(self._nodes)), key=lambda j: abs(self._nodes[j] - nsr))
+        return min(
+            (j for j in (i - 1, i) if 0 <= j < len(self._nodes)),
+            key=lambda j: abs(self._nodes[j] - nsr),
+        )
 
-    def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
+    def draw(
+        self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         if nsr is None or nsr_next is None:
             raise AssertionError("a step on a path names its interval")
         a, b = self._at(nsr), self._at(nsr_next)
         assert abs(self._nodes[a] - nsr) < 1e-9 * nsr
         assert abs(self._nodes[b] - nsr_next) < 1e-9 * nsr_next
-        return (self._path[a] - self._path[b]) / math.sqrt(self._nodes[a] ** 2 - self._nodes[b] ** 2)
+        return (self._path[a] - self._path[b]) / math.sqrt(
+            self._nodes[a] ** 2 - self._nodes[b] ** 2
+        )
 
 
-# ------------------------------------------------------------------------------------------------ what the registry holds
+# -------------------------------------------------------------------------- what the registry holds
 
 
 def variants() -> dict[str, Solver]:
@@ -265,13 +304,23 @@ def variants() -> dict[str, Solver]:
     for name, entry in registry.SOLVERS.items():
         made = entry.make()
         found[name] = made
-        if isinstance(made, GridSolver) and any(f.name == "clock" for f in dataclasses.fields(made)):
-            found.update({f"{name}-{clock}": entry.make(clock=clock) for clock in ("t", "nsr", "lam")})
+        if isinstance(made, GridSolver) and any(
+            f.name == "clock" for f in dataclasses.fields(made)
+        ):
+            found.update(
+                {f"{name}-{clock}": entry.make(clock=clock) for clock in ("t", "nsr", "lam")}
+            )
     found["ddim-eta=0.5"], found["ddim-eta=1"] = DDIM(0.5), DDIM(1.0)
     found["ddpm-large"] = DDPM("large")
     found["langevin-ddim"], found["langevin-heun"] = Langevin(DDIM(), steps=2), Langevin(Heun())
-    found["langevin-adams3"], found["restart-adams3"] = Langevin(ExponentialAdams()), Restart(ExponentialAdams())
-    found["churn-ddim"], found["ancestral-heun"] = Churn(DDIM(), s_churn=4.0), Ancestral(Heun("nsr"), eta=0.7)
+    found["langevin-adams3"], found["restart-adams3"] = (
+        Langevin(ExponentialAdams()),
+        Restart(ExponentialAdams()),
+    )
+    found["churn-ddim"], found["ancestral-heun"] = (
+        Churn(DDIM(), s_churn=4.0),
+        Ancestral(Heun("nsr"), eta=0.7),
+    )
     return found
 
 
@@ -282,10 +331,15 @@ GRID_SOLVERS: dict[str, GridSolver] = {
 DETERMINISTIC = {name: solver for name, solver in GRID_SOLVERS.items() if not solver.stochastic}
 STOCHASTIC = {name: solver for name, solver in GRID_SOLVERS.items() if solver.stochastic}
 RUNGE_KUTTA = ("euler", "heun", "midpoint", "ralston", "rk4")
-CLOCKED = {f"{name}-{c}" for name in registry.SOLVERS if name not in RUNGE_KUTTA for c in ("t", "nsr", "lam")} & {
-    *SOLVERS
-}
-"""Multistep methods with a clock that is not their default: another polynomial in the same weights."""
+CLOCKED = {
+    f"{name}-{c}"
+    for name in registry.SOLVERS
+    if name not in RUNGE_KUTTA
+    for c in ("t", "nsr", "lam")
+} & {*SOLVERS}
+"""Multistep methods with a clock that is not their default: another polynomial in the same
+weights.
+"""
 NO_ORDER = {
     "langevin",
     "langevin-ddim",
@@ -295,19 +349,34 @@ NO_ORDER = {
     "restart",
     "restart-adams3",
 }
-"""Solvers whose bias does not fall with the grid: `test_stochastic.py` bounds it, and `test_wrappers.py` that of restarts."""
+"""Solvers whose bias does not fall with the grid: `test_stochastic.py` bounds it, and
+`test_wrappers.py` that of restarts.
+"""
 
 
-def each(names: Iterable[str], processes: Iterable[str], once: Sequence[str] = ("vp",)) -> list[tuple[str, str]]:
-    """Pairs of solver and process: all of `processes`, and for the clocks of one method `once`: they are one formula everywhere."""
+def each(
+    names: Iterable[str], processes: Iterable[str], once: Sequence[str] = ("vp",)
+) -> list[tuple[str, str]]:
+    """Pairs of solver and process: all of `processes`, and for the clocks of one method `once`:
+    they are one formula everywhere.
+    """
     processes = tuple(processes)
-    return [(name, under) for name in names for under in processes if under in once or not CLOCKED.intersection({name})]
+    return [
+        (name, under)
+        for name in names
+        for under in processes
+        if under in once or not CLOCKED.intersection({name})
+    ]
 
 
-def thinned(cases: Sequence[tuple[Any, ...]], always: Sequence[str] = ("vp",), one_in: int = 4) -> list[Any]:
-    """Cases (solver, process, ...): all of the processes `always`, and one in `one_in` of the others; the rest are slow tests.
+def thinned(
+    cases: Sequence[tuple[Any, ...]], always: Sequence[str] = ("vp",), one_in: int = 4
+) -> list[Any]:
+    """Cases (solver, process, ...): all of the processes `always`, and one in `one_in` of the
+    others; the rest are slow tests.
 
-    Which ones is a hash of the case: every solver and every process stays among them, and the same ones each time.
+    Which ones is a hash of the case: every solver and every process stays among them, and the same
+    ones each time.
     """
     return [
         case
@@ -318,6 +387,8 @@ def thinned(cases: Sequence[tuple[Any, ...]], always: Sequence[str] = ("vp",), o
 
 
 def from_the_start(solver: Solver, process: Process) -> bool:
-    """Whether a solver can leave the process's end of time: the clocks nsr and lam have no reading where no signal is left."""
+    """Whether a solver can leave the process's end of time: the clocks nsr and lam have no reading
+    where no signal is left.
+    """
     clock = getattr(solver, "clock", None)
     return clock not in ("nsr", "lam") or math.isfinite(process.level(process.t_max).nsr)

@@ -1,4 +1,6 @@
-"""Adaptive solvers: tolerance, order, independence of batch mates, dense output, budgets and what goes wrong."""
+"""Adaptive solvers: tolerance, order, independence of batch mates, dense output, budgets and what
+goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ import torch
 from problems import PROCESSES, GaussianData, Mixture, reference, slopes
 from torch import Tensor
 
-from sdeflow._math import evenly
-from sdeflow.denoiser import Denoiser, Prediction
+from sdeflow._utils.math import batch_invariant
+from sdeflow.denoisers import Denoiser, Prediction
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.process import EDM, VP, Cosine, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.solvers import tableaus
-from sdeflow.solvers.adaptive import RK23, RK45, Adaptive, _Clock
+from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45, Adaptive, _Clock
 from sdeflow.solvers.base import Solution
+from sdeflow.solvers.ode import tableaus
 from sdeflow.targets import GaussianMixture
 
 
@@ -31,15 +33,25 @@ def ends(process: Process, *between: float) -> Tensor:
 
 
 def run(
-    denoiser: Denoiser, x: Tensor, times: Tensor, solver: Adaptive, condition: dict[str, Any] | None = None, **how: Any
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    solver: Adaptive,
+    condition: dict[str, Any] | None = None,
+    **how: Any,
 ) -> Solution:
     how.setdefault("finish", False)
     return solver.integrate(Reverse(denoiser, condition), x, times, None, **how)
 
 
-def starts(process: Process, n: int, *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+def starts(
+    process: Process, n: int, *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype) * process.prior_std
+    return (
+        torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        * process.prior_std
+    )
 
 
 def rowwise(x: Tensor, t: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -53,7 +65,7 @@ def rms(x: Tensor) -> Tensor:
     return x.flatten(1).pow(2).mean(1).sqrt()
 
 
-# ------------------------------------------------------------------------------------------------- the ODE and its clock
+# ---------------------------------------------------------------------------- the ODE and its clock
 
 
 def test_the_equation_in_the_clock_is_that_of_the_process(process: Process) -> None:
@@ -89,23 +101,33 @@ def test_the_clock_meets_given_times_exactly_and_inverts_elsewhere(process: Proc
 def test_no_entry_depends_on_how_many_there_are() -> None:
     def function(v: Tensor) -> Tensor:
         return torch.stack(
-            [torch.sigmoid(v), torch.logaddexp(v * 0, -2 * v), torch.atan2(v, v * 0.3 + 1), torch.sinh(v)]
+            [
+                torch.sigmoid(v),
+                torch.logaddexp(v * 0, -2 * v),
+                torch.atan2(v, v * 0.3 + 1),
+                torch.sinh(v),
+            ]
         )
 
     values = torch.linspace(-3, 5, 83, dtype=torch.float64)
-    whole = evenly(function, values)
+    whole = batch_invariant(function, values)
     for first, count in ((0, 1), (3, 5), (17, 16), (80, 3)):
-        assert torch.equal(evenly(function, values[first : first + count]), whole[:, first : first + count])
-    assert evenly(function, values[:0]).shape == (4, 0)
-    assert evenly(function, values[:12].reshape(3, 4)).shape == (4, 3, 4)
+        assert torch.equal(
+            batch_invariant(function, values[first : first + count]),
+            whole[:, first : first + count],
+        )
+    assert batch_invariant(function, values[:0]).shape == (4, 0)
+    assert batch_invariant(function, values[:12].reshape(3, 4)).shape == (4, 3, 4)
 
 
-# -------------------------------------------------------------------------------------------------------- the tableaus
+# ------------------------------------------------------------------------------------- the tableaus
 
 
 @pytest.mark.parametrize("tableau", [tableaus.DORMAND_PRINCE, tableaus.BOGACKI_SHAMPINE])
 def test_tableau_and_interpolant_meet_their_order_conditions(tableau: tableaus.Tableau) -> None:
-    """Every rooted tree of up to four nodes, for `b`, `b_low` and the interpolant's weights at any `theta`."""
+    """Every rooted tree of up to four nodes, for `b`, `b_low` and the interpolant's weights at any
+    `theta`.
+    """
     size = tableau.stages
     a = [[*row, *[0.0] * (size - len(row))] for row in tableau.a]
     c = tableau.c
@@ -156,7 +178,7 @@ def test_tableau_and_interpolant_meet_their_order_conditions(tableau: tableaus.T
         assert defect(weights, min(tableau.order, 4), theta) < 1e-13
 
 
-# ------------------------------------------------------------------------------------------------------------ accuracy
+# ----------------------------------------------------------------------------------------- accuracy
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "rectified_flow", "cosine", "ve", "from_betas"])
@@ -174,7 +196,9 @@ def test_error_follows_the_tolerance(name: str, solver: type[Adaptive]) -> None:
 
 @pytest.mark.parametrize("solver", [RK45, RK23])
 def test_order_at_fixed_steps(solver: type[Adaptive]) -> None:
-    """With a tolerance that any step meets and no growth, the pair is a fixed-step method of its order."""
+    """With a tolerance that any step meets and no growth, the pair is a fixed-step method of its
+    order.
+    """
     process = EDM()
     t, t_next = 2.0, 0.3
     x, exact = reference(process, t, t_next, n=6)
@@ -192,16 +216,24 @@ def test_order_at_fixed_steps(solver: type[Adaptive]) -> None:
 def anisotropic(process: Process, dim: int = 64, k: int = 50) -> GaussianMixture:
     generator = torch.Generator().manual_seed(0)
     std = torch.exp(
-        torch.empty(k, dim, dtype=torch.float64).uniform_(math.log(0.03), math.log(0.9), generator=generator)
+        torch.empty(k, dim, dtype=torch.float64).uniform_(
+            math.log(0.03), math.log(0.9), generator=generator
+        )
     )
     basis = torch.linalg.qr(torch.randn(k, dim, dim, dtype=torch.float64, generator=generator))[0]
     means = 0.8 * torch.randn(k, dim, dtype=torch.float64, generator=generator)
-    return GaussianMixture(None, means, cov=(basis * std.unsqueeze(1) ** 2) @ basis.mT, process=process)
+    return GaussianMixture(
+        None, means, cov=(basis * std.unsqueeze(1) ** 2) @ basis.mT, process=process
+    )
 
 
-@pytest.mark.parametrize("process", [VP(), EDM(), RectifiedFlow()], ids=["vp", "edm", "rectified_flow"])
+@pytest.mark.parametrize(
+    "process", [VP(), EDM(), RectifiedFlow()], ids=["vp", "edm", "rectified_flow"]
+)
 def test_sixty_four_dimensions_meet_the_tolerance(process: Process) -> None:
-    """The mixture of the benchmark, from the process's true end of time: medians within 10 tolerances, all within 50."""
+    """The mixture of the benchmark, from the process's true end of time: medians within 10
+    tolerances, all within 50.
+    """
     target = anisotropic(process)
     x = starts(process, 12, 64)
     exact = run(target, x, ends(process), RK45(rtol=1e-9, atol=1e-9)).x
@@ -212,7 +244,9 @@ def test_sixty_four_dimensions_meet_the_tolerance(process: Process) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", [VP(), EDM(), RectifiedFlow()], ids=["vp", "edm", "rectified_flow"])
+@pytest.mark.parametrize(
+    "process", [VP(), EDM(), RectifiedFlow()], ids=["vp", "edm", "rectified_flow"]
+)
 def test_sixty_four_dimensions_meet_tight_tolerances(process: Process) -> None:
     target = anisotropic(process)
     x = starts(process, 64, 64)
@@ -224,12 +258,20 @@ def test_sixty_four_dimensions_meet_tight_tolerances(process: Process) -> None:
 
 
 def test_every_process_is_the_same_problem() -> None:
-    """Between the same noise-to-signal ratios the steps, and so the calls, are the same under every process."""
+    """Between the same noise-to-signal ratios the steps, and so the calls, are the same under every
+    process.
+    """
     counts = set()
     for process in PROCESSES.values():
         times = at(*process.t_of_nsr(at(20.0, 0.05)).tolist())
         x = starts(EDM(), 4, 2) / 80.0 * torch.hypot(*process.kernel(times))[0]
-        counts.add(tuple(run(Mixture(process), x, times, RK45(rtol=1e-4, atol=1e-4)).statistics["nfe"].tolist()))
+        counts.add(
+            tuple(
+                run(Mixture(process), x, times, RK45(rtol=1e-4, atol=1e-4))
+                .statistics["nfe"]
+                .tolist()
+            )
+        )
     assert len(counts) == 1
 
 
@@ -238,7 +280,9 @@ def test_starts_where_no_signal_is_left(process: Process) -> None:
     data = GaussianData(process, mean=0.4, std=0.5)
     x = starts(process, 3, 5)
     solution = run(data, x, ends(process), RK45(rtol=1e-8, atol=1e-8))
-    assert torch.allclose(solution.x, data.transport(x, process.t_max, process.t_min), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        solution.x, data.transport(x, process.t_max, process.t_min), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_there_and_back_again(process: Process) -> None:
@@ -248,7 +292,9 @@ def test_there_and_back_again(process: Process) -> None:
     solver = RK45(rtol=1e-9, atol=1e-9)
     encoded = run(Mixture(process), x, ends(process).flip(0), solver).x
     assert torch.isfinite(encoded).all()
-    assert torch.allclose(run(Mixture(process), encoded, ends(process), solver).x, x, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        run(Mixture(process), encoded, ends(process), solver).x, x, rtol=1e-5, atol=1e-6
+    )
     with pytest.raises(GridError, match="finish=False"):
         run(Mixture(process), x, ends(process).flip(0), solver, finish=True)
 
@@ -256,7 +302,9 @@ def test_there_and_back_again(process: Process) -> None:
 def test_finish_costs_nothing_and_is_the_prediction() -> None:
     process = VP()
     x = starts(process, 3, 2)
-    stop, end = (run(Mixture(process), x, ends(process), RK45(), finish=finish) for finish in (False, True))
+    stop, end = (
+        run(Mixture(process), x, ends(process), RK45(), finish=finish) for finish in (False, True)
+    )
     assert stop.nfe == end.nfe
     assert torch.allclose(end.x, Mixture(process)(stop.x, process.t_min), rtol=1e-12, atol=1e-12)
     one = run(Mixture(process), x, at(process.t_max), RK45(), finish=True)
@@ -272,7 +320,9 @@ def test_narrow_states(dtype: torch.dtype) -> None:
     process = EDM()
     x = starts(process, 4, 2, dtype=dtype)
     solution = run(Mixture(process), x, ends(process), RK45(rtol=1e-5, atol=1e-5), finish=True)
-    exact = run(Mixture(process), x.double(), ends(process), RK45(rtol=1e-9, atol=1e-9), finish=True).x
+    exact = run(
+        Mixture(process), x.double(), ends(process), RK45(rtol=1e-9, atol=1e-9), finish=True
+    ).x
     assert solution.x.dtype == dtype
     assert (solution.x.double() - exact).abs().max() < (5e-4 if dtype == torch.float32 else 2e-2)
 
@@ -294,7 +344,7 @@ def test_on_a_gpu_in_float32() -> None:
     assert torch.allclose(gpu.interpolant(0.5), gpu.trajectory[1], atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ batch mates and calls
+# ---------------------------------------------------------------------------- batch mates and calls
 
 
 NETWORKS = {
@@ -341,7 +391,13 @@ def test_calls_are_counted_and_compacted() -> None:
     x[4] *= 4.0
     reverse = Reverse(Prediction(network, "x0", process))
     solution = RK45(rtol=1e-5, atol=1e-5).integrate(reverse, x, ends(process), None)
-    assert solution.nfe == solution.network_calls == reverse.nfe == len(sizes) == int(solution.statistics["nfe"].max())
+    assert (
+        solution.nfe
+        == solution.network_calls
+        == reverse.nfe
+        == len(sizes)
+        == int(solution.statistics["nfe"].max())
+    )
     assert sum(sizes) == int(solution.statistics["nfe"].sum())
     assert sizes[0] == 9
     assert sizes[-1] < 9
@@ -359,7 +415,8 @@ def test_conditions_follow_their_samples() -> None:
     assert len(set(whole.statistics["nfe"].tolist())) > 2
     for i in range(6):
         assert torch.equal(
-            run(network, x[i : i + 1], ends(process), solver, {"gain": gain[i : i + 1]}).x[0], whole.x[i]
+            run(network, x[i : i + 1], ends(process), solver, {"gain": gain[i : i + 1]}).x[0],
+            whole.x[i],
         )
     assert torch.equal(run(network, x, ends(process), solver, {"gain": 0.5}).x[2], whole.x[2])
 
@@ -381,7 +438,12 @@ def test_denoisers_that_hold_something_for_each_sample_are_cut_along() -> None:
         times = at(under.t_max, under.t_min)
         whole = run(Offset(offset).under(under), x, times, RK45(rtol=1e-5, atol=1e-5))
         for i in range(3):
-            alone = run(Offset(offset[i : i + 1]).under(under), x[i : i + 1], times, RK45(rtol=1e-5, atol=1e-5))
+            alone = run(
+                Offset(offset[i : i + 1]).under(under),
+                x[i : i + 1],
+                times,
+                RK45(rtol=1e-5, atol=1e-5),
+            )
             assert torch.allclose(alone.x[0], whole.x[i], rtol=1e-13)
 
 
@@ -414,11 +476,13 @@ def test_gradients_flow_through_the_states() -> None:
     assert result.trajectory is not None
     (gradient,) = torch.autograd.grad(result.trajectory[1].sum(), x)
     assert torch.allclose(
-        gradient, data.transport(torch.ones(1).double(), process.t_max, 0.5).expand_as(gradient), rtol=1e-4
+        gradient,
+        data.transport(torch.ones(1).double(), process.t_max, 0.5).expand_as(gradient),
+        rtol=1e-4,
     )
 
 
-# --------------------------------------------------------------------------------------------------------- dense output
+# ------------------------------------------------------------------------------------- dense output
 
 
 @pytest.mark.parametrize("name", ["vp", "rectified_flow"])
@@ -446,7 +510,14 @@ def test_levels_between_are_read_off_without_shortening_steps(name: str, upwards
 
 def test_finished_trajectories_end_with_the_result() -> None:
     process = VP()
-    solution = run(Mixture(process), starts(process, 2, 2), ends(process, 0.5), RK45(), finish=True, record=True)
+    solution = run(
+        Mixture(process),
+        starts(process, 2, 2),
+        ends(process, 0.5),
+        RK45(),
+        finish=True,
+        record=True,
+    )
     assert solution.trajectory is not None
     assert solution.trajectory.shape == (4, 2, 2)
     assert torch.equal(solution.trajectory[-1], solution.x)
@@ -485,7 +556,7 @@ def test_interpolant_takes_a_time_a_sample_and_refuses_others() -> None:
     assert run(Mixture(process), x, ends(process), RK45()).interpolant is None
 
 
-# ------------------------------------------------------------------------------------------------------ what goes wrong
+# ---------------------------------------------------------------------------------- what goes wrong
 
 
 def test_max_nfe_is_kept_and_what_was_reached_comes_back() -> None:
@@ -515,7 +586,9 @@ def test_max_nfe_that_suffices_changes_nothing() -> None:
     process = VP()
     x = starts(process, 4, 2)
     full = run(Mixture(process), x, ends(process), RK45(), finish=True)
-    assert torch.equal(run(Mixture(process), x, ends(process), RK45(max_nfe=full.nfe), finish=True).x, full.x)
+    assert torch.equal(
+        run(Mixture(process), x, ends(process), RK45(max_nfe=full.nfe), finish=True).x, full.x
+    )
 
 
 def test_nan_is_told_from_stiffness() -> None:
@@ -526,7 +599,11 @@ def test_nan_is_told_from_stiffness() -> None:
         bad = (t < 0.5) & (x[:, 0] > x[:, 1])
         return torch.where(bad.unsqueeze(1), math.nan, rowwise(x, t))
 
-    x[0], x[1], x[2] = torch.tensor([-1.0, 1.0]), torch.tensor([1.0, -1.0]), torch.tensor([-2.0, 0.5])
+    x[0], x[1], x[2] = (
+        torch.tensor([-1.0, 1.0]),
+        torch.tensor([1.0, -1.0]),
+        torch.tensor([-2.0, 0.5]),
+    )
     with pytest.raises(NonFiniteError, match=r"sample 1 at t=0\.5") as caught:
         run(Prediction(broken, "x0", process), x, ends(process), RK45())
     assert torch.isfinite(caught.value.partial.x).all()
@@ -558,11 +635,18 @@ def test_a_jump_is_called_stiff_and_says_where() -> None:
 
     x = starts(process, 2, 1)
     with pytest.raises(SolverError, match=r"t=0\.4.*below min_step=0\.01") as caught:
-        run(Prediction(jump, "x0", process), x, ends(process), RK45(rtol=1e-8, atol=1e-8, min_step=0.01))
+        run(
+            Prediction(jump, "x0", process),
+            x,
+            ends(process),
+            RK45(rtol=1e-8, atol=1e-8, min_step=0.01),
+        )
     assert caught.value.partial is not None
     assert torch.isfinite(caught.value.partial.x).all()
     # With steps as short as it takes, the solver gets across.
-    assert torch.isfinite(run(Prediction(jump, "x0", process), x, ends(process), RK45(rtol=1e-4, atol=1e-4)).x).all()
+    assert torch.isfinite(
+        run(Prediction(jump, "x0", process), x, ends(process), RK45(rtol=1e-4, atol=1e-4)).x
+    ).all()
 
 
 def test_budgets_and_parameters_are_checked() -> None:

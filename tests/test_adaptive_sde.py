@@ -1,4 +1,6 @@
-"""The adaptive solver of the reverse SDE: its order, its noise after refused steps, its independence of the batch, its ends."""
+"""The adaptive solver of the reverse SDE: its order, its noise after refused steps, its
+independence of the batch, its ends.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from problems import PROCESSES, FixedNoise, GaussianData, Mixture, Point
 from torch import Tensor
 
 from sdeflow import registry
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.noise import Noise, SeededNoise
 from sdeflow.process import EDM, VP, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import sample, solve
-from sdeflow.solvers.adaptive_sde import AdaptiveSDE, _Paths
+from sdeflow.sampling.api import sample, solve
+from sdeflow.solvers.adaptive.sde import AdaptiveSDE, _Paths
 
 FORMS = ("euler", "ancestral")
 SEEDS = [7, 3, 11, 5, 2**31, 2**40 + 1]
@@ -38,13 +40,15 @@ def test_names() -> None:
     assert registry.solver("adaptive_ancestral") == AdaptiveSDE(form="ancestral")
 
 
-# ------------------------------------------------------------------------------------------------------------------ order
+# -------------------------------------------------------------------------------------------- order
 
 
 @pytest.mark.parametrize("under", ["vp", "edm", "cosine"])
 @pytest.mark.parametrize("form", FORMS)
 def test_weak_order_two_from_the_exact_law(form: str, under: str) -> None:
-    """With steps held constant the sampler is affine on Gaussian data: run on a basis, it shows its law, without Monte Carlo."""
+    """With steps held constant the sampler is affine on Gaussian data: run on a basis, it shows its
+    law, without Monte Carlo.
+    """
     process, mean, std = PROCESSES[under], 0.7, 0.5
     ends = [float(process.t_of_nsr(n)) for n in (4.0, 0.3)]
     times = torch.tensor(ends, dtype=torch.float64)
@@ -58,7 +62,11 @@ def test_weak_order_two_from_the_exact_law(form: str, under: str) -> None:
 
             def draw(self, *levels: object, **keywords: object) -> Tensor:
                 self.count += 1
-                return torch.nn.functional.one_hot(torch.tensor(self.count), n + 2).double().unsqueeze(-1)
+                return (
+                    torch.nn.functional.one_hot(torch.tensor(self.count), n + 2)
+                    .double()
+                    .unsqueeze(-1)
+                )
 
         step = float((clock[1] - clock[0]).abs()) / n
         solver = AdaptiveSDE(1e9, 1e9, form=form, first_step=step, grow=1.0, safety=1.0)  # type: ignore[arg-type]
@@ -71,7 +79,9 @@ def test_weak_order_two_from_the_exact_law(form: str, under: str) -> None:
         assert noise.count == n + 1
         y = solution.x
         variance = float(((y[1:] - y[0]) ** 2).sum())
-        return abs(float(y[0]) - float(s[1]) * mean), abs(variance - float((s[1] * std) ** 2 + sigma[1] ** 2))
+        return abs(float(y[0]) - float(s[1]) * mean), abs(
+            variance - float((s[1] * std) ** 2 + sigma[1] ** 2)
+        )
 
     coarse, fine = errors(40), errors(80)
     for a, b in zip(coarse, fine, strict=True):
@@ -85,7 +95,10 @@ def test_one_step_is_the_one_written(form: str) -> None:
     """Algorithm 1 of the paper, and the step of the ancestral form, written out under VP."""
     process = VP()
     times = torch.tensor([0.5, 0.48], dtype=torch.float64)
-    data, x = Mixture(process), torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data, x = (
+        Mixture(process),
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     a, b = process.level(0.5), process.level(0.48)
     z = FixedNoise(3, (2,)).draw()
     with torch.no_grad():
@@ -110,11 +123,13 @@ def test_one_step_is_the_one_written(form: str) -> None:
     assert got.nfe == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 
 
 def test_refused_steps_split_their_noise_by_a_bridge() -> None:
-    """Whatever was asked for and given up, the increments passed over are those of a Brownian motion."""
+    """Whatever was asked for and given up, the increments passed over are those of a Brownian
+    motion.
+    """
     n = 10_000
     paths = _Paths(FixedNoise(n, (1,)), torch.zeros(n, 1, dtype=torch.float64))
     rows, needed, asked, passed = torch.arange(n), set(range(n)), [], []
@@ -124,7 +139,13 @@ def test_refused_steps_split_their_noise_by_a_bridge() -> None:
         ends[1] = to
         return paths.increments(rows, ends[0], ends[1], ends[0], ends[1], needed)[:, 0]
 
-    for at, tries in ((0.0, (1.0, 0.6, 0.3)), (0.3, (0.8, 0.7)), (0.7, (2.0,)), (2.0, (2.5, 2.1)), (2.1, (2.5,))):
+    for at, tries in (
+        (0.0, (1.0, 0.6, 0.3)),
+        (0.3, (0.8, 0.7)),
+        (0.7, (2.0,)),
+        (2.0, (2.5, 2.1)),
+        (2.1, (2.5,)),
+    ):
         asked += [ask(at, to) for to in tries]
         passed.append(asked[-1])
         paths.pass_over(rows, torch.full((n,), tries[-1], dtype=torch.float64))
@@ -139,17 +160,23 @@ def test_refused_steps_split_their_noise_by_a_bridge() -> None:
     # One path: what was refused is what the shorter steps add up to.
     cov = float((whole_to_one * (passed[0] + passed[1])).mean())
     assert cov == pytest.approx(0.7, abs=4.5 * math.sqrt(1.2 / n))
-    assert float((to_six_tenths * passed[0]).mean()) == pytest.approx(0.3, abs=4.5 * math.sqrt(0.3 / n))
+    assert float((to_six_tenths * passed[0]).mean()) == pytest.approx(
+        0.3, abs=4.5 * math.sqrt(0.3 / n)
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_refusals_do_not_bias_the_samples(form: str) -> None:
-    """Tolerances at which every third step is refused: mean and spread of Gaussian samples within 4.5 standard errors."""
+    """Tolerances at which every third step is refused: mean and spread of Gaussian samples within
+    4.5 standard errors.
+    """
     n = 1200  # values, of 300 samples
     data = GaussianData(VP(), 0.4, 0.5)
     solver = AdaptiveSDE(0.05, 0.03, form=form, safety=1.0, exponent=0.5)  # type: ignore[arg-type]
     solution = solve(data, solver=solver, shape=(4,), seeds=range(n // 4), dtype=torch.float64)
-    rejected, accepted = (float(solution.statistics[key].double().sum()) for key in ("rejected", "accepted"))
+    rejected, accepted = (
+        float(solution.statistics[key].double().sum()) for key in ("rejected", "accepted")
+    )
     assert rejected > 0.2 * accepted
     assert abs(float(solution.x.mean()) - 0.4) < 4.5 * 0.5 / math.sqrt(n) + 0.01
     assert abs(float(solution.x.std()) / 0.5 - 1.0) < 4.5 / math.sqrt(2 * n) + 0.01
@@ -176,7 +203,7 @@ def test_on_one_path_samples_converge_as_tolerances_fall() -> None:
     assert gaps[1] < 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------- a row by row
+# ------------------------------------------------------------------------------------- a row by row
 
 
 @pytest.mark.parametrize("noise", ["seeded", "brownian"])
@@ -244,12 +271,17 @@ def test_levels_between_are_met_and_kept() -> None:
     assert solution.trajectory.shape == (5, 6, 3, 5)
     assert torch.equal(solution.trajectory[-1], solution.x)
     stopped = sample(
-        MODEL, solver=AdaptiveSDE(0.1, 0.05), seeds=SEEDS, grid=[1.0, 0.4], finish=False, dtype=torch.float64
+        MODEL,
+        solver=AdaptiveSDE(0.1, 0.05),
+        seeds=SEEDS,
+        grid=[1.0, 0.4],
+        finish=False,
+        dtype=torch.float64,
     )
     assert torch.equal(solution.trajectory[1], stopped)
 
 
-# ------------------------------------------------------------------------------------------------------------------- ends
+# --------------------------------------------------------------------------------------------- ends
 
 
 @pytest.mark.parametrize("under", sorted(PROCESSES))
@@ -259,7 +291,9 @@ def test_the_ancestral_form_runs_from_every_end_of_time(under: str) -> None:
     solution = solve(Point(process), solver="adaptive_ancestral", shape=(2,), seeds=range(3))
     assert torch.equal(solution.x, torch.full_like(solution.x, Point.value))
     assert solution.nfe < 12
-    mixture = sample(Mixture(process), solver=AdaptiveSDE(0.1, 0.05, form="ancestral"), seeds=range(4))
+    mixture = sample(
+        Mixture(process), solver=AdaptiveSDE(0.1, 0.05, form="ancestral"), seeds=range(4)
+    )
     assert bool(torch.isfinite(mixture).all())
     assert float(mixture.abs().max()) < 4.0
 
@@ -273,20 +307,28 @@ def test_the_euler_form_says_where_it_cannot_start() -> None:
 
 @pytest.mark.parametrize("under", ["vp", "rectified_flow"])
 def test_samples_of_a_mixture_are_near_it_in_sliced_distance(under: str) -> None:
-    """As near as another set of data is, at 1e-3: the limit is the mean of 40 such distances and 4 of their deviations."""
+    """As near as another set of data is, at 1e-3: the limit is the mean of 40 such distances and 4
+    of their deviations.
+    """
     n, process = 384, PROCESSES[under]
     angles = np.linspace(0.0, np.pi, 16, endpoint=False)
     directions = np.stack([np.cos(angles), np.sin(angles)])
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.sqrt(((np.sort(a @ directions, 0) - np.sort(b @ directions, 0)) ** 2).mean()))
+        return float(
+            np.sqrt(((np.sort(a @ directions, 0) - np.sort(b @ directions, 0)) ** 2).mean())
+        )
 
     null = [distance(Mixture.draw(n, 2 * k + 100), Mixture.draw(n, 2 * k + 101)) for k in range(40)]
-    x = sample(Mixture(process), solver=AdaptiveSDE(form="ancestral"), seeds=range(n)).double().numpy()
+    x = (
+        sample(Mixture(process), solver=AdaptiveSDE(form="ancestral"), seeds=range(n))
+        .double()
+        .numpy()
+    )
     assert distance(x, Mixture.draw(n, 7)) < np.mean(null) + 4.0 * np.std(null)
 
 
-# ----------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_errors_say_what_was_reached() -> None:
@@ -301,7 +343,11 @@ def test_errors_say_what_was_reached() -> None:
         return torch.where(t.reshape(-1, 1) < 0.5, torch.full_like(x, math.nan), x / (1 + x.abs()))
 
     with pytest.raises(NonFiniteError, match="returned NaN"):
-        solve(Prediction(broken, "x0", VP(), shape=(2,)), solver=AdaptiveSDE(0.1, 0.05), seeds=range(3))
+        solve(
+            Prediction(broken, "x0", VP(), shape=(2,)),
+            solver=AdaptiveSDE(0.1, 0.05),
+            seeds=range(3),
+        )
 
 
 @pytest.mark.parametrize(
@@ -313,12 +359,16 @@ def test_errors_say_what_was_reached() -> None:
         (lambda: AdaptiveSDE(exponent=2.0), ValueError, "exponent"),
         (lambda: AdaptiveSDE().levels(20), BudgetError, "max_nfe"),
         (
-            lambda: sample(MODEL, solver=AdaptiveSDE(), x=torch.zeros(1, 3, 5), grid=[0.1, 1.0], finish=False),
+            lambda: sample(
+                MODEL, solver=AdaptiveSDE(), x=torch.zeros(1, 3, 5), grid=[0.1, 1.0], finish=False
+            ),
             GridError,
             "noise to data",
         ),
         (
-            lambda: AdaptiveSDE().integrate(Reverse(MODEL), torch.zeros(1, 3, 5), torch.tensor([1.0, 0.1]), None),
+            lambda: AdaptiveSDE().integrate(
+                Reverse(MODEL), torch.zeros(1, 3, 5), torch.tensor([1.0, 0.1]), None
+            ),
             SolverError,
             "source of noise",
         ),

@@ -1,4 +1,6 @@
-"""`solver="auto"`: the table is what the search found, and the choice is near the best that there is."""
+"""`solver="auto"`: the table is what the search found, and the choice is near the best that there
+is.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,21 @@ import torch
 from problems import PROCESSES, Mixture, reference
 
 from sdeflow import grid, registry
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.process import EDM, VP, RectifiedFlow
-from sdeflow.recipes import EXACT, NETWORK, recipe
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import encode, sample, solve
-from sdeflow.solvers.adams import ExponentialAdams
-from sdeflow.solvers.auto import Auto
+from sdeflow.sampling.api import encode, sample, solve
+from sdeflow.solvers.auto.recipes import EXACT, NETWORK, recipe
+from sdeflow.solvers.auto.solver import Auto
+from sdeflow.solvers.ode.adams import ExponentialAdams
 from sdeflow.targets import Gaussian
 
 FOUND = Path(__file__).parent.parent / "benchmarks" / "results" / "tune_auto.json"
 
 
-@pytest.mark.parametrize(("kind", "nfe"), [*(("network", n) for n in NETWORK), *(("exact", n) for n in EXACT)])
+@pytest.mark.parametrize(
+    ("kind", "nfe"), [*(("network", n) for n in NETWORK), *(("exact", n) for n in EXACT)]
+)
 def test_the_tables_are_what_the_search_found(kind: str, nfe: int) -> None:
     results = json.loads(FOUND.read_text())
     which, key = results["rows"][kind][str(nfe)]
@@ -105,17 +109,29 @@ def test_there_and_back() -> None:
 @pytest.mark.parametrize("process", [VP(), EDM(), RectifiedFlow()], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("nfe", [5, 8, 12, 20, 40])
 def test_it_is_more_accurate_than_the_published_ones(process: VP, nfe: int) -> None:
-    top = process.t_max if math.isfinite(process.level(process.t_max).nsr) else process.t_of_lam(-math.log(1e3))
+    top = (
+        process.t_max
+        if math.isfinite(process.level(process.t_max).nsr)
+        else process.t_of_lam(-math.log(1e3))
+    )
     x, exact = reference(process, float(top), process.t_min, n=64, seed=3)
     end = Reverse(Mixture(process))(exact, process.level(process.t_min))
 
     def error(name: str, laid: str) -> float:
-        solver = registry.solver(name).suited(Mixture(process))
-        function = registry.grid_function(laid if solver.default_grid is None else solver.default_grid)
-        x0 = solver.integrate(Reverse(Mixture(process)), x, function(process, nfe, t_max=float(top)), None).x
+        solver = registry.solver(name).for_denoiser(Mixture(process))
+        function = registry.grid_function(
+            laid if solver.default_grid is None else solver.default_grid
+        )
+        x0 = solver.integrate(
+            Reverse(Mixture(process)), x, function(process, nfe, t_max=float(top)), None
+        ).x
         return float((x0 - end).norm(dim=1).median() / end.norm(dim=1).square().mean().sqrt())
 
-    best = min(error(name, laid) for name in ("ddim", "dpmpp_2m", "unipc_3") for laid in ("karras", "uniform_lam"))
+    best = min(
+        error(name, laid)
+        for name in ("ddim", "dpmpp_2m", "unipc_3")
+        for laid in ("karras", "uniform_lam")
+    )
     assert error("auto", "auto") < best
 
 

@@ -1,4 +1,6 @@
-"""What cannot be is said before the first network call: a typed error that names what was asked, what is possible, what to do."""
+"""What cannot be is said before the first network call: a typed error that names what was asked,
+what is possible, what to do.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,22 @@ from problems import GRID_SOLVERS, Mixture
 from torch import Tensor, nn
 
 from sdeflow import errors
-from sdeflow.denoiser import Preconditioned, Prediction
-from sdeflow.errors import BudgetError, GridError, NonFiniteError, SdeflowError, SolverError, UnknownNameError
+from sdeflow.denoisers import Preconditioned, Prediction
+from sdeflow.errors import (
+    BudgetError,
+    GridError,
+    NonFiniteError,
+    SdeflowError,
+    SolverError,
+    UnknownNameError,
+)
 from sdeflow.noise import BrownianNoise, SeededNoise
 from sdeflow.process import VE, VP, Cosine, Process, RectifiedFlow, SubVP
-from sdeflow.sampling import encode, sample, solve
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.runge_kutta import Heun
-from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
-from sdeflow.solvers.wrappers import Langevin
+from sdeflow.sampling.api import encode, sample, solve
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.runge_kutta import Heun
+from sdeflow.solvers.sde.classic import DDPM, AnnealedLangevin, EulerMaruyama
+from sdeflow.solvers.wrappers.langevin import Langevin
 
 
 class Untouched:
@@ -51,7 +60,11 @@ SHAPELESS = Prediction(Untouched(), "x0", VP())
         ({"nfe": 3.0}, BudgetError, "whole number.*got 3.0"),
         ({"solver": "heun", "nfe": 35, "grid": [1.0, 0.5]}, BudgetError, "2 levels; Heun needs 18"),
         # grids
-        ({"grid": [1.0, 0.2, 0.5]}, GridError, r"strictly one way.*times\[1\]=0.2 is followed by times\[2\]=0.5"),
+        (
+            {"grid": [1.0, 0.2, 0.5]},
+            GridError,
+            r"strictly one way.*times\[1\]=0.2 is followed by times\[2\]=0.5",
+        ),
         ({"grid": [0.5, 0.5]}, GridError, "strictly one way"),
         ({"grid": [1.0, math.nan]}, GridError, "only finite times"),
         ({"grid": []}, GridError, "at least one time"),
@@ -93,7 +106,9 @@ SHAPELESS = Prediction(Untouched(), "x0", VP())
         ({"condition": {"label": 1}}, TypeError, "takes no condition 'label'"),
     ],
 )
-def test_bad_arguments_are_explained_before_any_call(how: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_bad_arguments_are_explained_before_any_call(
+    how: dict[str, Any], error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=f"(?s){match}") as caught:
         sample(MODEL, **how)
     assert isinstance(caught.value, ValueError | TypeError | ArithmeticError)
@@ -124,11 +139,19 @@ def test_what_a_model_predicts_is_not_guessed(
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: Prediction(Untouched(), "noise", VP()), UnknownNameError, "unknown prediction 'noise'.*eps"),
+        (
+            lambda: Prediction(Untouched(), "noise", VP()),
+            UnknownNameError,
+            "unknown prediction 'noise'.*eps",
+        ),
         (lambda: Prediction(Untouched(), "eps", "vp"), TypeError, "process"),
         (lambda: Prediction(Untouched(), "eps", VP(), time="index"), ValueError, "from_betas"),
         (lambda: Prediction(Untouched(), "eps", VP(), time="discrete"), ValueError, "continuous"),
-        (lambda: Prediction(Untouched(), "eps", VP(), nsr_range=(2.0, 1.0)), ValueError, "low < high"),
+        (
+            lambda: Prediction(Untouched(), "eps", VP(), nsr_range=(2.0, 1.0)),
+            ValueError,
+            "low < high",
+        ),
         (lambda: Prediction(3, "eps", VP()), TypeError, "network"),
         (lambda: Preconditioned(Untouched(), sigma_data=0.0), ValueError, "sigma_data"),
         (lambda: VP(beta_min=0.0), ValueError, "beta_min"),
@@ -154,13 +177,17 @@ def test_what_a_model_predicts_is_not_guessed(
         (lambda: BrownianNoise([1], (2,)).draw(1.0), ValueError, "two levels"),
     ],
 )
-def test_things_are_checked_where_they_are_made(make: Any, error: type[Exception], match: str) -> None:
+def test_things_are_checked_where_they_are_made(
+    make: Any, error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=match):
         make()
 
 
 @pytest.mark.parametrize("finish", [True, False])
-@pytest.mark.parametrize("solver", [DDPM(), EulerMaruyama(), DDIM(1.0), Langevin(), AnnealedLangevin()], ids=str)
+@pytest.mark.parametrize(
+    "solver", [DDPM(), EulerMaruyama(), DDIM(1.0), Langevin(), AnnealedLangevin()], ids=str
+)
 def test_stochastic_solvers_do_not_run_upwards(solver: Any, finish: bool) -> None:
     with pytest.raises(GridError, match=r"finish=False|noise to data"):
         sample(MODEL, solver=solver, grid=[0.1, 0.5, 1.0], x=torch.zeros(1, 2), finish=finish)
@@ -173,7 +200,7 @@ def test_encode_takes_a_rising_grid() -> None:
         encode(MODEL, torch.zeros(1, 2), grid=[1.0, 0.5, 0.1])
 
 
-# ----------------------------------------------------------------------------------------------- what networks do wrong
+# --------------------------------------------------------------------------- what networks do wrong
 
 
 @pytest.mark.parametrize(
@@ -196,7 +223,9 @@ def test_nan_from_a_network_names_call_time_and_sample(name: str, value: float) 
     calls = {"n": 0}
     solver = GRID_SOLVERS[name]
     nfe = solver.calls(6)
-    times = solve(Prediction(lambda x, t: 0 * x, "x0", VP()), solver=solver, nfe=nfe, shape=(2,)).plan.times  # type: ignore[union-attr]
+    times = solve(
+        Prediction(lambda x, t: 0 * x, "x0", VP()), solver=solver, nfe=nfe, shape=(2,)
+    ).plan.times  # type: ignore[union-attr]
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         calls["n"] += 1
@@ -208,7 +237,10 @@ def test_nan_from_a_network_names_call_time_and_sample(name: str, value: float) 
     first = next(k for k, t in enumerate(times.tolist()) if t == float(times[3])) + 1
     with pytest.raises(
         NonFiniteError,
-        match=rf"1 of 3 samples \(number 1\).*call {first} \(t={float(times[3]):.6g}\): the network returned it",
+        match=(
+            rf"1 of 3 samples \(number 1\).*call {first} \(t={float(times[3]):.6g}\): the network"
+            r" returned it"
+        ),
     ) as caught:
         sample(Prediction(network, "x0", VP()), solver=solver, nfe=nfe, shape=(2,), n=3, seeds=0)
     assert isinstance(caught.value, ArithmeticError)
@@ -232,7 +264,13 @@ def test_nan_in_a_later_batch_is_numbered_in_the_whole() -> None:
             seeds=0,
         )
     # The batch before it is whole.
-    alone = sample(Prediction(network, "x0", VP()), nfe=3, shape=(2,), condition={"row": torch.arange(2)}, seeds=[0, 1])
+    alone = sample(
+        Prediction(network, "x0", VP()),
+        nfe=3,
+        shape=(2,),
+        condition={"row": torch.arange(2)},
+        seeds=[0, 1],
+    )
     assert torch.equal(caught.value.finished.x, alone)
 
 
@@ -248,7 +286,13 @@ def test_errors_of_the_network_itself_come_through() -> None:
 
 
 def test_an_eps_prediction_without_signal_is_answered_at_its_last_level_or_explained() -> None:
-    bounded = sample(Prediction(lambda x, t: x, "eps", RectifiedFlow()), solver="ddim", nfe=5, shape=(2,), seeds=0)
+    bounded = sample(
+        Prediction(lambda x, t: x, "eps", RectifiedFlow()),
+        solver="ddim",
+        nfe=5,
+        shape=(2,),
+        seeds=0,
+    )
     assert bool(torch.isfinite(bounded).all())
     with pytest.raises(ValueError, match=r"no signal is left.*nsr_range"):
         sample(
@@ -260,7 +304,7 @@ def test_an_eps_prediction_without_signal_is_answered_at_its_last_level_or_expla
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- the types
+# ---------------------------------------------------------------------------------------- the types
 
 
 def test_every_error_is_ours_and_a_builtin() -> None:
@@ -279,6 +323,8 @@ def test_every_error_is_ours_and_a_builtin() -> None:
 @pytest.mark.parametrize("function", [sample, solve, encode])
 def test_unknown_keywords_are_type_errors(function: Any) -> None:
     with pytest.raises(TypeError, match="num_steps"):
-        function(Mixture(VP()), torch.zeros(1, 2), num_steps=5) if function is encode else function(
-            Mixture(VP()), num_steps=5
+        (
+            function(Mixture(VP()), torch.zeros(1, 2), num_steps=5)
+            if function is encode
+            else function(Mixture(VP()), num_steps=5)
         )

@@ -8,13 +8,13 @@ from problems import GRID_SOLVERS
 from torch import Tensor, nn
 
 from sdeflow import grid
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.errors import SolverError
-from sdeflow.execution.capture import CapturedSolve
 from sdeflow.noise import SeededNoise
 from sdeflow.plan.instructions import Call
 from sdeflow.process import VP
 from sdeflow.reverse import Reverse
+from sdeflow.sampling.capture import CapturedSolve
 
 SHAPE = (3, 8, 8)
 
@@ -109,4 +109,6 @@ def test_a_network_that_waits_is_refused_with_a_reason() -> None:
     plan = GRID_SOLVERS["ddim"].plan(VP(), grid.uniform_t(VP(), 4))
     with pytest.raises(SolverError, match="cannot be captured"):
         CapturedSolve(plan, denoiser, torch.randn(2, *SHAPE, device="cuda"))
-    assert torch.isfinite(torch.randn(2, device="cuda").sum())  # the device is none the worse for it
+    assert torch.isfinite(
+        torch.randn(2, device="cuda").sum()
+    )  # the device is none the worse for it

@@ -17,7 +17,14 @@ from test_unet import batch, unet
 
 import sdeflow
 from sdeflow.errors import CheckpointError
-from sdeflow.models.checkpoint import BUNDLED, load, load_model, read_tensors, save_model, write_tensors
+from sdeflow.models.checkpoint import (
+    BUNDLED,
+    load,
+    load_model,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
 
 NAMES = ("cat", "dog", "frog")
 
@@ -30,7 +37,11 @@ def saved(path: Path) -> Path:
 def test_a_network_comes_back_as_a_denoiser(tmp_path: Path) -> None:
     denoiser = load(saved(tmp_path / "a.safetensors"))
     assert (denoiser.shape, denoiser.num_classes, denoiser.class_names) == ((3, 8, 8), 3, NAMES)
-    assert (denoiser.card["images"], denoiser.sigma_data, denoiser.nsr_range) == (7, 0.4, (0.002, 80.0))
+    assert (denoiser.card["images"], denoiser.sigma_data, denoiser.nsr_range) == (
+        7,
+        0.4,
+        (0.002, 80.0),
+    )
     network: Any = denoiser.network
     assert not network.training
     assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}
@@ -39,16 +50,26 @@ def test_a_network_comes_back_as_a_denoiser(tmp_path: Path) -> None:
     x, _, label = batch()
     assert denoiser(x, 0.5, label=label).shape == x.shape
     assert network.stem.weight.is_contiguous(memory_format=torch.channels_last)
-    assert load(tmp_path / "a.safetensors", dtype=torch.float64)(x.double(), 0.5).dtype == torch.float64
+    assert (
+        load(tmp_path / "a.safetensors", dtype=torch.float64)(x.double(), 0.5).dtype
+        == torch.float64
+    )
 
 
 def test_the_same_network_makes_the_same_file(tmp_path: Path) -> None:
-    assert saved(tmp_path / "a.safetensors").read_bytes() == saved(tmp_path / "b.safetensors").read_bytes()
+    assert (
+        saved(tmp_path / "a.safetensors").read_bytes()
+        == saved(tmp_path / "b.safetensors").read_bytes()
+    )
 
 
 def test_sampling_with_it_works(tmp_path: Path) -> None:
     x = sdeflow.sample(
-        load(saved(tmp_path / "a.safetensors")), nfe=3, n=2, seeds=0, condition={"label": torch.tensor([0, 3])}
+        load(saved(tmp_path / "a.safetensors")),
+        nfe=3,
+        n=2,
+        seeds=0,
+        condition={"label": torch.tensor([0, 3])},
     )
     assert x.shape == (2, 3, 8, 8)
 
@@ -60,7 +81,9 @@ def test_damage_is_told(tmp_path: Path, where: str) -> None:
     if where == "cut":
         content = content[: len(content) // 2]
     else:
-        content[{"facts": content.index(b"frog"), "start": 0, "tensors": len(content) - 100}[where]] ^= 0x55
+        content[
+            {"facts": content.index(b"frog"), "start": 0, "tensors": len(content) - 100}[where]
+        ] ^= 0x55
     path.write_bytes(bytes(content))
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         load_model(path)
@@ -126,7 +149,9 @@ def test_a_real_limit_on_file_size_leaves_the_old_file(tmp_path: Path) -> None:
         "except CheckpointError as error: print('told:', error)"
     )
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, preexec_fn=limit
+    )
     assert "told: could not save the checkpoint" in done.stdout, done.stderr
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -136,7 +161,11 @@ def test_a_real_limit_on_file_size_leaves_the_old_file(tmp_path: Path) -> None:
 def test_the_bundled_checkpoint() -> None:
     assert BUNDLED["cifar10"].stat().st_size <= 32e6
     denoiser = load("cifar10")
-    assert (denoiser.shape, denoiser.num_classes, denoiser.class_names[3]) == ((3, 32, 32), 10, "cat")
+    assert (denoiser.shape, denoiser.num_classes, denoiser.class_names[3]) == (
+        (3, 32, 32),
+        10,
+        "cat",
+    )
     card = denoiser.card
     assert "JPEG" in card["data"]
     assert len(card["runs"]) > 1

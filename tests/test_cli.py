@@ -1,4 +1,6 @@
-"""The command line: what it writes, what it says, and how it ends; where the process itself matters, as a subprocess."""
+"""The command line: what it writes, what it says, and how it ends; where the process itself
+matters, as a subprocess.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from PIL import Image
 
 from sdeflow.cli import main
 from sdeflow.cli import options as cli_options
-from sdeflow.images import read_facts
+from sdeflow.images.render import read_facts
 from sdeflow.models import UNet, UNetConfig
 from sdeflow.models.checkpoint import save_model
 
@@ -30,7 +32,13 @@ def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command as a process of its own, which takes seconds to import torch."""
     command = [sys.executable, "-m", "sdeflow", *arguments]
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **SHOWN}, capture_output=True, text=True, timeout=250, check=False
+        command,
+        cwd=cwd,
+        env={**os.environ, **SHOWN},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
     )
 
 
@@ -104,7 +112,19 @@ def test_sample_writes_a_labelled_picture_and_says_how(tiny: Path, tmp_path: Pat
 
 def test_the_same_seed_makes_the_same_file(tiny: Path, tmp_path: Path) -> None:
     for name, start in (("a.png", run), ("b.png", spawn)):
-        done = start("sample", "--model", str(tiny), "--n", "2", "--nfe", "3", "--out", name, "--quiet", cwd=tmp_path)
+        done = start(
+            "sample",
+            "--model",
+            str(tiny),
+            "--n",
+            "2",
+            "--nfe",
+            "3",
+            "--out",
+            name,
+            "--quiet",
+            cwd=tmp_path,
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
@@ -132,7 +152,17 @@ def test_classes_solver_process_grid_and_tolerance_are_honoured(tiny: Path, tmp_
     assert "VP" in facts["process"]
     assert "DDPM" in facts["solver"]
     done = run(
-        "sample", "--model", str(tiny), "--solver", "rk45", "--rtol", "1e-2", "--n", "1", "--quiet", cwd=tmp_path
+        "sample",
+        "--model",
+        str(tiny),
+        "--solver",
+        "rk45",
+        "--rtol",
+        "1e-2",
+        "--n",
+        "1",
+        "--quiet",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "rtol=0.01, atol=0.01" in read_facts(tmp_path / "samples.png")["solver"]
@@ -140,11 +170,28 @@ def test_classes_solver_process_grid_and_tolerance_are_honoured(tiny: Path, tmp_
 
 def test_what_fits_and_graphs_are_options(tiny: Path, tmp_path: Path) -> None:
     plain, auto = (
-        run("sample", "--model", str(tiny), "--n", "3", "--nfe", "3", "--out", out, *options, cwd=tmp_path)
-        for out, options in (("a.png", []), ("b.png", ["--batch-size", "auto", "--compile", "--device", "cpu"]))
+        run(
+            "sample",
+            "--model",
+            str(tiny),
+            "--n",
+            "3",
+            "--nfe",
+            "3",
+            "--out",
+            out,
+            *options,
+            cwd=tmp_path,
+        )
+        for out, options in (
+            ("a.png", []),
+            ("b.png", ["--batch-size", "auto", "--compile", "--device", "cpu"]),
+        )
     )
     assert (plain.returncode, auto.returncode) == (0, 0), auto.stderr
-    assert "compiled no: a CUDA graph needs a state on a CUDA device" in auto.stdout  # said once, and no warning
+    assert (
+        "compiled no: a CUDA graph needs a state on a CUDA device" in auto.stdout
+    )  # said once, and no warning
     assert "Warning" not in auto.stderr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
@@ -165,7 +212,19 @@ def test_a_network_is_compiled_where_that_serves(
 
 def test_half_precision_makes_another_picture_and_says_so(tiny: Path, tmp_path: Path) -> None:
     for name, options in (("a.png", []), ("b.png", ["--half", "--classes", "all"])):
-        done = run("sample", "--model", str(tiny), "--n", "3", "--nfe", "3", "--out", name, *options, cwd=tmp_path)
+        done = run(
+            "sample",
+            "--model",
+            str(tiny),
+            "--n",
+            "3",
+            "--nfe",
+            "3",
+            "--out",
+            name,
+            *options,
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
     whole, half = (read_facts(tmp_path / name) for name in ("a.png", "b.png"))
     assert (whole.pop("dtype"), half.pop("dtype")) == ("float32", "bfloat16")
@@ -175,10 +234,24 @@ def test_half_precision_makes_another_picture_and_says_so(tiny: Path, tmp_path: 
 
 def test_the_commands_share_their_options(tmp_path: Path) -> None:
     """An option of two commands has the same words in both."""
-    sample, generate = (run(name, "--help", cwd=tmp_path).stdout.splitlines() for name in ("sample", "generate"))
-    for name in ("solver", "nfe", "process", "grid", "rtol", "noise", "model", "compile", "half", "quiet"):
+    sample, generate = (
+        run(name, "--help", cwd=tmp_path).stdout.splitlines() for name in ("sample", "generate")
+    )
+    for name in (
+        "solver",
+        "nfe",
+        "process",
+        "grid",
+        "rtol",
+        "noise",
+        "model",
+        "compile",
+        "half",
+        "quiet",
+    ):
         [a], [b] = (
-            [" ".join(row.split()) for row in rows if f"--{name} " in row and "│" in row] for rows in (sample, generate)
+            [" ".join(row.split()) for row in rows if f"--{name} " in row and "│" in row]
+            for rows in (sample, generate)
         )
         assert a == b
 
@@ -197,7 +270,11 @@ def test_the_commands_share_their_options(tmp_path: Path) -> None:
         (["--device", "nothing"], 2, "no device 'nothing'"),
         (["--noise", "pink"], 2, "brownian"),
         (["--n", "0"], 2, "--n"),
-        (["--batch-size", "many"], 2, "--batch-size is a whole number, at least 1, or auto; got 'many'"),
+        (
+            ["--batch-size", "many"],
+            2,
+            "--batch-size is a whole number, at least 1, or auto; got 'many'",
+        ),
         (["--out", "missing.txt/a.png"], 1, "missing.txt"),
         (["--out", "a.jpg"], 2, "--out is written as PNG: call it a.png, not a.jpg"),
         (["--gif", "a.mp4"], 2, "--gif is written as GIF: call it a.gif, not a.mp4"),
@@ -231,7 +308,10 @@ def test_an_error_ends_the_process_with_its_status(tiny: Path, tmp_path: Path) -
     done = spawn("sample", "--model", str(tiny), "--solver", "heun", "--nfe", "36", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == "error: Heun cannot spend nfe=36; the nearest it can are 35 and 37"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "error: Heun cannot spend nfe=36; the nearest it can are 35 and 37"
+    )
 
 
 def test_help_version_and_info(tmp_path: Path) -> None:

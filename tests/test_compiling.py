@@ -1,4 +1,6 @@
-"""A compiled network says that it is compiled, once for each shape, and is the network that it was."""
+"""A compiled network says that it is compiled, once for each shape, and is the network that it
+was.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import torch
 from test_unet import unet
 
 from sdeflow import load, sample
-from sdeflow.models import compiling
-from sdeflow.models.compiling import compile_network
+from sdeflow.models import compile as compiling
+from sdeflow.models.compile import compile_network
 
 
 @pytest.fixture
@@ -46,7 +48,9 @@ def test_each_shape_is_told_once(calls: list[Any]) -> None:
     assert len(told) == 4
 
 
-def test_a_loaded_network_compiles_when_it_is_called(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loaded_network_compiles_when_it_is_called(
+    calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = sample(load("cifar10"), nfe=2, n=1, seeds=0, condition={"label": 3})
     assert not calls
     model = load("cifar10", compile=True)
@@ -55,7 +59,9 @@ def test_a_loaded_network_compiles_when_it_is_called(calls: list[Any], capsys: p
     assert "compiling the network for 1 x 3 x 32 x 32" in capsys.readouterr().err
 
 
-def test_one_process_of_many_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_of_many_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -66,6 +72,12 @@ def test_one_process_of_many_tells(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.cuda
 def test_on_a_gpu_what_is_compiled_is_the_same_within_rounding() -> None:
     plain, fast = (load("cifar10", "cuda", compile=compile) for compile in (False, True))
-    x, t, label = torch.randn(4, 3, 32, 32, device="cuda"), torch.full((4,), 0.1, device="cuda"), torch.arange(4).cuda()
+    x, t, label = (
+        torch.randn(4, 3, 32, 32, device="cuda"),
+        torch.full((4,), 0.1, device="cuda"),
+        torch.arange(4).cuda(),
+    )
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        torch.testing.assert_close(fast.network(x, t, label), plain.network(x, t, label), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            fast.network(x, t, label), plain.network(x, t, label), rtol=1e-3, atol=1e-3
+        )

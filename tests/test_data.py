@@ -1,4 +1,6 @@
-"""Data: every source gives the same pictures, and the order of training is a pure function of seed, step and rank."""
+"""Data: every source gives the same pictures, and the order of training is a pure function of seed,
+step and rank.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from sdeflow.data import Decoded, Encoded, Images, Stream, load_images, mix, to_pixels
-from sdeflow.distributed import Rank
+from sdeflow._utils.distributed import Rank
 from sdeflow.errors import MissingExtraError
+from sdeflow.images.datasets import Decoded, Encoded, Images, Stream, load_images, mix, to_pixels
 
 
 def picture(i: int, size: int = 8) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    )
 
 
 def folder(path: Path, count: int = 6, classes: int = 2) -> Path:
@@ -30,12 +34,20 @@ def folder(path: Path, count: int = 6, classes: int = 2) -> Path:
 
 
 def numbered(count: int) -> Decoded:
-    return Decoded(torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), torch.arange(count))
+    return Decoded(
+        torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2),
+        torch.arange(count),
+    )
 
 
 def test_folder_with_classes(tmp_path: Path) -> None:
     images = load_images(folder(tmp_path), progress=False)
-    assert (images.count, images.size, images.class_names, images.num_classes) == (6, 8, ("class0", "class1"), 2)
+    assert (images.count, images.size, images.class_names, images.num_classes) == (
+        6,
+        8,
+        ("class0", "class1"),
+        2,
+    )
     assert images.labels is not None
     assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(images.get(torch.tensor([1]))[0], to_pixels(picture(2), 8))
@@ -64,7 +76,9 @@ def test_parquet_in_the_hub_layout(tmp_path: Path, column: str) -> None:
         picture(i).save(buffer, "PNG")
         rows.append({"bytes": buffer.getvalue(), "path": None})
     names = '{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}'
-    table = pa.table({column: rows, "label": [0, 1, 0, 1, 1]}).replace_schema_metadata({"huggingface": names})
+    table = pa.table({column: rows, "label": [0, 1, 0, 1, 1]}).replace_schema_metadata(
+        {"huggingface": names}
+    )
     pq.write_table(table, tmp_path / "train-0.parquet")
     pq.write_table(table.slice(0, 1), tmp_path / "test-0.parquet")
     for source in (tmp_path / "train-0.parquet", tmp_path):  # a folder: the split's files
@@ -132,7 +146,7 @@ def test_missing_packages_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             load_images(source)
 
 
-# ---------------------------------------------------------------------------------------------------------- the order
+# ---------------------------------------------------------------------------------------- the order
 
 
 def order(stream: Stream, steps: range) -> list[int]:
@@ -150,13 +164,17 @@ def test_each_pass_sees_each_image_once_in_a_new_order() -> None:
 def test_any_step_can_be_asked_for_first() -> None:
     whole = order(Stream(numbered(10), 4, seed=3), range(8))
     assert order(Stream(numbered(10), 4, seed=3), range(5, 8)) == whole[20:]
-    assert order(Stream(numbered(3), 8, seed=3), range(2)) == order(Stream(numbered(3), 4, seed=3), range(4))
+    assert order(Stream(numbered(3), 8, seed=3), range(2)) == order(
+        Stream(numbered(3), 4, seed=3), range(4)
+    )
 
 
 def test_ranks_share_the_batch() -> None:
     whole = order(Stream(numbered(10), 4, seed=3), range(5))
     parts = [Stream(numbered(10), 4, seed=3, rank=Rank(i, 2)) for i in range(2)]
-    assert [i for step in range(5) for part in parts for i in order(part, range(step, step + 1))] == whole
+    assert [
+        i for step in range(5) for part in parts for i in order(part, range(step, step + 1))
+    ] == whole
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
         Stream(numbered(10), 4, seed=0, rank=Rank(0, 3))
 
@@ -180,7 +198,9 @@ def test_batches_are_images_in_minus_one_to_one_and_flips_are_repeatable() -> No
 
 
 def test_large_sets_are_decoded_as_they_are_needed(tmp_path: Path) -> None:
-    small, large = (load_images(folder(tmp_path), memory_gb=gb, progress=False) for gb in (1.0, 0.0))
+    small, large = (
+        load_images(folder(tmp_path), memory_gb=gb, progress=False) for gb in (1.0, 0.0)
+    )
     assert isinstance(small, Decoded)
     assert isinstance(large, Encoded)
 

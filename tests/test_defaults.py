@@ -1,4 +1,6 @@
-"""The promise of the issue: `sample(..., solver="heun", nfe=35)` returns a Gaussian's standard deviation, computed exactly."""
+"""The promise of the issue: `sample(..., solver="heun", nfe=35)` returns a Gaussian's standard
+deviation, computed exactly.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,23 @@ import torch
 from problems import PROCESSES, GaussianData, law
 
 from sdeflow.process import Process
-from sdeflow.sampling import DEFAULT_NFE, DEFAULT_SOLVER, sample, solve
-from sdeflow.solvers.auto import Auto
-from sdeflow.solvers.runge_kutta import Heun
+from sdeflow.sampling.api import DEFAULT_NFE, DEFAULT_SOLVER, sample, solve
+from sdeflow.solvers.auto.solver import Auto
+from sdeflow.solvers.ode.runge_kutta import Heun
 
 WITHIN = {"vp": 0.02, "rectified_flow": 0.02, "edm": 0.06}
 
 
 def reached(process: Process, std: float, **how: object) -> float:
-    """The result's standard deviation: the plan of the very solve, with its covariance propagated. The start is noise alone."""
+    """The result's standard deviation: the plan of the very solve, with its covariance propagated.
+    The start is noise alone.
+    """
     solution = solve(GaussianData(process, std=std), shape=(1,), seeds=0, **how)  # type: ignore[arg-type]
     assert solution.plan is not None
     _, s, sigma = solution.plan.grid[0]
     _, result = law(solution.plan, 0.0, std)
-    # `law` starts from the true marginal; samplers start from N(0, sigma^2): deterministic steps only scale it.
+    # `law` starts from the true marginal; samplers start from N(0, sigma^2): deterministic steps
+    # only scale it.
     return result * sigma / math.hypot(s * std, sigma)
 
 

@@ -1,4 +1,6 @@
-"""DEIS, LMS, PNDM and iPNDM: against weights integrated independently, against each other, and where their orders end."""
+"""DEIS, LMS, PNDM and iPNDM: against weights integrated independently, against each other, and
+where their orders end.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ from sdeflow.errors import BudgetError
 from sdeflow.plan.instructions import Combine
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import solve
-from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.sampling.api import solve
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.deis import DEIS, LMS, DEISRungeKutta, EpsMultistep
-from sdeflow.solvers.pndm import ADAMS_BASHFORTH, IPNDM, PNDM, IPNDMv, published_weights
-from sdeflow.solvers.runge_kutta import RK4, Heun
-from sdeflow.solvers.weights import _times
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.deis import DEIS, LMS, DEISRungeKutta, EpsMultistep
+from sdeflow.solvers.ode.pndm import ADAMS_BASHFORTH, IPNDM, PNDM, IPNDMv, published_weights
+from sdeflow.solvers.ode.runge_kutta import RK4, Heun
+from sdeflow.solvers.ode.weights import _times
 
 CLOCK = {"t": "t", "rho": "nsr", "logrho": "lam"}
 MULTISTEP: list[EpsMultistep] = [
@@ -38,7 +40,9 @@ MULTISTEP: list[EpsMultistep] = [
 ]
 
 
-def run(solver: GridSolver, process: Process, times: Tensor, x: Tensor, *, finish: bool = False) -> Tensor:
+def run(
+    solver: GridSolver, process: Process, times: Tensor, x: Tensor, *, finish: bool = False
+) -> Tensor:
     with torch.no_grad():
         return solver.integrate(Reverse(Mixture(process)), x, times, None, finish=finish).x
 
@@ -54,10 +58,12 @@ def in_nsr(process: Process, nsr: Sequence[float] | np.ndarray) -> Tensor:
 
 def between(process: Process, n: int, high: float = 1.5, low: float = 0.1) -> Tensor:
     """`n` steps, equal in lam, over the middle of the path, where it bends."""
-    return process.t_of_lam(torch.linspace(-math.log(high), -math.log(low), n + 1, dtype=torch.float64))
+    return process.t_of_lam(
+        torch.linspace(-math.log(high), -math.log(low), n + 1, dtype=torch.float64)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- the weights
+# -------------------------------------------------------------------------------------- the weights
 
 
 @pytest.mark.parametrize("p", [2, 3, 4])
@@ -73,20 +79,28 @@ def test_lms_integrates_its_polynomial(p: int) -> None:
             if other is not at:
                 basis *= Polynomial([-other.nsr, 1.0]) / (at.nsr - other.nsr)
         whole = basis.integ()
-        assert weight == pytest.approx(t_next.s * (whole(t_next.nsr) - whole(nodes[-1].nsr)), rel=1e-9)
+        assert weight == pytest.approx(
+            t_next.s * (whole(t_next.nsr) - whole(nodes[-1].nsr)), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_tab_integrates_the_papers_kernel(p: int) -> None:
-    r"""On VP: $b_j = s_+ \int \beta(\tau) / (2 s \sigma)\,\ell_j(\tau)\,d\tau$ over the step, by adaptive quadrature."""
+    r"""On VP: $b_j = s_+ \int \beta(\tau) / (2 s \sigma)\,\ell_j(\tau)\,d\tau$ over the step, by
+    adaptive quadrature.
+    """
     process = VP()
-    *nodes, t_next = process.levels(torch.tensor([0.9, 0.75, 0.65, 0.4, 0.25], dtype=torch.float64)[-p - 1 :])
+    *nodes, t_next = process.levels(
+        torch.tensor([0.9, 0.75, 0.65, 0.4, 0.25], dtype=torch.float64)[-p - 1 :]
+    )
     nodes = nodes[::-1]
 
     def kernel(tau: float, j: int) -> float:
         log_s = -0.25 * 19.9 * tau**2 - 0.05 * tau
         basis = math.prod((tau - n.t) / (nodes[j].t - n.t) for i, n in enumerate(nodes) if i != j)
-        return (0.1 + 19.9 * tau) / (2 * math.exp(log_s) * math.sqrt(-math.expm1(2 * log_s))) * basis
+        return (
+            (0.1 + 19.9 * tau) / (2 * math.exp(log_s) * math.sqrt(-math.expm1(2 * log_s))) * basis
+        )
 
     for j, weight in enumerate(DEIS(p, "t").weights(nodes, t_next, process)):
         integral = quad(kernel, nodes[0].t, t_next.t, args=(j,), epsabs=1e-13, epsrel=1e-12)[0]
@@ -95,7 +109,9 @@ def test_tab_integrates_the_papers_kernel(p: int) -> None:
 
 @pytest.mark.parametrize("under", ["from_betas", "from_sde"])
 def test_times_within_a_step_are_those_that_a_search_over_all_of_time_finds(under: str) -> None:
-    """Where a process has no closed form, over short steps and over one from nsr 20 to 0.05, to data and to noise."""
+    """Where a process has no closed form, over short steps and over one from nsr 20 to 0.05, to
+    data and to noise.
+    """
     process = PROCESSES[under]
     u = torch.linspace(0.01, 0.99, 16, dtype=torch.float64)
     for n in (1, 3, 30):
@@ -103,22 +119,33 @@ def test_times_within_a_step_are_those_that_a_search_over_all_of_time_finds(unde
         for a, b in itertools.pairwise(levels):
             for t, t_next in ((a, b), (b, a)):
                 lam = t.lam + u * (t_next.lam - t.lam)
-                torch.testing.assert_close(_times(process, lam, t, t_next), process.t_of_lam(lam), rtol=1e-14, atol=0)
+                torch.testing.assert_close(
+                    _times(process, lam, t, t_next), process.t_of_lam(lam), rtol=1e-14, atol=0
+                )
 
 
 def test_logrho_is_the_form_of_diffusers() -> None:
-    r"""With two nodes: $\int \log(\rho/c)/\log(b/c)\,d\rho = \rho\,(\log(\rho/c) - 1)/\log(b/c)$."""
+    r"""With two nodes:
+    $\int \log(\rho/c)/\log(b/c)\,d\rho = \rho\,(\log(\rho/c) - 1)/\log(b/c)$.
+    """
     process = PROCESSES["vp"]
     c, b, end = process.levels(in_nsr(process, [2.0, 1.1, 0.4]))
 
     def primitive(rho: float, b: float, c: float) -> float:
         return rho * (math.log(rho / c) - 1.0) / math.log(b / c)
 
-    expected = [primitive(end.nsr, *pair) - primitive(b.nsr, *pair) for pair in ((b.nsr, c.nsr), (c.nsr, b.nsr))]
-    assert DEIS(2, "logrho").weights([b, c], end, process) == pytest.approx([end.s * w for w in expected], rel=1e-12)
+    expected = [
+        primitive(end.nsr, *pair) - primitive(b.nsr, *pair)
+        for pair in ((b.nsr, c.nsr), (c.nsr, b.nsr))
+    ]
+    assert DEIS(2, "logrho").weights([b, c], end, process) == pytest.approx(
+        [end.s * w for w in expected], rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("solver", [s for s in MULTISTEP if not (isinstance(s, IPNDMv) and s.p == 4)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [s for s in MULTISTEP if not (isinstance(s, IPNDMv) and s.p == 4)], ids=str
+)
 def test_weights_sum_to_the_whole_step(solver: EpsMultistep) -> None:
     process = PROCESSES["cosine"]
     *nodes, t_next = process.levels(in_nsr(process, [8.0, 3.0, 2.2, 0.7, 0.3][-solver.p - 1 :]))
@@ -129,16 +156,24 @@ def test_weights_sum_to_the_whole_step(solver: EpsMultistep) -> None:
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_constant_weights_are_those_of_equal_steps(p: int) -> None:
     for j, weight in enumerate(ADAMS_BASHFORTH[p - 1]):
-        basis = [Fraction(1)]  # of the polynomial that is 1 at -j and 0 at the other nodes, lowest power first
+        basis = [
+            Fraction(1)
+        ]  # of the polynomial that is 1 at -j and 0 at the other nodes, lowest power first
         for i in set(range(p)) - {j}:
             shifted = [Fraction(0), *basis]
-            basis = [(a + i * b) / (i - j) for a, b in zip(shifted, [*basis, Fraction(0)], strict=True)]
+            basis = [
+                (a + i * b) / (i - j) for a, b in zip(shifted, [*basis, Fraction(0)], strict=True)
+            ]
         assert weight == float(sum(c / (k + 1) for k, c in enumerate(basis)))
 
 
 def test_published_weights_of_ipndm_v() -> None:
-    """Those of diff-sampler: up to three nodes right for equal steps, off elsewhere, and for four nodes not even a mean."""
-    assert published_weights([-0.5] * 4) == pytest.approx([57 / 24, -65 / 24, 43 / 24, -11 / 24], rel=1e-14)
+    """Those of diff-sampler: up to three nodes right for equal steps, off elsewhere, and for four
+    nodes not even a mean.
+    """
+    assert published_weights([-0.5] * 4) == pytest.approx(
+        [57 / 24, -65 / 24, 43 / 24, -11 / 24], rel=1e-14
+    )
     for p in (1, 2, 3):
         assert published_weights([-0.5] * p) == pytest.approx(ADAMS_BASHFORTH[p - 1], rel=1e-14)
     assert published_weights([-1.2, -1.3, -1.5]) == pytest.approx([1.896, -1.272, 0.376], abs=5e-4)
@@ -147,11 +182,13 @@ def test_published_weights_of_ipndm_v() -> None:
     exact = [b / -1.2 for b in IPNDMv(3, exact=True).weights(nodes[::-1], t_next, process)]
     assert exact == pytest.approx([1.808, -1.108, 0.300], abs=5e-4)
     assert sum(published_weights([-1.2, -1.3, -1.5])) == pytest.approx(1.0, rel=1e-14)
-    assert sum(published_weights([-1.0, -2.0, -4.0, -8.0])) == pytest.approx(1.0, rel=1e-14)  # one ratio throughout
+    assert sum(published_weights([-1.0, -2.0, -4.0, -8.0])) == pytest.approx(
+        1.0, rel=1e-14
+    )  # one ratio throughout
     assert abs(sum(published_weights([-1.0, -2.0, -1.0, -2.0])) - 1.0) > 0.05
 
 
-# ------------------------------------------------------------------------------------------------------ one in another
+# ----------------------------------------------------------------------------------- one in another
 
 
 @pytest.mark.parametrize("under", ["vp", "rectified_flow", "edm"])
@@ -167,10 +204,14 @@ def test_deis_is_exponential_adams_in_eps(variable: Any, p: int, under: str) -> 
     )
     member = ExponentialAdams(p, "eps", CLOCK[variable], start_up="orders")  # type: ignore[arg-type]
     expected = run(member, process, times, x, finish=True)
-    torch.testing.assert_close(run(DEIS(p, variable), process, times, x, finish=True), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        run(DEIS(p, variable), process, times, x, finish=True), expected, rtol=1e-12, atol=1e-12
+    )
     if variable == "rho":
         for same in (LMS(p), IPNDMv(p, exact=True)):
-            torch.testing.assert_close(run(same, process, times, x, finish=True), expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                run(same, process, times, x, finish=True), expected, rtol=1e-12, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
@@ -180,7 +221,9 @@ def test_ipndm_is_adams_bashforth_where_steps_are_equal_in_nsr(p: int) -> None:
     x, _ = reference(process, float(times[0]), float(times[-1]))
     expected = run(LMS(p), process, times, x)
     torch.testing.assert_close(run(IPNDM(p), process, times, x), expected, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(run(IPNDMv(p, p == 4), process, times, x), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        run(IPNDMv(p, p == 4), process, times, x), expected, rtol=1e-11, atol=1e-11
+    )
     uneven = warped(process, 11, 4.0, 0.2)
     apart = (run(IPNDM(p), process, uneven, x) - run(LMS(p), process, uneven, x)).abs().max()
     assert (float(apart) > 1e-3) == (p > 1)
@@ -195,7 +238,10 @@ def test_pseudo_runge_kutta_steps_are_runge_kutta_where_t_is_nsr() -> None:
     )
     pair = times[:2]
     torch.testing.assert_close(
-        run(PNDM(4, "heun"), process, pair, x), run(Heun("nsr"), process, pair, x), rtol=1e-13, atol=1e-13
+        run(PNDM(4, "heun"), process, pair, x),
+        run(Heun("nsr"), process, pair, x),
+        rtol=1e-13,
+        atol=1e-13,
     )
     # Elsewhere the middle of a step is another level.
     vp = PROCESSES["vp"]
@@ -206,15 +252,20 @@ def test_pseudo_runge_kutta_steps_are_runge_kutta_where_t_is_nsr() -> None:
 def test_rho_heun_is_edms_sampler() -> None:
     times = grid.karras(EDM(), 10)
     x = 80.0 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.equal(run(DEISRungeKutta("heun"), EDM(), times, x), run(Heun("nsr"), EDM(), times, x))
+    assert torch.equal(
+        run(DEISRungeKutta("heun"), EDM(), times, x), run(Heun("nsr"), EDM(), times, x)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- the orders
+# --------------------------------------------------------------------------------------- the orders
 
 
 @pytest.mark.parametrize(
     ("solver", "under"),
-    [*((solver, "vp") for solver in MULTISTEP), *((solver, "rectified_flow") for solver in MULTISTEP if solver.p == 3)],
+    [
+        *((solver, "vp") for solver in MULTISTEP),
+        *((solver, "rectified_flow") for solver in MULTISTEP if solver.p == 3),
+    ],
     ids=str,
 )
 def test_the_start_bounds_the_order(solver: EpsMultistep, under: str) -> None:
@@ -225,11 +276,16 @@ def test_the_start_bounds_the_order(solver: EpsMultistep, under: str) -> None:
 
 
 def test_pndm_reaches_its_order_where_steps_are_equal() -> None:
-    """On EDM, where t is nsr, with equal steps: Runge-Kutta's start and then Adams-Bashforth, both of order 4."""
+    """On EDM, where t is nsr, with equal steps: Runge-Kutta's start and then Adams-Bashforth, both
+    of order 4.
+    """
     process = EDM()
     for p in (2, 3, 4):
         order = observed_order(
-            lambda n, p=p: error(PNDM(p), process, torch.linspace(1.5, 0.3, n + 1, dtype=torch.float64)), (80, 160)
+            lambda n, p=p: error(
+                PNDM(p), process, torch.linspace(1.5, 0.3, n + 1, dtype=torch.float64)
+            ),
+            (80, 160),
         )
         assert abs(order - p) < 0.2, (p, order)
 
@@ -240,7 +296,9 @@ def test_constant_weights_are_of_order_one_where_steps_jump() -> None:
 
     def jumping(n: int) -> Tensor:
         steps = np.where(np.arange(n) % 2 == 0, 2.0, 1.0)
-        lam = np.concatenate([[0.0], np.cumsum(steps)]) / steps.sum() * math.log(15.0) - math.log(1.5)
+        lam = np.concatenate([[0.0], np.cumsum(steps)]) / steps.sum() * math.log(15.0) - math.log(
+            1.5
+        )
         return process.t_of_lam(torch.from_numpy(lam))
 
     def shown(solver: GridSolver) -> float:
@@ -254,7 +312,7 @@ def test_constant_weights_are_of_order_one_where_steps_jump() -> None:
     assert abs(shown(IPNDMv(4, exact=True)) - 2.0) < 0.3
 
 
-# ------------------------------------------------------------------------------------------------------------- the ends
+# ----------------------------------------------------------------------------------------- the ends
 
 
 @functools.cache
@@ -274,7 +332,11 @@ def test_from_where_no_signal_is_left(solver: GridSolver) -> None:
     process = RectifiedFlow()
     x, exact = fine(process)
     gaps = [
-        float((run(solver, process, grid.uniform_t(process, n + 1), x, finish=True) - exact).norm(dim=1).median())
+        float(
+            (run(solver, process, grid.uniform_t(process, n + 1), x, finish=True) - exact)
+            .norm(dim=1)
+            .median()
+        )
         for n in (10, 20, 40, 80)
     ]
     if solver != IPNDMv(4):  # nsr falls by a changing factor there: see above
@@ -284,7 +346,7 @@ def test_from_where_no_signal_is_left(solver: GridSolver) -> None:
     assert bool(torch.isfinite(back).all())
 
 
-# ------------------------------------------------------------------------------------------------------------- the rest
+# ----------------------------------------------------------------------------------------- the rest
 
 
 @pytest.mark.parametrize(

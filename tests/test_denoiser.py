@@ -1,4 +1,6 @@
-"""The border: every parametrisation of an exact target gives that target's x0, on every path, at every level."""
+"""The border: every parametrisation of an exact target gives that target's x0, on every path, at
+every level.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.overrides import TorchFunctionMode
 
-from sdeflow.denoiser import Denoiser, Preconditioned, Prediction, as_denoiser
+from sdeflow.denoisers import Denoiser, Preconditioned, Prediction, as_denoiser
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
 from sdeflow.targets import Gaussian
 
@@ -32,7 +34,9 @@ def target(process: Process) -> Gaussian:
 
 
 def exact(predicts: str, process: Process) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network that predicts `predicts` of the target under `process` without error, for float64 times."""
+    """The network that predicts `predicts` of the target under `process` without error, for float64
+    times.
+    """
     known = target(process)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -56,7 +60,9 @@ def exact(predicts: str, process: Process) -> Callable[[Tensor, Tensor], Tensor]
 
 
 class Exactly:
-    """Networks are given their times in float32; here they look up the float64 time that it stands for."""
+    """Networks are given their times in float32; here they look up the float64 time that it stands
+    for.
+    """
 
     def __init__(self, network: Callable[..., Tensor], times: Tensor):
         self.network, self.times = network, times
@@ -80,7 +86,7 @@ def states(process: Process, times: Tensor, dtype: torch.dtype = torch.float64) 
     return target(process).sample(len(times), seed=1, t=times, dtype=dtype)
 
 
-# ------------------------------------------------------------------------------------------------- parametrisations
+# --------------------------------------------------------------------------------- parametrisations
 
 
 @every_prediction
@@ -110,22 +116,31 @@ def test_edm_preconditioning_gives_the_targets_x0_on_every_path(path):
         n = torch.tensor(NSRS, dtype=torch.float64)[near.argmin(-1)].reshape(-1, 1, 1, 1)
         r2 = n**2 + sigma_data**2
         noisy = x * r2.sqrt()
-        return (known(noisy, n.flatten()) - sigma_data**2 / r2 * noisy) * r2.sqrt() / (n * sigma_data)
+        return (
+            (known(noisy, n.flatten()) - sigma_data**2 / r2 * noisy) * r2.sqrt() / (n * sigma_data)
+        )
 
     denoiser = Preconditioned(network, sigma_data, shape=SHAPE)
     assert (denoiser.process, denoiser.nsr_range, denoiser.shape) == (EDM(), (0.002, 80.0), SHAPE)
     times = levels(path, *NSRS)
     x = states(path, times)
-    torch.testing.assert_close(denoiser.under(path)(x, times), target(path)(x, times), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        denoiser.under(path)(x, times), target(path)(x, times), rtol=1e-9, atol=1e-9
+    )
 
 
 @every_prediction
 @every_process
 def test_at_equals_call(process, predicts):
-    """For one time, for one time a sample, and in every dtype of state: to rounding of that dtype."""
+    """For one time, for one time a sample, and in every dtype of state: to rounding of that
+    dtype.
+    """
     plain = exact(predicts, process)
     path = RectifiedFlow() if process != RectifiedFlow() else VP()
-    for denoiser in (d := Prediction(plain, predicts, process, nsr_range=(0.02, 30.0)), d.under(path)):
+    for denoiser in (
+        d := Prediction(plain, predicts, process, nsr_range=(0.02, 30.0)),
+        d.under(path),
+    ):
         times = levels(denoiser.process, 0.02, 0.5, 40.0)
         for dtype in (torch.float32, torch.float64):
             x = states(denoiser.process, times, dtype)
@@ -140,7 +155,7 @@ def test_at_equals_call(process, predicts):
             torch.testing.assert_close(denoiser(x, float(t)), called, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------- the range of levels
+# ------------------------------------------------------------------------------ the range of levels
 
 
 class Recorder:
@@ -155,16 +170,22 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    "path", [VP(), Cosine(t_max=1.0), RectifiedFlow(), VE(sigma_max=1e4), Process.from_betas(BETAS)], ids=repr
+    "path",
+    [VP(), Cosine(t_max=1.0), RectifiedFlow(), VE(sigma_max=1e4), Process.from_betas(BETAS)],
+    ids=repr,
 )
 def test_outside_its_range_a_network_is_asked_at_the_nearest_level(path):
-    """From the true end of every path; the state keeps its size in units of sqrt(s^2 + sigma^2), and no signal is fine."""
+    """From the true end of every path; the state keeps its size in units of sqrt(s^2 + sigma^2),
+    and no signal is fine.
+    """
     network = Recorder()
     denoiser = Prediction(network, "x0", EDM(), nsr_range=(0.5, 20.0)).under(path)
-    times = torch.cat([torch.tensor([path.t_max, path.t_min], dtype=torch.float64), levels(path, 3.0)])
+    times = torch.cat(
+        [torch.tensor([path.t_max, path.t_min], dtype=torch.float64), levels(path, 3.0)]
+    )
     x = torch.ones(3, *SHAPE, dtype=torch.float64)
     out = denoiser(x, times)
-    (scaled, t) = network.asked[0]
+    scaled, t = network.asked[0]
     torch.testing.assert_close(t, torch.tensor([20.0, 0.5, 3.0]))
     s, sigma = path.kernel(times)
     size = torch.sqrt(1 + t.double() ** 2) / torch.sqrt(s**2 + sigma**2)
@@ -193,7 +214,9 @@ def test_an_undeclared_range_is_that_of_the_process():
 @pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(t_max=1.0)], ids=repr)
 @every_prediction
 def test_no_signal_is_exact_where_it_can_be_and_finite_elsewhere(path, predicts):
-    """At s = 0 the target's x0 is its mean; eps and score do not determine it, and are asked at a lower level."""
+    """At s = 0 the target's x0 is its mean; eps and score do not determine it, and are asked at a
+    lower level.
+    """
     end = torch.tensor(path.t_max, dtype=torch.float64)
     denoiser = Prediction(exact(predicts, path), predicts, path)
     x = states(path, end.expand(4))
@@ -204,14 +227,21 @@ def test_no_signal_is_exact_where_it_can_be_and_finite_elsewhere(path, predicts)
 
 @pytest.mark.parametrize("predicts", ["eps", "score"])
 def test_eps_and_score_without_signal_raise(predicts):
-    denoiser = Prediction(exact(predicts, RectifiedFlow()), predicts, RectifiedFlow(), nsr_range=(0.0, math.inf))
+    denoiser = Prediction(
+        exact(predicts, RectifiedFlow()), predicts, RectifiedFlow(), nsr_range=(0.0, math.inf)
+    )
     x = torch.ones(2, *SHAPE)
-    for call in (lambda t: denoiser(x, t), lambda t: denoiser.at(torch.tensor([0.5, t], dtype=torch.float64), x)):
-        with pytest.raises(ValueError, match=r"cannot say x0 at t=1, where no signal is left.*declare nsr_range"):
+    for call in (
+        lambda t: denoiser(x, t),
+        lambda t: denoiser.at(torch.tensor([0.5, t], dtype=torch.float64), x),
+    ):
+        with pytest.raises(
+            ValueError, match=r"cannot say x0 at t=1, where no signal is left.*declare nsr_range"
+        ):
             call(1.0)
 
 
-# ------------------------------------------------------------------------------------------------- what networks are given
+# -------------------------------------------------------------------------- what networks are given
 
 
 def test_time_index_is_the_nearest_entry_of_the_table():
@@ -224,7 +254,9 @@ def test_time_index_is_the_nearest_entry_of_the_table():
     assert network.asked[-1][1].tolist() == [0, 1, 499, 499, 500, 999, 999]
     for call in denoiser.at(table.time(index), x):
         call(x)
-    assert [t.tolist() for _, t in network.asked[1:]] == [[i] * len(x) for i in (0, 1, 499, 499, 500, 999, 999)]
+    assert [t.tolist() for _, t in network.asked[1:]] == [
+        [i] * len(x) for i in (0, 1, 499, 499, 500, 999, 999)
+    ]
     # Beyond the table on another path: its first and last entries.
     denoiser.under(EDM())(x[:2], torch.tensor([1e-4, 1e4]))
     assert network.asked[-1][1].tolist() == [0, 999]
@@ -246,7 +278,9 @@ def test_time_may_be_a_function():
     denoiser = Prediction(network, "v", VP(), time=lambda t: 999 * t)
     denoiser(torch.zeros(2, *SHAPE), 0.5)
     assert network.asked[-1][1].tolist() == [499.5, 499.5]
-    denoiser.at(torch.tensor([0.25], dtype=torch.float64), torch.zeros(2, *SHAPE))[0](torch.zeros(2, *SHAPE))
+    denoiser.at(torch.tensor([0.25], dtype=torch.float64), torch.zeros(2, *SHAPE))[0](
+        torch.zeros(2, *SHAPE)
+    )
     assert network.asked[-1][1].tolist() == [249.75, 249.75]
 
 
@@ -280,7 +314,10 @@ def test_modules_get_their_own_dtype_and_states_keep_theirs(weights, state):
             assert called.dtype == prepared.dtype == state
             # The network's output is rounded to its dtype; what is made of it is not.
             torch.testing.assert_close(
-                called, prepared, rtol=4 * torch.finfo(state).eps, atol=1e-6 if state == torch.float32 else 1e-14
+                called,
+                prepared,
+                rtol=4 * torch.finfo(state).eps,
+                atol=1e-6 if state == torch.float32 else 1e-14,
             )
             assert network.seen[-1] == (weights, torch.float32, training, None)
             assert network.training is training
@@ -312,11 +349,13 @@ def test_no_float64_is_touched_in_a_solve_in_float32(weights):
         calls = denoiser.at(times, x)
         with NoFloat64():
             assert all(call(x).dtype == torch.float32 for call in calls)
-    called = Prediction(lambda x, t: x if {x.dtype, t.dtype} == {torch.float32} else None, "eps", flow)
+    called = Prediction(
+        lambda x, t: x if {x.dtype, t.dtype} == {torch.float32} else None, "eps", flow
+    )
     assert called(x, times[0]).dtype == called(x, times[:2]).dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------- conditions
+# --------------------------------------------------------------------------------------- conditions
 
 
 def test_conditions_reach_the_network():
@@ -342,18 +381,23 @@ def test_unknown_conditions_are_explained():
     assert torch.equal(anything.at(t, x + 1, scale=3)[0](x + 1), 3 * (x + 1))
 
 
-# ------------------------------------------------------------------------------------------------- outputs and input
+# -------------------------------------------------------------------------------- outputs and input
 
 
 def test_outputs_of_another_shape_are_explained():
     x = torch.zeros(2, 3, 8, 8)
     double = Prediction(lambda x, t: torch.cat([x, x], 1), "eps", VP())
-    with pytest.raises(ValueError, match=r"\(2, 6, 8, 8\).*twice the channels is a learned variance"):
+    with pytest.raises(
+        ValueError, match=r"\(2, 6, 8, 8\).*twice the channels is a learned variance"
+    ):
         double(x, 0.5)
     with pytest.raises(ValueError, match="learned variance"):
         double.at(torch.tensor([0.5], dtype=torch.float64), x)[0](x)
     with pytest.raises(
-        ValueError, match=r"returned shape \(2, 3\) for a state of shape \(2, 3, 8, 8\); it must return the same"
+        ValueError,
+        match=(
+            r"returned shape \(2, 3\) for a state of shape \(2, 3, 8, 8\); it must return the same"
+        ),
     ):
         Prediction(lambda x, t: x[..., 0, 0], "eps", VP())(x, 0.5)
     with pytest.raises(ValueError, match="returned tuple"):
@@ -368,15 +412,39 @@ def test_outputs_of_another_shape_are_explained():
             ValueError,
             r"unknown prediction 'epsilon'; did you mean 'eps'",
         ),
-        (lambda: Prediction(Recorder(), "eps", VP), TypeError, "the process that the network was trained under"),
-        (lambda: Prediction(Recorder(), "eps", "vp"), TypeError, "the process that the network was trained under"),
+        (
+            lambda: Prediction(Recorder(), "eps", VP),
+            TypeError,
+            "the process that the network was trained under",
+        ),
+        (
+            lambda: Prediction(Recorder(), "eps", "vp"),
+            TypeError,
+            "the process that the network was trained under",
+        ),
         (lambda: Prediction(torch.zeros(2), "eps", VP()), TypeError, "a network is called as"),
         (lambda: Prediction(Recorder(), "eps", VP(), time="index"), ValueError, "from_betas"),
-        (lambda: Prediction(Recorder(), "eps", VP(), time="step"), ValueError, 'time is "continuous", "index"'),
-        (lambda: Prediction(Recorder(), "eps", VP(), nsr_range=(2.0, 1.0)), ValueError, "0 <= low < high"),
-        (lambda: Prediction(Recorder(), "eps", VP(), nsr_range=(-1.0, 1.0)), ValueError, "0 <= low < high"),
+        (
+            lambda: Prediction(Recorder(), "eps", VP(), time="step"),
+            ValueError,
+            'time is "continuous", "index"',
+        ),
+        (
+            lambda: Prediction(Recorder(), "eps", VP(), nsr_range=(2.0, 1.0)),
+            ValueError,
+            "0 <= low < high",
+        ),
+        (
+            lambda: Prediction(Recorder(), "eps", VP(), nsr_range=(-1.0, 1.0)),
+            ValueError,
+            "0 <= low < high",
+        ),
         (lambda: Preconditioned(Recorder(), sigma_data=0.0), ValueError, "sigma_data"),
-        (lambda: as_denoiser(nn.Linear(2, 2), VP()), TypeError, r"what does Linear predict\? Say so: Prediction\("),
+        (
+            lambda: as_denoiser(nn.Linear(2, 2), VP()),
+            TypeError,
+            r"what does Linear predict\? Say so: Prediction\(",
+        ),
         (lambda: as_denoiser(3, VP()), TypeError, "a Denoiser or a score function"),
         (lambda: as_denoiser(lambda x, t: x, None), TypeError, "needs the process"),
     ],
@@ -390,13 +458,15 @@ def test_a_plain_function_is_a_score():
     known = target(VP())
     denoiser = as_denoiser(lambda x, t: known.score(x, t), VP())
     x = states(VP(), levels(VP(), 1.0))
-    torch.testing.assert_close(denoiser(x, levels(VP(), 1.0)), known(x, levels(VP(), 1.0)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        denoiser(x, levels(VP(), 1.0)), known(x, levels(VP(), 1.0)), rtol=1e-5, atol=1e-5
+    )
     assert as_denoiser(known, None) is known
     assert as_denoiser(known, VP()) is known
     assert as_denoiser(known, EDM()).process == EDM()
 
 
-# ------------------------------------------------------------------------------------------------- denoisers of one's own
+# --------------------------------------------------------------------------- denoisers of one's own
 
 
 class Mine(Denoiser):

@@ -1,4 +1,6 @@
-"""The documentation is true: its code runs and prints what it says, its tables are the registry's, its links lead somewhere."""
+"""The documentation is true: its code runs and prints what it says, its tables are the registry's,
+its links lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(
-    r"^(<!-- needs: (?P<needs>\w+) -->\n)?```python\n(?P<code>.*?)^```$(\n\n```text\n(?P<output>.*?)^```$)?",
+    r"^(<!-- needs: (?P<needs>\w+)"
+    r" -->\n)?```python\n(?P<code>.*?)^```$(\n\n```text\n(?P<output>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
@@ -48,13 +51,14 @@ def hooks() -> ModuleType:
     return module
 
 
-# ------------------------------------------------------------------------------------------------------------ the code
+# ----------------------------------------------------------------------------------------- the code
 
 
 def run_block(code: str, names: dict[str, Any], where: str) -> str:
     """Run a block statement by statement, and return what it printed.
 
-    What a `print(...)  # text` prints must be the text, or begin with it where the text ends in "...".
+    What a `print(...)  # text` prints must be the text, or begin with it where the text ends in
+    "...".
     """
     lines, everything = code.splitlines(), ""
     for statement in ast.parse(code).body:
@@ -86,7 +90,9 @@ def run_page(page: Path, ready: frozenset[str] = frozenset()) -> int:
         for needs, code, output in blocks(page):
             if needs is None or needs in ready:
                 printed = run_block(code, module.__dict__, name_of(page))
-                assert output is None or printed.strip() == output.strip(), f"{name_of(page)} shows another output"
+                assert output is None or printed.strip() == output.strip(), (
+                    f"{name_of(page)} shows another output"
+                )
                 ran += 1
     finally:
         del sys.modules[names["__name__"]]
@@ -112,7 +118,9 @@ def test_code_runs_and_prints_what_it_says(page: Path) -> None:
 def test_code_that_needs_the_checkpoint_runs() -> None:
     if not BUNDLED["cifar10"].is_file():
         pytest.skip("no bundled checkpoint")
-    assert run_page(DOCS / "models.md", frozenset({"checkpoint"})) == len(list(blocks(DOCS / "models.md")))
+    assert run_page(DOCS / "models.md", frozenset({"checkpoint"})) == len(
+        list(blocks(DOCS / "models.md"))
+    )
 
 
 def test_a_wrong_comment_is_noticed() -> None:
@@ -126,7 +134,9 @@ def test_every_block_of_code_is_seen() -> None:
         assert len(list(blocks(page))) == page.read_text().count("```python"), name_of(page)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem
+)
 def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     runpy.run_path(str(path), run_name="__main__")
@@ -134,13 +144,15 @@ def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"python examples/{path.name}" in path.read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------- the README
+# --------------------------------------------------------------------------------------- the README
 
 
 def test_readme_commands_are_one_line_each() -> None:
     shell = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(shell) == 2
-    for command, end in zip(shell, (".venv/bin/sdeflow sample", ".venv/bin/python -m pytest"), strict=True):
+    for command, end in zip(
+        shell, (".venv/bin/sdeflow sample", ".venv/bin/python -m pytest"), strict=True
+    ):
         assert command.count("\n") == 1
         assert command.strip().endswith(end)
         assert "-c constraints.txt" in command
@@ -149,7 +161,16 @@ def test_readme_commands_are_one_line_each() -> None:
 
 def test_readme_tour_is_short() -> None:
     tour = (ROOT / "README.md").read_text().split("<!-- tour -->")[1].split("<!-- /tour -->")[0]
-    assert len([line for line in tour.splitlines() if line.strip() and not line.startswith(("```", "#"))]) <= 40
+    assert (
+        len(
+            [
+                line
+                for line in tour.splitlines()
+                if line.strip() and not line.startswith(("```", "#"))
+            ]
+        )
+        <= 40
+    )
 
 
 def test_readme_figures_are_those_of_the_results(hooks: ModuleType) -> None:
@@ -162,9 +183,16 @@ def test_readme_figures_are_those_of_the_results(hooks: ModuleType) -> None:
 
 def test_no_package_index_is_named() -> None:
     hosts = re.compile(
-        r"pypi\.org|pythonhosted|npmjs|unpkg|jsdelivr|cdnjs|download\.pytorch|anaconda|index-url", re.IGNORECASE
+        r"pypi\.org|pythonhosted|npmjs|unpkg|jsdelivr|cdnjs|download\.pytorch|anaconda|index-url",
+        re.IGNORECASE,
     )
-    for path in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "mkdocs.yml", DOCS / "hooks.py", DOCS / "assets" / "math.js"]:
+    for path in [
+        *PAGES,
+        ROOT / "CHANGELOG.md",
+        ROOT / "mkdocs.yml",
+        DOCS / "hooks.py",
+        DOCS / "assets" / "math.js",
+    ]:
         assert not hosts.search(path.read_text()), path
 
 
@@ -179,8 +207,12 @@ def test_commands_that_pages_name_exist(hooks: ModuleType) -> None:
         assert f"## sdeflow {command}\n" in shown, f"there is no command {command!r}"
 
 
-def test_the_worked_example_needs_one_line_more(hooks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class of CONTRIBUTING and its line in the registry: names, table, budget and plan follow."""
+def test_the_worked_example_needs_one_line_more(
+    hooks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class of CONTRIBUTING and its line in the registry: names, table, budget and plan
+    follow.
+    """
     page = ROOT / "CONTRIBUTING.md"
     module = ModuleType("docs.example")
     monkeypatch.setitem(sys.modules, "docs.example", module)
@@ -188,18 +220,24 @@ def test_the_worked_example_needs_one_line_more(hooks: ModuleType, monkeypatch: 
     line = next(line for line in page.read_text().splitlines() if line.startswith("Entry("))
     entry = eval(line.rstrip(","), {"Entry": registry.Entry, **module.__dict__})
     monkeypatch.setitem(registry.SOLVERS, entry.name, entry)
-    row = next(line for line in hooks.solvers("multistep").splitlines() if line.startswith(f"| `{entry.name}` |"))
+    row = next(
+        line
+        for line in hooks.solvers("multistep").splitlines()
+        if line.startswith(f"| `{entry.name}` |")
+    )
     assert f"`{entry.kind.__name__}`" in row
     assert f"`{entry.aliases[0]}`" in row
     target = sdeflow.Gaussian(torch.zeros(2, dtype=torch.float64), std=0.5, process=sdeflow.VP())
-    solution = sdeflow.solve(target, solver=entry.aliases[0], nfe=20, n=3, seeds=0, dtype=torch.float64)
+    solution = sdeflow.solve(
+        target, solver=entry.aliases[0], nfe=20, n=3, seeds=0, dtype=torch.float64
+    )
     assert solution.nfe == 20
     x = sdeflow.SeededNoise([0, 1, 2], (2,)).start().double() * float(sdeflow.VP().level(1.0).sigma)
     textbook = entry.make().textbook(sdeflow.Reverse(target), x, solution.times, None)
     torch.testing.assert_close(solution.x, textbook, rtol=1e-11, atol=1e-11)
 
 
-# -------------------------------------------------------------------------------------------------------- the registry
+# ------------------------------------------------------------------------------------- the registry
 
 
 @pytest.mark.parametrize("name", registry.SOLVERS)
@@ -214,11 +252,17 @@ def test_every_solver_is_documented(name: str, hooks: ModuleType) -> None:
     assert type(solver).__name__ in row
     assert solver.source in row
     if solver.order:
-        assert f"| weak {solver.order} |" in row if solver.stochastic else f"| {solver.order} |" in row
+        assert (
+            f"| weak {solver.order} |" in row if solver.stochastic else f"| {solver.order} |" in row
+        )
 
 
-@pytest.mark.parametrize(("table", "which"), [(registry.GRIDS, "grids"), (registry.PROCESSES, "processes")])
-def test_every_grid_and_process_is_documented(table: dict[str, registry.Entry], which: str, hooks: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("table", "which"), [(registry.GRIDS, "grids"), (registry.PROCESSES, "processes")]
+)
+def test_every_grid_and_process_is_documented(
+    table: dict[str, registry.Entry], which: str, hooks: ModuleType
+) -> None:
     shown = hooks.tables(which)
     for name, entry in table.items():
         assert f"| `{name}` |" in shown
@@ -235,12 +279,14 @@ def test_tables_have_as_many_cells_in_every_row(hooks: ModuleType) -> None:
 
 def test_readme_says_of_accuracy_what_the_results_say() -> None:
     said = re.search(
-        r"in (\d+) of (\d+) cells by the median over samples, and in (\d+) by", (ROOT / "README.md").read_text()
+        r"in (\d+) of (\d+) cells by the median over samples, and in (\d+) by",
+        (ROOT / "README.md").read_text(),
     )
     cells = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())["cells"]
     cells = [cell for cell in cells if 5 <= cell["nfe"] <= 50]
     median, rms = (
-        [cell["ratio"] <= 1 for cell in cells if cell["measure"] == measure] for measure in ("median", "rms")
+        [cell["ratio"] <= 1 for cell in cells if cell["measure"] == measure]
+        for measure in ("median", "rms")
     )
     assert said is not None
     assert [int(number) for number in said.groups()] == [sum(median), len(median), sum(rms)]
@@ -275,7 +321,9 @@ def test_the_tables_count_calls_and_memory(hooks: ModuleType) -> None:
 
 
 def test_names_that_pages_tell_are_registered() -> None:
-    """What stands as `solver="name"` or `grid="name"` in the text of a page is a name, and so are the aliases it promises."""
+    """What stands as `solver="name"` or `grid="name"` in the text of a page is a name, and so are
+    the aliases it promises.
+    """
     text = "\n".join(page.read_text() for page in PAGES)
     for solver in set(re.findall(r"solver=\"([\w:+]+)\"", text)) - {"huen"}:
         registry.solver(solver)
@@ -283,7 +331,9 @@ def test_names_that_pages_tell_are_registered() -> None:
         registry.lookup(registry.GRIDS, "grid", name)
 
 
-def test_results_are_included_as_they_are(hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_included_as_they_are(
+    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hooks, "RESULTS", tmp_path)
     assert "Not measured yet" in hooks.result("speed")
     (tmp_path / "speed.md").write_text(
@@ -295,37 +345,40 @@ def test_results_are_included_as_they_are(hooks: ModuleType, tmp_path: Path, mon
     assert shown.count("](results/speed.png)") == 1
 
 
-def test_floors_point_down(hooks: ModuleType) -> None:
-    shown = hooks.floors()
-    floor = {line.split()[1]: int(line.split()[0]) for line in shown.splitlines()[1:-1]}
-    assert floor["sdeflow/_math.py"] == 0
-    assert (
-        floor["sdeflow/process.py"]
-        < floor["sdeflow/denoiser.py"]
-        < floor["sdeflow/reverse.py"]
-        < floor["sdeflow/plan/plan.py"]
-    )
-    assert (
-        floor["sdeflow/plan/plan.py"]
-        < floor["sdeflow/solvers/base.py"]
-        < floor["sdeflow/registry.py"]
-        < floor["sdeflow/sampling.py"]
-    )
-    assert all(len(line.split()) > 3 for line in shown.splitlines()[1:-1]), "every file says what it is"
+def test_the_list_of_layers_has_every_file_once(hooks: ModuleType) -> None:
+    lines = [line for line in hooks.layers().splitlines()[1:-1] if line]
+    files = [line.split()[0] for line in lines]
+    package = ROOT / "sdeflow"
+    assert sorted(files) == sorted(p.relative_to(package).as_posix() for p in package.rglob("*.py"))
+    order = [
+        "sampling/api.py",
+        "registry.py",
+        "solvers/base.py",
+        "plan/plan.py",
+        "reverse.py",
+        "process/base.py",
+    ]
+    assert sorted(order, key=files.index) == order, "the top of the stack comes first"
+    assert all(len(line.split()) > 2 for line in lines), "every file says what it is"
 
 
-# ---------------------------------------------------------------------------------------------------------- the API
+# ------------------------------------------------------------------------------------------ the API
 
 
 def test_every_public_name_is_documented_and_on_an_api_page() -> None:
     shown = {
-        m for page in (DOCS / "api").glob("*.md") for m in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
+        m
+        for page in (DOCS / "api").glob("*.md")
+        for m in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
     }
     for module in shown:
         assert importlib.import_module(module).__doc__, module
     for path in sorted((ROOT / "sdeflow").rglob("[!_]*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        assert module in shown or "cli" in path.parts or path.stem == "tableaus", f"{module} is on no page of docs/api"
+        private = {"cli", "_utils"} & {*path.parts}
+        assert module in shown or private or path.stem == "tableaus", (
+            f"{module} is on no page of docs/api"
+        )
     for name in sdeflow.__all__:
         thing = getattr(sdeflow, name)
         if name == "__version__":
@@ -361,11 +414,15 @@ def test_changelog_lists_the_numerical_defaults() -> None:
     assert f"`NSR_TOP = {grid.NSR_TOP:g}`" in text
 
 
-# ------------------------------------------------------------------------------------------------------------ the links
+# ---------------------------------------------------------------------------------------- the links
 
 
 def slug(heading: str) -> str:
-    return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", re.sub(r"[`*]|\[|\]\([^)]*\)", "", heading)).strip().lower())
+    return re.sub(
+        r"[\s]+",
+        "-",
+        re.sub(r"[^\w\s-]", "", re.sub(r"[`*]|\[|\]\([^)]*\)", "", heading)).strip().lower(),
+    )
 
 
 def anchors(text: str) -> set[str]:
@@ -376,7 +433,9 @@ def anchors(text: str) -> set[str]:
 def test_links_resolve(page: Path, hooks: ModuleType) -> None:
     inside = page.is_relative_to(DOCS)
     text = hooks.on_page_markdown(page.read_text()) if inside else page.read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)):
+    for target in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    ):
         if target.startswith(("http", "results/")):
             continue
         file, _, anchor = target.partition("#")
@@ -385,11 +444,17 @@ def test_links_resolve(page: Path, hooks: ModuleType) -> None:
             continue  # made when the checkpoint is trained
         assert path.exists(), f"{name_of(page)}: {target}"
         if anchor:
-            assert anchor in anchors(hooks.on_page_markdown(path.read_text())), f"{name_of(page)}: {target}"
+            assert anchor in anchors(hooks.on_page_markdown(path.read_text())), (
+                f"{name_of(page)}: {target}"
+            )
 
 
 def test_navigation_holds_every_page() -> None:
-    listed = set(re.findall(r"- (?:[\w ]+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    listed = set(
+        re.findall(
+            r"- (?:[\w ]+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
+        )
+    )
     assert listed == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
 
 
@@ -403,9 +468,21 @@ def test_site_loads_nothing_from_elsewhere() -> None:
 @pytest.mark.slow
 def test_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     home = (tmp_path / "index.html").read_text()
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', home)
-    assert "sdeflow.solvers.runge_kutta.Heun" in (tmp_path / "api" / "solvers" / "index.html").read_text()
+    assert (
+        "sdeflow.solvers.ode.runge_kutta.Heun"
+        in (tmp_path / "api" / "solvers" / "index.html").read_text()
+    )

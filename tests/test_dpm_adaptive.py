@@ -1,4 +1,6 @@
-"""DPM-Solver-12 and -23: tolerance, order, the controller, independence of batch mates, budgets and what goes wrong."""
+"""DPM-Solver-12 and -23: tolerance, order, the controller, independence of batch mates, budgets and
+what goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,14 @@ from test_adaptive import at, ends, rms, rowwise, run, starts
 from torch import Tensor
 
 from sdeflow import registry
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.process import EDM, VP, Cosine, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import solve
-from sdeflow.solvers.dpm_adaptive import DPMAdaptive
-from sdeflow.solvers.dpm_solver import DPMSolver
-from sdeflow.solvers.exponential import exponential_step
+from sdeflow.sampling.api import solve
+from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
+from sdeflow.solvers.ode.ddim import exponential_step
+from sdeflow.solvers.ode.dpm_solver import DPMSolver
 
 PAIRS = [DPMAdaptive(p=p, frame=frame) for p in (2, 3) for frame in ("eps", "x0")]  # type: ignore[arg-type]
 
@@ -29,7 +31,7 @@ def tight(solver: DPMAdaptive, tol: float) -> DPMAdaptive:
     return replace(solver, rtol=tol, atol=tol)
 
 
-# ------------------------------------------------------------------------------------------------------------ accuracy
+# ----------------------------------------------------------------------------------------- accuracy
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "rectified_flow"])
@@ -48,18 +50,24 @@ def test_error_follows_the_tolerance(name: str, solver: DPMAdaptive) -> None:
 @pytest.mark.parametrize("taylor", [False, True])
 @pytest.mark.parametrize("solver", PAIRS, ids=repr)
 def test_at_fixed_steps_it_is_the_single_step_method(solver: DPMAdaptive, taylor: bool) -> None:
-    """With a tolerance that any step meets and no growth: the same states as `DPMSolver` of its order, and so its order."""
+    """With a tolerance that any step meets and no growth: the same states as `DPMSolver` of its
+    order, and so its order.
+    """
     process = EDM()
     t, t_next = 2.0, 0.3
     x, exact = reference(process, t, t_next, n=6)
     errors = []
     for n in (10, 20):
-        method = replace(tight(solver, 1e6), first_step=math.log(t / t_next) / n, grow=1.0 + 1e-15, taylor=taylor)
+        method = replace(
+            tight(solver, 1e6), first_step=math.log(t / t_next) / n, grow=1.0 + 1e-15, taylor=taylor
+        )
         solution = run(Mixture(process), x, at(t, t_next), method)
         assert solution.statistics["accepted"].tolist() == [n] * 6
         assert solution.nfe == n * solver.p
         fixed = DPMSolver(solver.p, solver.frame, taylor)
-        times = process.t_of_lam(torch.linspace(-math.log(t), -math.log(t_next), n + 1, dtype=torch.float64))
+        times = process.t_of_lam(
+            torch.linspace(-math.log(t), -math.log(t_next), n + 1, dtype=torch.float64)
+        )
         same = fixed.integrate(Reverse(Mixture(process)), x, times, None, finish=False)
         torch.testing.assert_close(solution.x, same.x, rtol=1e-9, atol=1e-9)
         errors.append(float(rms(solution.x - exact).mean()))
@@ -89,15 +97,19 @@ def test_an_attempt_is_that_of_the_paper(solver: DPMAdaptive) -> None:
     run(den, x, ends(process).new_tensor([0.6, 0.01]), replace(solver, first_step=h), on_call=watch)
     assert asked[0][0] == pytest.approx(t.lam)
     assert [lam - t.lam for lam, _ in asked[1:p]] == pytest.approx([r * h for r in ratios])
-    if error <= 1.0:  # the next question is at the end of the step, and the one after it a stage of the next
+    if (
+        error <= 1.0
+    ):  # the next question is at the end of the step, and the one after it a stage of the next
         torch.testing.assert_close(asked[p][1], high, rtol=1e-9, atol=1e-9)
         assert asked[p][0] - t.lam == pytest.approx(h)
-        assert asked[p + 1][0] - asked[p][0] == pytest.approx(ratios[0] * h * min(factor, solver.grow))
+        assert asked[p + 1][0] - asked[p][0] == pytest.approx(
+            ratios[0] * h * min(factor, solver.grow)
+        )
     else:  # it tries again from where it was, without asking for the prediction there anew
         assert asked[p][0] - t.lam == pytest.approx(ratios[0] * h * factor)
 
 
-# ------------------------------------------------------------------------------------------------------- the controller
+# ----------------------------------------------------------------------------------- the controller
 
 
 def test_the_controller() -> None:
@@ -105,7 +117,9 @@ def test_the_controller() -> None:
     assert solver.factor(0.0, 1e-4, False) == solver.grow
     assert solver.factor(1e-300, 1e-4, False) == solver.grow
     assert solver.factor(1e9, 1.0, False) == solver.shrink
-    assert solver.factor(math.nan, 1.0, False) == solver.factor(math.inf, 1.0, False) == solver.shrink
+    assert (
+        solver.factor(math.nan, 1.0, False) == solver.factor(math.inf, 1.0, False) == solver.shrink
+    )
     assert solver.factor(0.5, 1.0, True) == pytest.approx(0.9 * 0.5 ** (-1 / 3))
     assert DPMAdaptive(p=2).factor(2.0, 1.0, False) == pytest.approx(0.9 * 2**-0.5)
 
@@ -113,7 +127,9 @@ def test_the_controller() -> None:
 @pytest.mark.parametrize("solver", PAIRS, ids=repr)
 @pytest.mark.parametrize("name", ["vp", "ve", "rectified_flow"])
 def test_an_error_of_zero_grows_the_step_by_its_bound(name: str, solver: DPMAdaptive) -> None:
-    """A prediction that never changes: steps of .05, .25, 1.25, 2, 2, ... in lam, none refused, and the exact end."""
+    """A prediction that never changes: steps of .05, .25, 1.25, 2, 2, ... in lam, none refused, and
+    the exact end.
+    """
     process = PROCESSES[name]
     point: Problem = Point(process)
     x = starts(process, 3, 2)
@@ -128,7 +144,7 @@ def test_an_error_of_zero_grows_the_step_by_its_bound(name: str, solver: DPMAdap
     torch.testing.assert_close(eps, (x - start.s * Point.value) / start.sigma, rtol=1e-6, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ batch mates and calls
+# ---------------------------------------------------------------------------- batch mates and calls
 
 
 @pytest.mark.parametrize(
@@ -155,7 +171,15 @@ def test_rows_do_not_depend_on_their_batch_to_the_last_bit(
     assert whole.trajectory is not None
     order = torch.randperm(19, generator=torch.Generator().manual_seed(1))
     for rows in (torch.tensor([3]), torch.tensor([18]), torch.tensor([2, 11, 5]), order):
-        part = run(network, x[rows], ends(process, 0.4), solver, {"gain": gain[rows]}, record=True, finish=True)
+        part = run(
+            network,
+            x[rows],
+            ends(process, 0.4),
+            solver,
+            {"gain": gain[rows]},
+            record=True,
+            finish=True,
+        )
         assert torch.equal(part.x, whole.x[rows])
         assert part.trajectory is not None
         assert torch.equal(part.trajectory, whole.trajectory[:, rows])
@@ -166,7 +190,9 @@ def test_rows_do_not_depend_on_their_batch_to_the_last_bit(
 @pytest.mark.parametrize("finish", [False, True])
 @pytest.mark.parametrize("solver", PAIRS, ids=repr)
 def test_calls_are_counted_and_full(solver: DPMAdaptive, finish: bool) -> None:
-    """No call is made for a sample that does not need it: as many forwards as the sample with most calls has."""
+    """No call is made for a sample that does not need it: as many forwards as the sample with most
+    calls has.
+    """
     sizes: list[int] = []
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -212,7 +238,7 @@ def test_conditions_and_watchers_follow_their_samples() -> None:
         assert torch.equal(alone.x[0], whole.x[i])
 
 
-# ------------------------------------------------------------------------------------------------------------ the ends
+# ----------------------------------------------------------------------------------------- the ends
 
 
 @pytest.mark.parametrize("process", [RectifiedFlow(), Cosine(), Cosine(t_max=1.0)], ids=repr)
@@ -234,7 +260,9 @@ def test_there_and_back_again(process: Process) -> None:
     solver = tight(DPMAdaptive(), 1e-5)
     encoded = run(Mixture(process), x, ends(process).flip(0), solver).x
     assert torch.isfinite(encoded).all()
-    torch.testing.assert_close(run(Mixture(process), encoded, ends(process), solver).x, x, rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        run(Mixture(process), encoded, ends(process), solver).x, x, rtol=0, atol=2e-3
+    )
     with pytest.raises(GridError, match="finish=False"):
         run(Mixture(process), x, ends(process).flip(0), solver, finish=True)
 
@@ -243,9 +271,13 @@ def test_there_and_back_again(process: Process) -> None:
 def test_finish_is_the_prediction_and_one_level_will_do(solver: DPMAdaptive) -> None:
     process = VP()
     x = starts(process, 3, 2)
-    stop, end = (run(Mixture(process), x, ends(process), solver, finish=finish) for finish in (False, True))
+    stop, end = (
+        run(Mixture(process), x, ends(process), solver, finish=finish) for finish in (False, True)
+    )
     assert end.nfe == stop.nfe + 1
-    torch.testing.assert_close(end.x, Mixture(process)(stop.x, process.t_min), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        end.x, Mixture(process)(stop.x, process.t_min), rtol=1e-12, atol=1e-12
+    )
     one = run(Mixture(process), x, at(process.t_max), solver, finish=True)
     assert one.nfe == 1
     torch.testing.assert_close(one.x, Mixture(process)(x, process.t_max), rtol=1e-12, atol=1e-12)
@@ -256,7 +288,9 @@ def test_finish_is_the_prediction_and_one_level_will_do(solver: DPMAdaptive) -> 
 
 @pytest.mark.parametrize("solver", PAIRS, ids=repr)
 @pytest.mark.parametrize("upwards", [False, True])
-def test_levels_between_are_read_off_without_shortening_steps(upwards: bool, solver: DPMAdaptive) -> None:
+def test_levels_between_are_read_off_without_shortening_steps(
+    upwards: bool, solver: DPMAdaptive
+) -> None:
     process, solver = VP(), tight(solver, 3e-4)
     times = process.t_of_nsr(at(8.0, 5.0, 1.0, 0.9, 0.2, 0.05))
     times = times.flip(0) if upwards else times
@@ -279,9 +313,13 @@ def test_narrow_states(dtype: torch.dtype) -> None:
     process = EDM()
     x = starts(process, 4, 2, dtype=dtype)
     solution = run(Mixture(process), x, ends(process), tight(DPMAdaptive(), 1e-4), finish=True)
-    exact = run(Mixture(process), x.double(), ends(process), tight(DPMAdaptive(), 1e-5), finish=True).x
+    exact = run(
+        Mixture(process), x.double(), ends(process), tight(DPMAdaptive(), 1e-5), finish=True
+    ).x
     assert solution.x.dtype == dtype
-    assert float((solution.x.double() - exact).abs().max()) < (2e-3 if dtype == torch.float32 else 2e-2)
+    assert float((solution.x.double() - exact).abs().max()) < (
+        2e-3 if dtype == torch.float32 else 2e-2
+    )
 
 
 def test_gradients_flow_through_the_states() -> None:
@@ -294,7 +332,7 @@ def test_gradients_flow_through_the_states() -> None:
     assert torch.allclose(gradient, ratio.expand_as(gradient), rtol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------ what goes wrong
+# ---------------------------------------------------------------------------------- what goes wrong
 
 
 @pytest.mark.parametrize("solver", [DPMAdaptive(), DPMAdaptive(p=2)], ids=repr)
@@ -315,7 +353,10 @@ def test_max_nfe_is_kept_and_what_was_reached_comes_back(solver: DPMAdaptive) ->
         # A state at its own time is on the way: going on from it ends near the same place.
         for i in (~there).nonzero().flatten().tolist():
             rest = run(
-                Mixture(process), partial.x[i : i + 1], at(float(partial.statistics["t"][i]), process.t_min), solver
+                Mixture(process),
+                partial.x[i : i + 1],
+                at(float(partial.statistics["t"][i]), process.t_min),
+                solver,
             )
             torch.testing.assert_close(rest.x[0], full.x[i], rtol=0, atol=5e-3)
     enough = replace(solver, max_nfe=full.nfe)
@@ -348,7 +389,12 @@ def test_an_erratic_network_is_called_stiff_and_says_where() -> None:
 
     x = starts(process, 2, 1)
     with pytest.raises(SolverError, match=r"at t=.*below min_step=0\.01") as caught:
-        run(Prediction(erratic, "x0", process), x, ends(process), replace(tight(DPMAdaptive(), 1e-4), min_step=0.01))
+        run(
+            Prediction(erratic, "x0", process),
+            x,
+            ends(process),
+            replace(tight(DPMAdaptive(), 1e-4), min_step=0.01),
+        )
     assert torch.isfinite(caught.value.partial.x).all()
     assert "in lam" in str(caught.value)
 
@@ -363,7 +409,9 @@ def test_budgets_and_parameters_are_checked() -> None:
 
 
 def test_it_is_known_by_its_names() -> None:
-    assert registry.solver("dpm_adaptive") == registry.solver("sample_dpm_adaptive") == DPMAdaptive()
+    assert (
+        registry.solver("dpm_adaptive") == registry.solver("sample_dpm_adaptive") == DPMAdaptive()
+    )
     assert registry.solver("dpm_solver_12") == DPMAdaptive(p=2)
     solution = solve(Mixture(VP()), solver="dpm_adaptive", n=3, seeds=0)
     assert solution.nfe == int(solution.statistics["nfe"].max())

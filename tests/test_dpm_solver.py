@@ -1,4 +1,6 @@
-"""DPM-Solver and DPM-Solver++: what they are equal to, the orders that a budget is spent on, and the shape of their plans."""
+"""DPM-Solver and DPM-Solver++: what they are equal to, the orders that a budget is spent on, and
+the shape of their plans.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +16,42 @@ from sdeflow import grid, registry
 from sdeflow.plan.instructions import Call, Combine
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import solve
-from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.sampling.api import solve
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.dpm_solver import DPMSolver, DPMSolverPP, step_order
-from sdeflow.solvers.exponential import DDIM, exponential_step
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.ddim import DDIM, exponential_step
+from sdeflow.solvers.ode.dpm_solver import DPMSolver, DPMSolverPP, step_order
 
 
 def run(solver: GridSolver, process: Process, times: Tensor, *, finish: bool = False) -> Tensor:
     level = process.level(float(times[0]))
     rng = torch.Generator().manual_seed(0)
-    x0, eps = torch.from_numpy(Mixture.draw(5, 0)), torch.randn(5, 2, generator=rng, dtype=torch.float64)
+    x0, eps = (
+        torch.from_numpy(Mixture.draw(5, 0)),
+        torch.randn(5, 2, generator=rng, dtype=torch.float64),
+    )
     x = level.s * x0 + level.sigma * eps
     return solver.integrate(Reverse(Mixture(process)), x, times, None, finish=finish).x
 
 
-def same(a: GridSolver, b: GridSolver, process: Process, times: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(run(a, process, times), run(b, process, times), rtol=tolerance, atol=tolerance)
+def same(
+    a: GridSolver, b: GridSolver, process: Process, times: Tensor, tolerance: float = 1e-12
+) -> None:
+    torch.testing.assert_close(
+        run(a, process, times), run(b, process, times), rtol=tolerance, atol=tolerance
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- identities
+# --------------------------------------------------------------------------------------- identities
 
 
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow"])
 @pytest.mark.parametrize("frame", ["x0", "eps"])
 @pytest.mark.parametrize("p", [1, 2, 3])
 @pytest.mark.parametrize("lower_final", [False, True])
-def test_multistep_with_exact_weights_is_exponential_adams(p: int, frame: str, lower_final: bool, under: str) -> None:
+def test_multistep_with_exact_weights_is_exponential_adams(
+    p: int, frame: str, lower_final: bool, under: str
+) -> None:
     process = PROCESSES[under]
     ours = DPMSolverPP(p, "heun", 1.0, frame, lower_final)  # type: ignore[arg-type]
     theirs = ExponentialAdams(p, frame, "lam", start_up="orders", lower_final=lower_final)  # type: ignore[arg-type]
@@ -64,7 +75,9 @@ def test_published_weights_are_not_the_exact_ones() -> None:
 @pytest.mark.parametrize("taylor", [False, True])
 @pytest.mark.parametrize("p", [1, 2, 3])
 def test_single_steps_are_the_formulas_of_the_papers(p: int, taylor: bool, frame: str) -> None:
-    """`exponential_step` has them as they are written, in `F`; a step of ours has them in differences of predictions."""
+    """`exponential_step` has them as they are written, in `F`; a step of ours has them in
+    differences of predictions.
+    """
     process = VP()
     times = warped(process, 3)
     rng = torch.Generator().manual_seed(1)
@@ -74,30 +87,43 @@ def test_single_steps_are_the_formulas_of_the_papers(p: int, taylor: bool, frame
     written = x
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         a, b = process.level(t), process.level(t_next)
-        written = exponential_step(reverse, written, reverse(written, a), a, b, ratios, frame, taylor, parabola=taylor)
-    ours = DPMSolver(p, frame, taylor).integrate(Reverse(Mixture(process)), x, times, None, finish=False)  # type: ignore[arg-type]
+        written = exponential_step(
+            reverse, written, reverse(written, a), a, b, ratios, frame, taylor, parabola=taylor
+        )
+    ours = DPMSolver(p, frame, taylor).integrate(
+        Reverse(Mixture(process)), x, times, None, finish=False
+    )  # type: ignore[arg-type]
     torch.testing.assert_close(ours.x, written, rtol=1e-11, atol=1e-12)
     assert ours.nfe == reverse.nfe == 3 * p
 
 
 def test_order_one_is_ddim_in_every_form() -> None:
     process, times = RectifiedFlow(), warped(RectifiedFlow(), 6)
-    for solver in (DPMSolver(1), DPMSolver(1, "x0", stages="grid"), DPMSolverPP(1), DPMSolverPP(1, frame="eps")):
+    for solver in (
+        DPMSolver(1),
+        DPMSolver(1, "x0", stages="grid"),
+        DPMSolverPP(1),
+        DPMSolverPP(1, frame="eps"),
+    ):
         same(solver, DDIM(), process, times)
 
 
 @pytest.mark.parametrize("p", [2, 3])
 @pytest.mark.parametrize("frame", ["x0", "eps"])
 @pytest.mark.parametrize("taylor", [False, True])
-def test_stages_at_levels_are_the_stages_within_where_the_grid_is_even(p: int, taylor: bool, frame: str) -> None:
+def test_stages_at_levels_are_the_stages_within_where_the_grid_is_even(
+    p: int, taylor: bool, frame: str
+) -> None:
     process = VP()
     lam = torch.linspace(-2.0, 2.5, 4 * p + 1, dtype=torch.float64)
     times = process.t_of_lam(lam)
     fast, inner = (DPMSolver(p, frame, taylor, stages) for stages in ("grid", "inner"))  # type: ignore[arg-type]
-    torch.testing.assert_close(run(fast, process, times), run(inner, process, times[::p]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        run(fast, process, times), run(inner, process, times[::p]), rtol=1e-9, atol=1e-9
+    )
 
 
-# ------------------------------------------------------------------------------------------------- "DPM-Solver-fast"
+# -------------------------------------------------------------------------------- "DPM-Solver-fast"
 
 
 def orders(p: int, steps: int) -> list[int]:
@@ -109,14 +135,18 @@ def orders(p: int, steps: int) -> list[int]:
 
 
 def papers(nfe: int) -> list[int]:
-    """DPM-Solver-fast, section 3.4: as many steps of order 3 as can be, and one or two of lower order."""
+    """DPM-Solver-fast, section 3.4: as many steps of order 3 as can be, and one or two of lower
+    order.
+    """
     k = nfe // 3 + 1
     return [3] * (k - 2) + [2, 1] if nfe % 3 == 0 else [3] * (k - 1) + [nfe % 3]
 
 
 @pytest.mark.parametrize("nfe", range(1, 41))
 def test_a_budget_is_spent_as_in_the_paper(nfe: int) -> None:
-    """The step to zero noise is one of order 1; a budget that is 2 more than a multiple of 3 has no such step in the paper."""
+    """The step to zero noise is one of order 1; a budget that is 2 more than a multiple of 3 has no
+    such step in the paper.
+    """
     spent = [*orders(3, nfe - 1), 1]
     assert sum(spent) == nfe
     if nfe % 3 != 2:
@@ -128,7 +158,9 @@ def test_a_budget_is_spent_as_in_the_paper(nfe: int) -> None:
 
 @pytest.mark.parametrize("frame", ["eps", "x0"])
 def test_the_plan_takes_the_orders_of_the_distribution(frame: str) -> None:
-    """A step starts where a combination takes up the last state that is kept: as many intervals later as its order."""
+    """A step starts where a combination takes up the last state that is kept: as many intervals
+    later as its order.
+    """
     solver, process = DPMSolver(3, frame, stages="grid"), VP()  # type: ignore[arg-type]
     for steps in range(1, 15):
         times = warped(process, steps)
@@ -148,7 +180,9 @@ def test_the_plan_takes_the_orders_of_the_distribution(frame: str) -> None:
 
 
 def test_a_start_without_signal_is_one_step_of_order_one() -> None:
-    """From rectified flow's t = 1 the first interval is DDIM's, and the distribution starts after it."""
+    """From rectified flow's t = 1 the first interval is DDIM's, and the distribution starts after
+    it.
+    """
     process = RectifiedFlow()
     times = torch.tensor([1.0, 0.9, 0.7, 0.45, 0.2], dtype=torch.float64)
     solver = DPMSolver(3, stages="grid")
@@ -159,7 +193,7 @@ def test_a_start_without_signal_is_one_step_of_order_one() -> None:
     assert bool(torch.isfinite(run(solver, process, times.flip(0))).all())
 
 
-# ------------------------------------------------------------------------------------------------------------- plans
+# -------------------------------------------------------------------------------------------- plans
 
 
 LEAN = {
@@ -182,9 +216,13 @@ def test_a_call_is_one_short_combination(name: str, under: str) -> None:
     assert max(len(i.terms) for i in combinations) == LEAN[name]
 
 
-@pytest.mark.parametrize("solver", [DPMSolver(3), DPMSolver(3, "x0", True), DPMSolver(3, taylor=True, stages="grid")])
+@pytest.mark.parametrize(
+    "solver", [DPMSolver(3), DPMSolver(3, "x0", True), DPMSolver(3, taylor=True, stages="grid")]
+)
 def test_steps_across_all_noise_have_finite_weights(solver: GridSolver) -> None:
-    """One step from nsr 1000 to 0.001: every weight is finite and those of a state are what they should be."""
+    """One step from nsr 1000 to 0.001: every weight is finite and those of a state are what they
+    should be.
+    """
     process = EDM()
     times = torch.tensor([1000.0, 30.0, 1.0, 1e-3], dtype=torch.float64)
     times = times if isinstance(solver, DPMSolver) and solver.stages == "grid" else times[[0, -1]]
@@ -199,16 +237,19 @@ def test_steps_across_all_noise_have_finite_weights(solver: GridSolver) -> None:
 
 @pytest.mark.parametrize("nfe", range(1, 31))
 @pytest.mark.parametrize(
-    "name", ["dpm_solver_fast", "dpmpp_2s_fast", "dpmpp_3s_fast", "dpmpp_2m", "dpmpp_3m", "dpm_solver_3m"]
+    "name",
+    ["dpm_solver_fast", "dpmpp_2s_fast", "dpmpp_3s_fast", "dpmpp_2m", "dpmpp_3m", "dpm_solver_3m"],
 )
 def test_every_budget_is_spent_and_stable(name: str, nfe: int) -> None:
-    solution = solve(Mixture(VP()), solver=name, nfe=nfe, grid="uniform_lam", seeds=range(8), dtype=torch.float64)
+    solution = solve(
+        Mixture(VP()), solver=name, nfe=nfe, grid="uniform_lam", seeds=range(8), dtype=torch.float64
+    )
     assert solution.nfe == nfe
     if nfe > (6 if solution.solver.frame == "eps" else 3):  # type: ignore[union-attr]  # eps extrapolates by e^h
         assert float(solution.x.abs().max()) < 6.0
 
 
-# ------------------------------------------------------------------------------------------------------------ orders
+# ------------------------------------------------------------------------------------------- orders
 
 
 def errors(solver: GridSolver, counts: Sequence[int]) -> list[float]:
@@ -248,7 +289,9 @@ def test_orders_where_the_start_shows(solver: GridSolver, order: int, odd: int) 
 
 
 def test_kappa_bounds_the_order_whatever_the_start() -> None:
-    """Given the exact predictions of the past, one step is of order 3 with kappa = 1 alone: a parabola is met exactly."""
+    """Given the exact predictions of the past, one step is of order 3 with kappa = 1 alone: a
+    parabola is met exactly.
+    """
     process = VP()
     lam = torch.tensor([-0.5, -0.2, 0.05, 0.3], dtype=torch.float64)
     levels = process.levels(process.t_of_lam(lam))
@@ -260,14 +303,17 @@ def test_kappa_bounds_the_order_whatever_the_start() -> None:
     h = t_next.lam - t.lam
     u = torch.linspace(0.0, 1.0, 20001, dtype=torch.float64)
     v = t.lam + u * h
-    exact = float(torch.trapezoid(h * torch.exp(-(1 - u) * h) * (1.0 + 2.0 * v - 1.5 * v * v), u)) * t_next.s
+    exact = (
+        float(torch.trapezoid(h * torch.exp(-(1 - u) * h) * (1.0 + 2.0 * v - 1.5 * v * v), u))
+        * t_next.s
+    )
     for kappa, meets in ((1.0, True), (0.5, False)):
         weights = DPMSolverPP(3, kappa=kappa)._weights(levels[2::-1], t_next)
         got = sum(w * f(level.lam) for w, level in zip(weights, levels[2::-1], strict=True))
         assert (abs(got - exact) < 1e-8) is meets
 
 
-# ----------------------------------------------------------------------------------------------------- names and values
+# --------------------------------------------------------------------------------- names and values
 
 
 @pytest.mark.parametrize(

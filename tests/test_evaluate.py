@@ -1,4 +1,5 @@
-"""Evaluation: scores from any source, the same on any number of processes; results that say how they were made; clear errors.
+"""Evaluation: scores from any source, the same on any number of processes; results that say how
+they were made; clear errors.
 
 The feature network is a small random one, saved as the bundled one is.
 """
@@ -29,13 +30,12 @@ from PIL import Image
 from torch import Tensor
 
 import sdeflow
+from sdeflow._utils.distributed import Rank
 from sdeflow.cli import main
-from sdeflow.data import Decoded
-from sdeflow.distributed import Rank
 from sdeflow.errors import CheckpointError, MissingExtraError, SdeflowError, UnknownNameError
-from sdeflow.evaluation import features
-from sdeflow.evaluation.drawn import Sampling, drawn
-from sdeflow.evaluation.features import (
+from sdeflow.evaluation.api import Evaluation, compare, evaluate
+from sdeflow.evaluation.features import base as features
+from sdeflow.evaluation.features.base import (
     CifarFeatures,
     CifarNet,
     CifarNetConfig,
@@ -44,22 +44,25 @@ from sdeflow.evaluation.features import (
     file_sha256,
     save_cifar_net,
 )
-from sdeflow.evaluation.metrics import Statistics, frechet_distance, precision_recall
-from sdeflow.evaluation.reference import Measured, measure, open_pictures
-from sdeflow.evaluation.run import Evaluation, compare, evaluate
-from sdeflow.execution.compiled import CompileWarning
-from sdeflow.generate import shards
+from sdeflow.evaluation.measure import FeatureStatistics, measure, open_images
+from sdeflow.evaluation.metrics.base import Statistics, frechet_distance, precision_recall
+from sdeflow.evaluation.sampled import Sampling, drawn
+from sdeflow.images import shards
+from sdeflow.images.datasets import Decoded
 from sdeflow.models import UNet, UNetConfig
 from sdeflow.models.checkpoint import save_model, write_tensors
 from sdeflow.process import VP
-from sdeflow.sampling import solve
+from sdeflow.sampling.api import solve
+from sdeflow.sampling.cuda_graphs import CompileWarning
 from sdeflow.targets import GaussianMixture
 
 NAMES = ("ant", "bee", "cat")
 
 
 def pixels(seed: int, n: int, size: int = 8) -> Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def small(seed: int = 0) -> CifarNet:
@@ -79,7 +82,9 @@ def net(weights: Path) -> CifarFeatures:
     return CifarFeatures(weights)
 
 
-def folder(path: Path, images: Tensor, labels: Tensor | None = None, size: int = 8, **settings: Any) -> Path:
+def folder(
+    path: Path, images: Tensor, labels: Tensor | None = None, size: int = 8, **settings: Any
+) -> Path:
     """A folder as `sdeflow generate` writes it."""
     n, (height, width) = len(images), images.shape[2:]
     labels = torch.arange(n) % 3 if labels is None else labels
@@ -104,14 +109,19 @@ def pngs(path: Path, images: Tensor) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------- the extractors
+# ----------------------------------------------------------------------------------- the extractors
 
 
 def test_the_network_is_stored_in_half_precision_and_read_back(tmp_path: Path) -> None:
     network = small()
     save_cifar_net(tmp_path / "net.safetensors", network, class_names=NAMES, card={"accuracy": 0.9})
     stored = CifarFeatures(tmp_path / "net.safetensors")
-    assert (stored.name, stored.score, stored.dim, stored.num_classes) == ("cifar10_features", "fd_cifar", 16, 3)
+    assert (stored.name, stored.score, stored.dim, stored.num_classes) == (
+        "cifar10_features",
+        "fd_cifar",
+        16,
+        3,
+    )
     assert (stored.class_names, stored.card["accuracy"]) == (NAMES, 0.9)
     assert stored.sha256 == file_sha256(tmp_path / "net.safetensors") == stored.describe()["sha256"]
     x = pixels(0, 5)
@@ -142,7 +152,9 @@ def test_other_sizes_are_resized_and_grey_is_made_three_channels(net: CifarFeatu
     [(torch.zeros(2, 3, 8, 8), TypeError, "uint8"), (torch.zeros(2, 2, 8, 8, dtype=torch.uint8), ValueError, r"\[B, 3, H, W\]"),
      (torch.zeros(3, 8, 8, dtype=torch.uint8), ValueError, r"\[B, 3, H, W\]")],
 )  # fmt: skip
-def test_what_is_no_picture_is_refused(net: CifarFeatures, images: Tensor, error: type[Exception], said: str) -> None:
+def test_what_is_no_picture_is_refused(
+    net: CifarFeatures, images: Tensor, error: type[Exception], said: str
+) -> None:
     with pytest.raises(error, match=said):
         net(images)
 
@@ -165,7 +177,12 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
     write_tensors(tmp_path / "state", {"x": torch.zeros(1)}, {"format": "sdeflow-training-1"})
     with pytest.raises(CheckpointError, match="not a feature network"):
         CifarFeatures(tmp_path / "state")
-    facts = {"format": features.CIFAR_FORMAT, "config": {"widths": [4]}, "class_names": [], "card": {}}
+    facts = {
+        "format": features.CIFAR_FORMAT,
+        "config": {"widths": [4]},
+        "class_names": [],
+        "card": {},
+    }
     write_tensors(tmp_path / "misfit", {"x": torch.zeros(1)}, facts)
     with pytest.raises(CheckpointError, match="does not fit"):
         CifarFeatures(tmp_path / "misfit")
@@ -175,7 +192,7 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
         extractor("fd_cifr")
 
 
-# ------------------------------------------------------------------------------------------------------------ Inception
+# ---------------------------------------------------------------------------------------- Inception
 
 
 class Stand(torch.nn.Module):
@@ -192,7 +209,9 @@ class Stand(torch.nn.Module):
 
 @pytest.fixture
 def fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A torch-fidelity of which only the names are real, and a file of weights with the known hash."""
+    """A torch-fidelity of which only the names are real, and a file of weights with the known
+    hash.
+    """
     module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.URL_INCEPTION_V3 = "https://example.invalid/weights-6726825d.pth"  # type: ignore[attr-defined]
     module.FeatureExtractorInceptionV3 = Stand  # type: ignore[attr-defined]
@@ -246,12 +265,17 @@ def test_inception_is_fetched_once_and_a_failure_names_both_ways_out(
     assert len(fetched) == 3
 
 
-def test_without_torch_fidelity_the_command_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_fidelity_the_command_to_install_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     original = builtins.__import__
 
     for failure, said in (
         (ImportError("gone"), r"the metric fid needs torch-fidelity.*pip install 'sdeflow\[fid\]'"),
-        (RuntimeError("operator torchvision::nms does not exist"), "cannot be imported.*nms.*install the two together"),
+        (
+            RuntimeError("operator torchvision::nms does not exist"),
+            "cannot be imported.*nms.*install the two together",
+        ),
     ):
 
         def refuse(name: str, *rest: Any, failure: Exception = failure, **named: Any) -> Any:
@@ -269,10 +293,12 @@ def test_the_known_hash_is_that_of_the_files_name() -> None:
     assert features.INCEPTION_SHA256.startswith("6726825d")
 
 
-# ---------------------------------------------------------------------------------------------------------- the sources
+# -------------------------------------------------------------------------------------- the sources
 
 
-def test_every_source_of_the_same_pictures_measures_the_same(net: CifarFeatures, tmp_path: Path) -> None:
+def test_every_source_of_the_same_pictures_measures_the_same(
+    net: CifarFeatures, tmp_path: Path
+) -> None:
     images, labels = pixels(2, 21), torch.arange(21) % 3
     np.savez(tmp_path / "a.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
     sources: list[Any] = [
@@ -285,7 +311,7 @@ def test_every_source_of_the_same_pictures_measures_the_same(net: CifarFeatures,
         Decoded(images, labels),
         [(image, int(label)) for image, label in zip(images, labels, strict=True)],
     ]
-    found = [measure(open_pictures(source, batch_size=4), [net])[0] for source in sources]
+    found = [measure(open_images(source, batch_size=4), [net])[0] for source in sources]
     for other in found[1:]:
         assert other.facts["pictures_sha256"] == found[0].facts["pictures_sha256"]
         assert other.statistics.n == 21
@@ -294,18 +320,27 @@ def test_every_source_of_the_same_pictures_measures_the_same(net: CifarFeatures,
     assert [a is None for a in accurate] == [True, True, False, False, True, False, False, False]
     expected = float((net.logits(net(images)).argmax(1) == labels).double().mean())
     assert {a for a in accurate if a is not None} == {expected}
-    shuffled = measure(open_pictures(images.flip(0)), [net])[0]
+    shuffled = measure(open_images(images.flip(0)), [net])[0]
     assert shuffled.facts["pictures_sha256"] == found[0].facts["pictures_sha256"]
-    assert measure(open_pictures(images[1:]), [net])[0].facts["pictures_sha256"] != found[0].facts["pictures_sha256"]
+    assert (
+        measure(open_images(images[1:]), [net])[0].facts["pictures_sha256"]
+        != found[0].facts["pictures_sha256"]
+    )
 
 
 def test_the_first_n_are_the_same_whatever_the_source(net: CifarFeatures, tmp_path: Path) -> None:
     images = pixels(3, 20)
     np.savez(tmp_path / "a.npz", images=images.permute(0, 2, 3, 1).numpy())
-    sources = [images, images.split(6), folder(tmp_path / "run", images), Decoded(images), tmp_path / "a.npz"]
-    expected = measure(open_pictures(images[:11]), [net])[0].facts["pictures_sha256"]
+    sources = [
+        images,
+        images.split(6),
+        folder(tmp_path / "run", images),
+        Decoded(images),
+        tmp_path / "a.npz",
+    ]
+    expected = measure(open_images(images[:11]), [net])[0].facts["pictures_sha256"]
     for source in sources:
-        found = measure(open_pictures(source, n=11, batch_size=4), [net])[0]
+        found = measure(open_images(source, n=11, batch_size=4), [net])[0]
         assert (found.statistics.n, found.facts["pictures_sha256"]) == (11, expected)
 
 
@@ -314,9 +349,11 @@ def test_processes_share_each_source_without_gaps_or_doubles(tmp_path: Path) -> 
     np.savez(tmp_path / "a.npz", images=images.permute(0, 2, 3, 1).numpy())
     for source in (folder(tmp_path / "run", images), Decoded(images), tmp_path / "a.npz"):
         for n in (None, 17):
-            opened = [open_pictures(source, n=n, batch_size=4, rank=Rank(i, 3)) for i in range(3)]
+            opened = [open_images(source, n=n, batch_size=4, rank=Rank(i, 3)) for i in range(3)]
             none = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
-            seen = [torch.cat([none, *(part for part, _ in pictures.batches)]) for pictures in opened]
+            seen = [
+                torch.cat([none, *(part for part, _ in pictures.batches)]) for pictures in opened
+            ]
             together = torch.cat(seen)
             assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, images[:n].numpy()))
             assert max(map(len, seen)) < len(together)
@@ -335,9 +372,11 @@ def test_processes_share_each_source_without_gaps_or_doubles(tmp_path: Path) -> 
         (7, TypeError, "__len__"),
     ],
 )
-def test_what_gives_no_pictures_is_told(net: CifarFeatures, source: Any, error: type[Exception], said: str) -> None:
+def test_what_gives_no_pictures_is_told(
+    net: CifarFeatures, source: Any, error: type[Exception], said: str
+) -> None:
     with pytest.raises(error, match=said):
-        measure(open_pictures(source), [net])
+        measure(open_images(source), [net])
 
 
 def test_an_unfinished_or_damaged_folder_is_told(weights: Path, tmp_path: Path) -> None:
@@ -350,41 +389,53 @@ def test_an_unfinished_or_damaged_folder_is_told(weights: Path, tmp_path: Path) 
         evaluate(run, pixels(6, 9), ("fd_cifar",), cifar_weights=weights)
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(ValueError, match="holds no pictures"):
-        open_pictures(tmp_path / "file.txt")
+        open_images(tmp_path / "file.txt")
 
 
-# ------------------------------------------------------------------------------------------------- reference statistics
+# ----------------------------------------------------------------------------- reference statistics
 
 
-def test_statistics_are_kept_with_their_provenance_and_read_back(net: CifarFeatures, tmp_path: Path) -> None:
-    [found] = measure(open_pictures(pixels(7, 40)), [net], features=["fd_cifar"])
+def test_statistics_are_kept_with_their_provenance_and_read_back(
+    net: CifarFeatures, tmp_path: Path
+) -> None:
+    [found] = measure(open_images(pixels(7, 40)), [net], features=["fd_cifar"])
     found.save(tmp_path / "a.safetensors")
-    again = Measured.load(tmp_path / "a.safetensors")
+    again = FeatureStatistics.load(tmp_path / "a.safetensors")
     assert torch.equal(again.statistics.scatter, found.statistics.scatter)
     assert torch.equal(again.statistics.mean, found.statistics.mean)
     assert torch.equal(again.features, found.features)  # type: ignore[arg-type]
     assert again.facts == found.facts
-    assert {"source", "pictures_sha256", "n", "shape", "extractor", "version", "torch", "machine", "date"} <= set(
-        again.facts
-    )
+    assert {
+        "source",
+        "pictures_sha256",
+        "n",
+        "shape",
+        "extractor",
+        "version",
+        "torch",
+        "machine",
+        "date",
+    } <= set(again.facts)
     assert again.facts["extractor"]["resize"] == net.resize
     assert frechet_distance(again.statistics, found.statistics) < 1e-12
 
 
-def test_missing_damaged_or_other_statistics_are_told(net: CifarFeatures, weights: Path, tmp_path: Path) -> None:
+def test_missing_damaged_or_other_statistics_are_told(
+    net: CifarFeatures, weights: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     with pytest.raises(CheckpointError, match="there are no statistics at"):
         evaluate(pixels(0, 5), file, ("fd_cifar",), cifar_weights=weights)
-    measure(open_pictures(pixels(7, 40)), [net])[0].save(file)
+    measure(open_images(pixels(7, 40)), [net])[0].save(file)
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     (tmp_path / "flipped.safetensors").write_bytes(content)
     (tmp_path / "cut.safetensors").write_bytes(content[:-5])
     for name in ("flipped", "cut"):
         with pytest.raises(CheckpointError, match="damaged"):
-            Measured.load(tmp_path / f"{name}.safetensors")
+            FeatureStatistics.load(tmp_path / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match="no statistics of pictures"):
-        Measured.load(weights)
+        FeatureStatistics.load(weights)
     with pytest.raises(CheckpointError, match="hold no features"):
         evaluate(pixels(0, 5), file, ("precision",), cifar_weights=weights)
     save_cifar_net(tmp_path / "other", small(1))
@@ -392,7 +443,9 @@ def test_missing_damaged_or_other_statistics_are_told(net: CifarFeatures, weight
         evaluate(pixels(0, 5), file, ("fd_cifar",), cifar_weights=tmp_path / "other")
 
 
-def test_a_reference_is_measured_once(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_is_measured_once(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, keep = pngs(tmp_path / "real", pixels(8, 30)), tmp_path / "stats"
     named = {"statistics": keep, "cifar_weights": weights}
     first = evaluate(pixels(9, 20), source, ("fd_cifar",), **named)  # type: ignore[arg-type]
@@ -410,7 +463,9 @@ def test_a_reference_is_measured_once(weights: Path, tmp_path: Path, monkeypatch
     with pytest.raises(SdeflowError, match="holds the statistics of"):
         evaluate(pixels(9, 20), tmp_path / "else", ("fd_cifar",), **named)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="there are no statistics"):
-        evaluate(pixels(9, 20), None, ("fd_cifar",), statistics=tmp_path / "empty", cifar_weights=weights)
+        evaluate(
+            pixels(9, 20), None, ("fd_cifar",), statistics=tmp_path / "empty", cifar_weights=weights
+        )
     with pytest.raises(ValueError, match="a path or a name"):
         evaluate(pixels(9, 20), pixels(8, 30), ("fd_cifar",), **named)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a reference is needed"):
@@ -420,7 +475,7 @@ def test_a_reference_is_measured_once(weights: Path, tmp_path: Path, monkeypatch
 def test_a_full_disk_leaves_the_old_statistics(
     net: CifarFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [found] = measure(open_pictures(pixels(7, 40)), [net])
+    [found] = measure(open_images(pixels(7, 40)), [net])
     found.save(tmp_path / "a.safetensors")
     before = (tmp_path / "a.safetensors").read_bytes()
 
@@ -437,10 +492,12 @@ def test_a_full_disk_leaves_the_old_statistics(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- the results
+# -------------------------------------------------------------------------------------- the results
 
 
-def test_the_scores_are_those_of_the_metrics(net: CifarFeatures, weights: Path, tmp_path: Path) -> None:
+def test_the_scores_are_those_of_the_metrics(
+    net: CifarFeatures, weights: Path, tmp_path: Path
+) -> None:
     real, fake = pixels(10, 50), pixels(11, 40) // 2
     labels = torch.arange(40) % 3
     result = evaluate(
@@ -454,17 +511,29 @@ def test_the_scores_are_those_of_the_metrics(net: CifarFeatures, weights: Path, 
     precision, recall = precision_recall(a, b)
     accuracy = float((net.logits(b).argmax(1) == labels).double().mean())
     assert list(result.metrics) == ["accuracy", "recall", "fd_cifar", "precision"]
-    expected = {"accuracy": accuracy, "recall": recall, "fd_cifar": distance, "precision": precision}
+    expected = {
+        "accuracy": accuracy,
+        "recall": recall,
+        "fd_cifar": distance,
+        "precision": precision,
+    }
     assert result.metrics == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_result_says_all_that_it_depends_on(weights: Path, tmp_path: Path) -> None:
     run = folder(tmp_path / "run", pixels(12, 24))
-    result = evaluate(run, pixels(13, 30), ("fd_cifar", "recall"), floor=pixels(14, 25), cifar_weights=weights)
+    result = evaluate(
+        run, pixels(13, 30), ("fd_cifar", "recall"), floor=pixels(14, 25), cifar_weights=weights
+    )
     result.save(tmp_path / "result.json")
     told = json.loads((tmp_path / "result.json").read_text())
     assert (told["n"], told["reference_n"], told["floor"]["n"]) == (24, 30, 25)
-    assert (told["seed"], told["nfe"], told["solver"], told["classes"]) == (5, 9, "Heun()", [0, 1, 2])
+    assert (told["seed"], told["nfe"], told["solver"], told["classes"]) == (
+        5,
+        9,
+        "Heun()",
+        [0, 1, 2],
+    )
     assert set(told["floor"]["metrics"]) == {"fd_cifar"}
     for side in ("samples", "reference"):
         facts = told[side]["fd_cifar"]
@@ -477,7 +546,10 @@ def test_a_result_says_all_that_it_depends_on(weights: Path, tmp_path: Path) -> 
     assert told["settings"]["k"] == 3
     assert told["bias"]["fd_cifar"] > 0
     assert "biased upwards" in told["warnings"][0]
-    assert "fid" not in {*told["metrics"], *told["samples"]}  # the score of the own network is never called so
+    assert "fid" not in {
+        *told["metrics"],
+        *told["samples"],
+    }  # the score of the own network is never called so
     again = Evaluation.load(tmp_path / "result.json")
     assert again == result
     for said in ("FD-CIFAR", "floor", "24 against 30", "warning:"):
@@ -488,16 +560,21 @@ def test_a_result_says_all_that_it_depends_on(weights: Path, tmp_path: Path) -> 
             Evaluation.load(tmp_path / "bad.json")
 
 
-def test_warnings_are_given_where_they_are_due(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_are_given_where_they_are_due(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = pixels(15, 30)
-    assert any("very pictures" in text for text in evaluate(real, real, ("fd_cifar",), cifar_weights=weights).warnings)
+    assert any(
+        "very pictures" in text
+        for text in evaluate(real, real, ("fd_cifar",), cifar_weights=weights).warnings
+    )
     larger = evaluate(pixels(16, 10, 16), real, ("fd_cifar",), cifar_weights=weights).warnings
     assert any("resizing alone" in text for text in larger)
     assert any("not even more than the 16 dimensions" in text for text in larger)
     other = folder(tmp_path / "run", pixels(17, 30), class_names=["x", "y", "z"])
     told = evaluate(other, real, ("fd_cifar", "accuracy"), cifar_weights=weights).warnings
     assert any("are not those of the network" in text for text in told)
-    monkeypatch.setattr("sdeflow.evaluation.run.ENOUGH", 30)
+    monkeypatch.setattr("sdeflow.evaluation.api.ENOUGH", 30)
     assert evaluate(pixels(17, 30), real, ("fd_cifar",), cifar_weights=weights).warnings == []
 
 
@@ -515,7 +592,9 @@ def test_several_scores_share_one_pass(fidelity: Path, weights: Path) -> None:
         passes.append(seed)
         yield pixels(seed, 12)
 
-    result = evaluate(once(1), once(2), ("fid", "fd_cifar", "precision"), weights=fidelity, cifar_weights=weights)
+    result = evaluate(
+        once(1), once(2), ("fid", "fd_cifar", "precision"), weights=fidelity, cifar_weights=weights
+    )
     assert passes == [1, 2] or passes == [2, 1]
     assert result.settings["precision_recall_features"] == "fid"
     assert result.samples["fid"]["extractor"]["name"] == "inception-v3-compat"
@@ -541,27 +620,33 @@ def test_several_scores_share_one_pass(fidelity: Path, weights: Path) -> None:
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_told(weights: Path, metrics: Any, more: dict[str, Any], said: str) -> None:
+def test_arguments_that_do_not_fit_are_told(
+    weights: Path, metrics: Any, more: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         evaluate(pixels(0, 20), pixels(1, 20), metrics, cifar_weights=weights, **more)
 
 
-def test_compared_statistics_need_no_network(net: CifarFeatures, weights: Path, tmp_path: Path) -> None:
+def test_compared_statistics_need_no_network(
+    net: CifarFeatures, weights: Path, tmp_path: Path
+) -> None:
     paths = []
     for seed in (20, 21):
         paths.append(tmp_path / f"{seed}.safetensors")
-        measure(open_pictures(pixels(seed, 40)), [net])[0].save(paths[-1])
+        measure(open_images(pixels(seed, 40)), [net])[0].save(paths[-1])
     stored = compare(*paths)
     mixed = compare(paths[0], pixels(21, 40), cifar_weights=weights)
     assert stored.metrics["fd_cifar"] == pytest.approx(mixed.metrics["fd_cifar"], rel=1e-9)
     assert (stored.n, stored.reference_n) == (40, 40)
     save_cifar_net(tmp_path / "other", small(1))
-    measure(open_pictures(pixels(0, 9)), [CifarFeatures(tmp_path / "other")])[0].save(tmp_path / "b.safetensors")
+    measure(open_images(pixels(0, 9)), [CifarFeatures(tmp_path / "other")])[0].save(
+        tmp_path / "b.safetensors"
+    )
     with pytest.raises(CheckpointError, match="another extractor"):
         compare(paths[0], tmp_path / "b.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------- from a denoiser
+# ---------------------------------------------------------------------------------- from a denoiser
 
 
 @pytest.fixture(scope="module")
@@ -576,16 +661,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_denoiser_is_drawn_from_as_generate_draws(model: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_denoiser_is_drawn_from_as_generate_draws(
+    model: Path, weights: Path, tmp_path: Path
+) -> None:
     from sdeflow.generate import generate
 
     denoiser = sdeflow.load(model)
     sampling = Sampling(n=10, nfe=5, solver="heun", seed=3, batch_size=4)
-    found = evaluate(denoiser, pixels(0, 20), ("fd_cifar", "accuracy"), sampling=sampling, cifar_weights=weights)
-    generate(denoiser, tmp_path / "run", n=10, nfe=5, solver="heun", seed=3, batch_size=4, shard_size=4, format="npz")
-    read = evaluate(tmp_path / "run", pixels(0, 20), ("fd_cifar", "accuracy"), cifar_weights=weights)
+    found = evaluate(
+        denoiser, pixels(0, 20), ("fd_cifar", "accuracy"), sampling=sampling, cifar_weights=weights
+    )
+    generate(
+        denoiser,
+        tmp_path / "run",
+        n=10,
+        nfe=5,
+        solver="heun",
+        seed=3,
+        batch_size=4,
+        shard_size=4,
+        format="npz",
+    )
+    read = evaluate(
+        tmp_path / "run", pixels(0, 20), ("fd_cifar", "accuracy"), cifar_weights=weights
+    )
     assert found.metrics == pytest.approx(read.metrics, rel=1e-5)
-    for key in ("seed", "nfe", "solver", "classes", "model_sha256", "process", "grid", "noise", "times", "dtype"):
+    for key in (
+        "seed",
+        "nfe",
+        "solver",
+        "classes",
+        "model_sha256",
+        "process",
+        "grid",
+        "noise",
+        "times",
+        "dtype",
+    ):
         assert found.how[key] == read.how[key], key
     with pytest.raises(ValueError, match="n is a whole number"):
         Sampling(n=1)
@@ -594,21 +706,27 @@ def test_a_denoiser_is_drawn_from_as_generate_draws(model: Path, weights: Path, 
 def test_compiled_batches_are_of_one_size_and_the_pictures_the_same(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each size would be compiled anew, so the last batch is filled up with pictures that were there before."""
+    """Each size would be compiled anew, so the last batch is filled up with pictures that were
+    there before.
+    """
     sizes: list[int] = []
 
     def counted(*given: Any, **named: Any) -> Any:
         sizes.append(named["n"])
         return solve(*given, **named)
 
-    monkeypatch.setattr("sdeflow.evaluation.drawn.solve", counted)
+    monkeypatch.setattr("sdeflow.evaluation.sampled.solve", counted)
     target = GaussianMixture([1.0], torch.zeros(1, 3, 8, 8), std=0.4, process=VP())
     results = []
     for how in ({}, {"compile": True}, {"compile": True, "batch_size": 50}):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompileWarning)
             sampling = Sampling(**{"n": 10, "nfe": 3, "batch_size": 4, **how})  # type: ignore[arg-type]
-            results.append(evaluate(target, pixels(0, 20), ("fd_cifar",), sampling=sampling, cifar_weights=weights))
+            results.append(
+                evaluate(
+                    target, pixels(0, 20), ("fd_cifar",), sampling=sampling, cifar_weights=weights
+                )
+            )
     assert sizes == [4, 4, 2, 4, 4, 4, 10]
     assert len({result.samples["fd_cifar"]["pictures_sha256"] for result in results}) == 1
     assert [result.n for result in results] == [10, 10, 10]
@@ -624,7 +742,9 @@ def test_a_compiled_network_is_told(model: Path) -> None:
         assert (how["network_compiled"], how["dtype"]) == (compile, "bfloat16")
 
 
-def test_what_cannot_be_drawn_is_told_before_the_reference_is_measured(model: Path, weights: Path) -> None:
+def test_what_cannot_be_drawn_is_told_before_the_reference_is_measured(
+    model: Path, weights: Path
+) -> None:
     def unread() -> Any:
         pytest.fail("the reference was read")
         yield
@@ -632,12 +752,14 @@ def test_what_cannot_be_drawn_is_told_before_the_reference_is_measured(model: Pa
     for how, said in (({"solver": "hen"}, "did you mean 'heun'"), ({"solver": "heun", "nfe": 4}, "3 and 5"),
                       ({"classes": ["bea"]}, "did you mean 'bee'")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
-            evaluate(sdeflow.load(model), unread(), sampling=Sampling(n=4, **how), cifar_weights=weights)  # type: ignore[arg-type]
+            evaluate(
+                sdeflow.load(model), unread(), sampling=Sampling(n=4, **how), cifar_weights=weights
+            )  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="say it once"):
         evaluate(sdeflow.load(model), unread(), sampling=Sampling(n=4), n=5, cifar_weights=weights)
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -653,17 +775,39 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_writes_a_result_beside_the_pictures(weights: Path, tmp_path: Path) -> None:
     pictures = folder(tmp_path / "pictures", pixels(30, 20))
     pngs(tmp_path / "real", pixels(31, 25))
-    options = ("--reference", "real", "--statistics", "stats", "--cifar-weights", weights, "--device", "cpu")
+    options = (
+        "--reference",
+        "real",
+        "--statistics",
+        "stats",
+        "--cifar-weights",
+        weights,
+        "--device",
+        "cpu",
+    )
     done = run(pictures, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "FD-CIFAR" in done.stdout
     told = json.loads((pictures / "evaluation.json").read_text())
     assert told["metrics"].keys() == {"fd_cifar", "precision", "recall"}
-    done = run(pictures, *options, "--metrics", "fd_cifar", "--n", "10", "--out", "other.json", "--quiet", cwd=tmp_path)
+    done = run(
+        pictures,
+        *options,
+        "--metrics",
+        "fd_cifar",
+        "--n",
+        "10",
+        "--out",
+        "other.json",
+        "--quiet",
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert json.loads((tmp_path / "other.json").read_text())["n"] == 10
     stored = tmp_path / "stats" / "cifar10_features.safetensors"
-    done = run("--compare", stored, "real", "--cifar-weights", weights, "--out", "c.json", cwd=tmp_path)
+    done = run(
+        "--compare", stored, "real", "--cifar-weights", weights, "--out", "c.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "c.json").read_text())["metrics"]["fd_cifar"] < 1e-9
 
@@ -681,14 +825,27 @@ def test_the_command_draws_from_a_model(model: Path, weights: Path, tmp_path: Pa
 
 def test_half_and_compile_are_in_the_result(model: Path, weights: Path, tmp_path: Path) -> None:
     pngs(tmp_path / "real", pixels(31, 25))
-    options = ("--reference", "real", "-n", "6", "--nfe", "4", "--cifar-weights", weights, "--device", "cpu")
+    options = (
+        "--reference",
+        "real",
+        "-n",
+        "6",
+        "--nfe",
+        "4",
+        "--cifar-weights",
+        weights,
+        "--device",
+        "cpu",
+    )
     plain, other = (
         run(model, *options, *more, cwd=tmp_path)
         for more in (("--out", "a.json"), ("--out", "b.json", "--half", "--compile"))
     )
     assert (plain.returncode, other.returncode) == (0, 0), other.stderr
     assert "compiled" not in plain.stdout
-    assert "compiled   no: a CUDA graph needs a state on a CUDA device" in other.stdout  # said once, and no warning
+    assert (
+        "compiled   no: a CUDA graph needs a state on a CUDA device" in other.stdout
+    )  # said once, and no warning
     assert "Warning" not in other.stderr
     a, b = (json.loads((tmp_path / name).read_text())["how"] for name in ("a.json", "b.json"))
     assert (a["dtype"], a["compiled"], a["network_compiled"]) == ("float32", "no", False)
@@ -706,7 +863,10 @@ def test_numbers_that_are_not_there_are_told(weights: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "samples: the first 30 were asked for, and these are 20" in done.stdout
     assert "reference: the first 40 were asked for, and these are 25" in done.stdout
-    assert "precision and recall depend on how many samples (20) and reference pictures (25)" in done.stdout
+    assert (
+        "precision and recall depend on how many samples (20) and reference pictures (25)"
+        in done.stdout
+    )
     done = run("pictures", *options, "--n", "3", cwd=tmp_path)
     assert done.returncode == 2
     assert "there are only 3 samples" in done.stderr
@@ -716,16 +876,32 @@ def test_numbers_that_are_not_there_are_told(weights: Path, tmp_path: Path) -> N
     ("arguments", "status", "said"),
     [
         ((), 2, "name the pictures"),
-        (("pictures", "--reference", "pictures", "--half"), 2, "--half: how samples are drawn is for a model"),
-        (("--compare", "a", "b", "--reference", "c", "--nfe", "9"), 2, "--reference, --nfe: --compare takes two sets"),
+        (
+            ("pictures", "--reference", "pictures", "--half"),
+            2,
+            "--half: how samples are drawn is for a model",
+        ),
+        (
+            ("--compare", "a", "b", "--reference", "c", "--nfe", "9"),
+            2,
+            "--reference, --nfe: --compare takes two sets",
+        ),
         (("cifar1", "--reference", "pictures"), 2, "nor a model: those are cifar10"),
         (("none.safetensors", "--reference", "pictures"), 1, "no checkpoint"),
         (("pictures", "--compare", "a", "b"), 2, "not both"),
         (("pictures", "--metrics", "fd"), 2, "unknown metric"),
         (("pictures",), 2, "a reference is needed"),
         (("pictures", "--reference", "none.safetensors"), 1, "there are no statistics"),
-        (("pictures", "--reference", "pictures", "--nfe", "9"), 2, "--nfe: how samples are drawn is for a model"),
-        (("nowhere", "--reference", "pictures"), 2, "neither a folder or file of pictures nor a model"),
+        (
+            ("pictures", "--reference", "pictures", "--nfe", "9"),
+            2,
+            "--nfe: how samples are drawn is for a model",
+        ),
+        (
+            ("nowhere", "--reference", "pictures"),
+            2,
+            "neither a folder or file of pictures nor a model",
+        ),
         (("pictures", "--reference", "pictures", "--out", "."), 1, "it is a folder"),
     ],
 )
@@ -747,21 +923,43 @@ def test_a_gpu_measures_what_a_cpu_does(model: Path, tmp_path: Path) -> None:
         pixels(51, 700, 32),
         ("fd_cifar", "precision", "recall", "accuracy"),
     )
-    cpu, gpu = (evaluate(run, real, names, cifar_weights=tmp_path / "net", device=device) for device in ("cpu", "cuda"))
+    cpu, gpu = (
+        evaluate(run, real, names, cifar_weights=tmp_path / "net", device=device)
+        for device in ("cpu", "cuda")
+    )
     assert gpu.metrics == pytest.approx(cpu.metrics, rel=1e-3)
     assert gpu.samples["fd_cifar"]["pictures_sha256"] == cpu.samples["fd_cifar"]["pictures_sha256"]
     from_model = evaluate(
-        sdeflow.load(model, "cuda"), real, ("fd_cifar",), sampling=Sampling(n=8, nfe=3), cifar_weights=tmp_path / "net"
+        sdeflow.load(model, "cuda"),
+        real,
+        ("fd_cifar",),
+        sampling=Sampling(n=8, nfe=3),
+        cifar_weights=tmp_path / "net",
     )
     assert from_model.n == 8
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_a_model_is_compiled_and_scores_the_same(model: Path, weights: Path, tmp_path: Path) -> None:
+def test_on_a_gpu_a_model_is_compiled_and_scores_the_same(
+    model: Path, weights: Path, tmp_path: Path
+) -> None:
     pngs(tmp_path / "real", pixels(31, 60))
-    options = ("--reference", "real", "-n", "20", "--nfe", "5", "--cifar-weights", weights, "--batch-size", "8")
+    options = (
+        "--reference",
+        "real",
+        "-n",
+        "20",
+        "--nfe",
+        "5",
+        "--cifar-weights",
+        weights,
+        "--batch-size",
+        "8",
+    )
     for name, more in (("a", ()), ("b", ("--compile",)), ("c", ("--compile", "--half"))):
-        done = run(model, *options, *more, "--out", f"{name}.json", "--device", "cuda", cwd=tmp_path)
+        done = run(
+            model, *options, *more, "--out", f"{name}.json", "--device", "cuda", cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
     a, b, c = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "abc")
     assert [told["how"]["compiled"] for told in (a, b, c)] == ["no", "yes", "yes"]
@@ -789,7 +987,16 @@ def test_two_processes_draw_as_one_does(model: Path, weights: Path, tmp_path: Pa
     ]
     alone = run(model, *options, "--out", "one.json", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdeflow"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sdeflow",
+    ]
     done = subprocess.run(
         [*torchrun, "evaluate", str(model), *options, "--batch-size", "4", "--out", "two.json"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
@@ -816,7 +1023,16 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
     ]
     alone = run(pictures, *options, "--out", "one.json", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdeflow"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sdeflow",
+    ]
     done = subprocess.run(
         [*torchrun, "evaluate", str(pictures), *options, "--statistics", "stats", "--out", "two.json", "--device", "cpu"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
@@ -830,7 +1046,9 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
         assert two[side]["fd_cifar"]["shape"] == [3, 8, 8]
         assert two[side]["fd_cifar"]["pictures_sha256"] == one[side]["fd_cifar"]["pictures_sha256"]
     assert done.stdout.count("FD-CIFAR") == 1
-    (pictures / "shard-00006.npz").write_bytes(b"torn")  # of the second process: the first does not wait for it
+    (pictures / "shard-00006.npz").write_bytes(
+        b"torn"
+    )  # of the second process: the first does not wait for it
     done = subprocess.run(
         [*torchrun, "evaluate", str(pictures), *options, "--out", "three.json", "--device", "cpu"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
@@ -840,16 +1058,16 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "three.json").exists()
 
 
-# -------------------------------------------------------------------------------------- training of the feature network
+# ------------------------------------------------------------------ training of the feature network
 
 
 @pytest.fixture(scope="module")
 def trainer(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("train_features")
+    return script("quality.train_features")
 
 
 def labelled(path: Path, n: int, seed: int) -> Path:
-    """Pictures whose class is their colour."""
+    """ImageSource whose class is their colour."""
     generator = np.random.default_rng(seed)
     for i in range(n):
         image = generator.integers(0, 120, (8, 8, 3), dtype=np.uint8)
@@ -877,12 +1095,17 @@ def test_the_feature_network_is_trained_and_stored_in_time(
     assert "stored accuracy: " in (tmp_path / "net.md").read_text()
     assert capsys.readouterr().out.count("epoch ") == 5
     result = evaluate(
-        tmp_path / "test", tmp_path / "train", ("fd_cifar", "accuracy"), cifar_weights=tmp_path / "net.safetensors"
+        tmp_path / "test",
+        tmp_path / "train",
+        ("fd_cifar", "accuracy"),
+        cifar_weights=tmp_path / "net.safetensors",
     )
     assert result.metrics["accuracy"] > 0.9
 
 
-def test_the_time_limit_ends_a_training_that_would_be_longer(trainer: ModuleType, tmp_path: Path) -> None:
+def test_the_time_limit_ends_a_training_that_would_be_longer(
+    trainer: ModuleType, tmp_path: Path
+) -> None:
     import time
 
     given = [
@@ -913,8 +1136,17 @@ def test_crops_are_shifted_mirrored_and_erased_pictures(trainer: ModuleType) -> 
     assert got.is_contiguous(memory_format=torch.channels_last)
     padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
     for i in range(180):
-        windows = padded[i % 6].unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 8, 8)
-        assert bool((windows == got[i]).flatten(1).all(1).any() | (windows.flip(3) == got[i]).flatten(1).all(1).any())
+        windows = (
+            padded[i % 6]
+            .unfold(1, 8, 1)
+            .unfold(2, 8, 1)
+            .permute(1, 2, 0, 3, 4)
+            .reshape(-1, 3, 8, 8)
+        )
+        assert bool(
+            (windows == got[i]).flatten(1).all(1).any()
+            | (windows.flip(3) == got[i]).flatten(1).all(1).any()
+        )
     assert 0 < float(erased.float().mean()) <= 9 / 64
     assert int(erased.sum((1, 2, 3)).max()) == 9
     assert math.isclose(float(erased.float().sum((2, 3)).max()), 9)

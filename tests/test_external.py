@@ -1,4 +1,6 @@
-"""torchdiffeq and torchsde behind the solver protocol: orders, counts, seeds, ends of time and errors."""
+"""torchdiffeq and torchsde behind the solver protocol: orders, counts, seeds, ends of time and
+errors.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,16 @@ import torch
 from problems import PROCESSES, GaussianData, Mixture, Point, reference, slopes, warped
 from torch import Tensor
 
-from sdeflow.denoiser import Denoiser, Prediction
+from sdeflow.denoisers import Denoiser, Prediction
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError, UnknownNameError
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import Solution, Solver
-from sdeflow.solvers.external import _ADAMS, _ODE_METHODS, _SDE_METHODS, TorchDiffEq, TorchSDE
-from sdeflow.solvers.runge_kutta import Euler, Midpoint
-from sdeflow.solvers.stochastic import EulerMaruyama
+from sdeflow.solvers.external.torchdiffeq import _ADAMS, _ODE_METHODS, TorchDiffEq
+from sdeflow.solvers.external.torchsde import _SDE_METHODS, TorchSDE
+from sdeflow.solvers.ode.runge_kutta import Euler, Midpoint
+from sdeflow.solvers.sde.classic import EulerMaruyama
 
 FIXED = [name for name, method in _ODE_METHODS.items() if method.calls and name not in _ADAMS]
 ADAPTIVE = [name for name in _ODE_METHODS if name not in FIXED and name not in _ADAMS]
@@ -34,7 +37,12 @@ def ends(process: Process) -> Tensor:
 
 
 def run(
-    solver: Solver, denoiser: Denoiser, x: Tensor, times: Tensor, noise: Noise | None = None, **how: Any
+    solver: Solver,
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    noise: Noise | None = None,
+    **how: Any,
 ) -> Solution:
     how.setdefault("finish", False)
     reverse = Reverse(denoiser)
@@ -45,7 +53,10 @@ def run(
 
 def starts(process: Process, n: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype) * process.prior_std
+    return (
+        torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        * process.prior_std
+    )
 
 
 def uniform(process: Process, clock: str, n: int) -> Tensor:
@@ -54,16 +65,22 @@ def uniform(process: Process, clock: str, n: int) -> Tensor:
         "t": (lambda t: t, lambda q: q),
         "nsr": (process.nsr, process.t_of_nsr),
         "lam": (process.lam, process.t_of_lam),
-        "asinh": (lambda t: torch.asinh(1 / process.nsr(t)), lambda q: process.t_of_nsr(1 / torch.sinh(q))),
+        "asinh": (
+            lambda t: torch.asinh(1 / process.nsr(t)),
+            lambda q: process.t_of_nsr(1 / torch.sinh(q)),
+        ),
     }
     there, back = reading[clock]
     first, last = process.t_of_nsr(at(4.0, 0.2))
-    times = back(there(first) + torch.linspace(0, 1, n + 1, dtype=torch.float64) * (there(last) - there(first)))
+    times = back(
+        there(first)
+        + torch.linspace(0, 1, n + 1, dtype=torch.float64) * (there(last) - there(first))
+    )
     times[0], times[-1] = first, last
     return times
 
 
-# ---------------------------------------------------------------------------------------------------------- torchdiffeq
+# -------------------------------------------------------------------------------------- torchdiffeq
 
 
 @pytest.mark.parametrize("clock", ["t", "lam", "asinh"])
@@ -100,7 +117,8 @@ def test_adams_has_its_order_on_equal_steps_and_refuses_others(method: str, cloc
 
 
 @pytest.mark.parametrize(
-    ("method", "clock"), [(m, "asinh") for m in ADAPTIVE] + [("dopri5", clock) for clock in ("t", "nsr", "lam")]
+    ("method", "clock"),
+    [(m, "asinh") for m in ADAPTIVE] + [("dopri5", clock) for clock in ("t", "nsr", "lam")],
 )
 def test_adaptive_methods_meet_their_tolerance(method: str, clock: str) -> None:
     process = VP()
@@ -123,7 +141,8 @@ def test_adaptive_methods_meet_their_tolerance(method: str, clock: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "clock"),
-    [(n, "asinh") for n in sorted(PROCESSES) if n != "from_sde"] + [(n, "t") for n in ("vp", "edm", "rectified_flow")],
+    [(n, "asinh") for n in sorted(PROCESSES) if n != "from_sde"]
+    + [(n, "t") for n in ("vp", "edm", "rectified_flow")],
 )
 def test_every_process_from_its_true_end_and_back(name: str, clock: str) -> None:
     process = PROCESSES[name]
@@ -131,9 +150,14 @@ def test_every_process_from_its_true_end_and_back(name: str, clock: str) -> None
     x = starts(process, 2, 3)
     solver = TorchDiffEq("dopri5", rtol=1e-6, atol=1e-6, clock=clock)  # type: ignore[arg-type]
     there = run(solver, data, x, ends(process)).x
-    assert torch.allclose(there, data.transport(x, process.t_max, process.t_min), rtol=1e-4, atol=1e-4)
     assert torch.allclose(
-        run(solver, data, there, ends(process).flip(0)).x, x, rtol=1e-3, atol=1e-3 * process.prior_std
+        there, data.transport(x, process.t_max, process.t_min), rtol=1e-4, atol=1e-4
+    )
+    assert torch.allclose(
+        run(solver, data, there, ends(process).flip(0)).x,
+        x,
+        rtol=1e-3,
+        atol=1e-3 * process.prior_std,
     )
     with pytest.raises(GridError, match="finish=False"):
         run(solver, data, there, ends(process).flip(0), finish=True)
@@ -190,7 +214,9 @@ def test_narrow_states_of_any_shape(method: str, dtype: torch.dtype) -> None:
     solution = run(TorchDiffEq(method), data, x, times)
     exact = data.transport(x.double(), float(times[0]), float(times[-1]))
     assert solution.x.dtype == dtype
-    assert torch.allclose(solution.x.double(), exact, rtol=2e-3 if dtype == torch.float32 else 2e-2, atol=2e-3)
+    assert torch.allclose(
+        solution.x.double(), exact, rtol=2e-3 if dtype == torch.float32 else 2e-2, atol=2e-3
+    )
 
 
 def test_fixed_methods_ask_at_exactly_the_given_times() -> None:
@@ -216,14 +242,23 @@ def test_fixed_methods_ask_at_exactly_the_given_times() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
-    "solver", [TorchDiffEq("dopri5"), TorchDiffEq("rk4"), TorchSDE("srk"), TorchSDE("euler")], ids=repr
+    "solver",
+    [TorchDiffEq("dopri5"), TorchDiffEq("rk4"), TorchSDE("srk"), TorchSDE("euler")],
+    ids=repr,
 )
 def test_on_a_gpu_in_float32(solver: Solver) -> None:
     process = VP()
     x = starts(process, 3, 2, dtype=torch.float32)
     times = process.t_of_nsr(torch.logspace(1, -1, 12, dtype=torch.float64))
     cpu, gpu = (
-        run(solver, Mixture(process), x.to(device), times, SeededNoise(range(3), (2,), device=device), finish=True).x
+        run(
+            solver,
+            Mixture(process),
+            x.to(device),
+            times,
+            SeededNoise(range(3), (2,), device=device),
+            finish=True,
+        ).x
         for device in ("cpu", "cuda")
     )
     assert gpu.is_cuda
@@ -238,7 +273,9 @@ def test_gradients_flow_through_torchdiffeq() -> None:
     (gradient,) = torch.autograd.grad(
         run(TorchDiffEq("dopri5", rtol=1e-8, atol=1e-8), data, x, ends(process)).x.sum(), x
     )
-    assert torch.allclose(gradient, data.transport(torch.ones_like(x), process.t_max, process.t_min), rtol=2e-3)
+    assert torch.allclose(
+        gradient, data.transport(torch.ones_like(x), process.t_max, process.t_min), rtol=2e-3
+    )
 
 
 def test_what_goes_wrong_in_torchdiffeq() -> None:
@@ -251,10 +288,17 @@ def test_what_goes_wrong_in_torchdiffeq() -> None:
     with pytest.raises(ValueError, match="tolerances"):
         TorchDiffEq(rtol=-1.0)
     with pytest.raises(SolverError, match="max_nfe=20"):
-        run(TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9, max_nfe=20), Mixture(process), x, ends(process))
+        run(
+            TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9, max_nfe=20),
+            Mixture(process),
+            x,
+            ends(process),
+        )
 
     def broken(x: Tensor, t: Tensor) -> Tensor:
-        return torch.where((t < 0.5).unsqueeze(1) & (torch.arange(3) == 1).unsqueeze(1), math.nan, 0.5 * x)
+        return torch.where(
+            (t < 0.5).unsqueeze(1) & (torch.arange(3) == 1).unsqueeze(1), math.nan, 0.5 * x
+        )
 
     with pytest.raises(NonFiniteError, match="sample 1"):
         run(TorchDiffEq("dopri5"), Prediction(broken, "x0", process), x, ends(process))
@@ -267,17 +311,21 @@ def test_what_goes_wrong_in_torchdiffeq() -> None:
         run(TorchDiffEq("dopri5", clock="asinh"), Mixture(RectifiedFlow()), x, at(1.0, 0.0))
 
 
-# ------------------------------------------------------------------------------------------------------------- torchsde
+# ----------------------------------------------------------------------------------------- torchsde
 
 
 class Impulse(Noise):
-    """Row k is the response to the k-th draw alone: the sum of squares over rows is the exact variance of a linear sampler."""
+    """Row k is the response to the k-th draw alone: the sum of squares over rows is the exact
+    variance of a linear sampler.
+    """
 
     def __init__(self, rows: int):
         super().__init__(range(rows), (1,), dtype=torch.float64)
         self.drawn = 0
 
-    def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
+    def draw(
+        self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         self.drawn += 1
         z = torch.zeros(len(self.seeds), 1, dtype=torch.float64)
         z[self.drawn] = 1.0
@@ -285,7 +333,9 @@ class Impulse(Noise):
 
 
 def variance_error(solver: TorchSDE, process: Process, n: int) -> float:
-    """Relative error of the variance, on Gaussian data from the true marginal at the first level; exact."""
+    """Relative error of the variance, on Gaussian data from the true marginal at the first level;
+    exact.
+    """
     times = warped(process, n)
     a, b = process.level(float(times[0])), process.level(float(times[-1]))
     rows = 1 + 2 * n
@@ -303,14 +353,24 @@ def test_weak_order_and_calls(method: str, clock: str) -> None:
     assert order > solver.order - 0.25
 
 
-@pytest.mark.parametrize("process", [VP(), EDM(), RectifiedFlow()], ids=["vp", "edm", "rectified_flow"])
+@pytest.mark.parametrize(
+    "process", [VP(), EDM(), RectifiedFlow()], ids=["vp", "edm", "rectified_flow"]
+)
 def test_srk_is_of_strong_order_above_one_and_uses_its_second_integral(process: Process) -> None:
-    """Against the exact solution for one point of data, where the SDE is linear: the error of SRK falls faster than Euler's."""
+    """Against the exact solution for one point of data, where the SDE is linear: the error of SRK
+    falls faster than Euler's.
+    """
     order = slopes([variance_error(TorchSDE("srk"), process, n) for n in (40, 80)])[-1]
     assert order == pytest.approx(2.0, abs=0.25)
     rows = 1 + 2 * 10
     noise = Impulse(rows)
-    solution = run(TorchSDE("srk"), GaussianData(process), torch.zeros(rows, 1).double(), warped(process, 10), noise)
+    solution = run(
+        TorchSDE("srk"),
+        GaussianData(process),
+        torch.zeros(rows, 1).double(),
+        warped(process, 10),
+        noise,
+    )
     assert noise.drawn == 20
     assert bool((solution.x[2::2].abs() > 1e-9).all())  # the draws of the Levy area matter
 
@@ -320,7 +380,12 @@ def test_euler_is_our_euler_maruyama() -> None:
         times = warped(process, 9)
         x, _ = reference(process, float(times[0]), float(times[-1]))
         a = run(
-            TorchSDE("euler"), Mixture(process), x, times, SeededNoise(range(6), (2,), dtype=torch.float64), finish=True
+            TorchSDE("euler"),
+            Mixture(process),
+            x,
+            times,
+            SeededNoise(range(6), (2,), dtype=torch.float64),
+            finish=True,
         )
         noise = SeededNoise(range(6), (2,), dtype=torch.float64)
         b = EulerMaruyama().integrate(Reverse(Mixture(process)), x, times, noise, finish=True)
@@ -340,7 +405,9 @@ def test_budgets_of_torchsde_and_no_call_is_wasted(method: str) -> None:
                     continue
                 times = torch.linspace(1, 0.05, levels, dtype=torch.float64) * process.t_max
                 noise = SeededNoise([1, 2], (2,), dtype=torch.float64)
-                solution = run(solver, Mixture(process), starts(process, 2, 2), times, noise, finish=finish)
+                solution = run(
+                    solver, Mixture(process), starts(process, 2, 2), times, noise, finish=finish
+                )
                 assert solution.nfe == nfe
                 assert torch.isfinite(solution.x).all()
 
@@ -377,7 +444,14 @@ def test_a_brownian_path_is_the_same_at_twenty_and_at_forty_steps() -> None:
 
     def solve(n: int, kind: type[Noise]) -> Tensor:
         times = torch.logspace(math.log10(80), math.log10(0.05), n + 1, dtype=torch.float64)
-        return run(TorchSDE("euler", "nsr"), data, x, times, kind(range(8), (2,), dtype=torch.float64), finish=True).x
+        return run(
+            TorchSDE("euler", "nsr"),
+            data,
+            x,
+            times,
+            kind(range(8), (2,), dtype=torch.float64),
+            finish=True,
+        ).x
 
     same = float((solve(100, BrownianNoise) - solve(200, BrownianNoise)).pow(2).mean())
     other = float((solve(100, SeededNoise) - solve(200, SeededNoise)).pow(2).mean())
@@ -401,7 +475,15 @@ def test_a_point_is_reached_and_a_trajectory_recorded() -> None:
     for process in (VP(), RectifiedFlow()):
         times = process.t_of_nsr(torch.logspace(1, -2, 30, dtype=torch.float64))
         noise = SeededNoise([0, 1], (3,), dtype=torch.float64)
-        solution = run(TorchSDE("srk"), Point(process), starts(process, 2, 3), times, noise, finish=True, record=True)
+        solution = run(
+            TorchSDE("srk"),
+            Point(process),
+            starts(process, 2, 3),
+            times,
+            noise,
+            finish=True,
+            record=True,
+        )
         assert torch.allclose(solution.x, torch.full((2, 3), Point.value, dtype=torch.float64))
         assert solution.trajectory is not None
         assert solution.trajectory.shape == (31, 2, 3)

@@ -1,4 +1,6 @@
-"""Many pictures: the same whatever the batch, the number of processes and the kills between; shards whole or absent."""
+"""Many pictures: the same whatever the batch, the number of processes and the kills between; shards
+whole or absent.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,19 @@ from PIL import Image
 from test_unet import unet
 from torch import Tensor
 
-import sdeflow.generate.run as generating
-from sdeflow import _files, data
+import sdeflow.generate.api as generating
+from sdeflow._utils import files as _files
 from sdeflow.cli import main
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
+from sdeflow.denoisers.fingerprint import model_sha256
 from sdeflow.errors import MissingExtraError, NonFiniteError, SdeflowError, UnknownNameError
-from sdeflow.generate import shards
-from sdeflow.generate.run import Labels, fingerprint, generate
-from sdeflow.generate.shards import RUN, Shards, read_images, read_settings
+from sdeflow.generate.api import Labels, generate
+from sdeflow.images import datasets as data
+from sdeflow.images import shards
+from sdeflow.images.shards import RUN, Shards, read_images, read_settings
 from sdeflow.models.checkpoint import load, save_model
 from sdeflow.process import EDM, VP
-from sdeflow.sampling import sample
+from sdeflow.sampling.api import sample
 from sdeflow.targets import GaussianMixture
 
 FORMATS = shards.FORMATS
@@ -50,7 +54,9 @@ def make(out: Path, n: int = 17, **how: Any) -> Any:
 
 def files(folder: Path) -> dict[str, bytes]:
     """All of a folder's files, their content, what is hidden too."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def everything(folder: Path, batch: int = 256) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +65,9 @@ def everything(folder: Path, batch: int = 256) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def damage(path: Path, how: str) -> None:
-    """Cut a file's end off, or change a byte within the pictures (which are in a parquet file's first part)."""
+    """Cut a file's end off, or change a byte within the pictures (which are in a parquet file's
+    first part).
+    """
     content = path.read_bytes()
     half = len(content) // (8 if path.suffix == ".parquet" else 2)
     flipped = content[:half] + bytes([content[half] ^ 255]) + content[half + 1 :]
@@ -79,7 +87,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# -------------------------------------------------------------------------------------------------- which picture is which
+# --------------------------------------------------------------------------- which picture is which
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -99,7 +107,9 @@ def test_every_picture_is_that_of_its_seed(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_an_exact_model_makes_the_same_files_in_any_batch(tmp_path: Path, kind: str, batch: int) -> None:
+def test_an_exact_model_makes_the_same_files_in_any_batch(
+    tmp_path: Path, kind: str, batch: int
+) -> None:
     make(tmp_path / "a", format=kind)
     make(tmp_path / "b", format=kind, batch_size=batch)
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -109,15 +119,27 @@ def test_an_exact_model_makes_the_same_files_in_any_batch(tmp_path: Path, kind: 
 def test_stochastic_and_adaptive_solvers_too(tmp_path: Path, solver: str) -> None:
     budget = {} if solver == "rk45" else {"nfe": 6}
     for name, batch, shard in (("a", 4, 5), ("b", 3, 4)):
-        generate(target(), tmp_path / name, n=9, solver=solver, batch_size=batch, shard_size=shard, **budget)
+        generate(
+            target(),
+            tmp_path / name,
+            n=9,
+            solver=solver,
+            batch_size=batch,
+            shard_size=shard,
+            **budget,
+        )
     assert torch.equal(everything(tmp_path / "a")[1], everything(tmp_path / "b")[1])
     assert read_settings(tmp_path / "a")["nfe"] == budget.get("nfe")
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7])
 def test_a_network_makes_them_within_a_level(tmp_path: Path, tiny: Path, batch: int) -> None:
-    whole = generate(load(tiny), tmp_path / "whole", n=14, nfe=5, format="npz", shard_size=14, batch_size=14)
-    generate(load(tiny), tmp_path / "parts", n=14, nfe=5, format="npz", shard_size=7, batch_size=batch)
+    whole = generate(
+        load(tiny), tmp_path / "whole", n=14, nfe=5, format="npz", shard_size=14, batch_size=14
+    )
+    generate(
+        load(tiny), tmp_path / "parts", n=14, nfe=5, format="npz", shard_size=7, batch_size=batch
+    )
     assert whole.finished
     (_, a, labels), (_, b, again) = everything(tmp_path / "whole"), everything(tmp_path / "parts")
     assert (a.int() - b.int()).abs().max() <= 1
@@ -126,17 +148,23 @@ def test_a_network_makes_them_within_a_level(tmp_path: Path, tiny: Path, batch: 
     assert torch.equal(labels, again)
 
 
-@pytest.mark.filterwarnings("ignore::sdeflow.execution.compiled.CompileWarning")
-@pytest.mark.parametrize("how", [{"batch_size": "auto"}, {"compile": True}, {"compile": True, "batch_size": 2}])
+@pytest.mark.filterwarnings("ignore::sdeflow.sampling.cuda_graphs.CompileWarning")
+@pytest.mark.parametrize(
+    "how", [{"batch_size": "auto"}, {"compile": True}, {"compile": True, "batch_size": 2}]
+)
 def test_what_fits_and_graphs_make_the_same_files(tmp_path: Path, how: dict[str, Any]) -> None:
     make(tmp_path / "a")
     made = make(tmp_path / "b", **how)
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert ("CUDA device" in str(made)) == ("compile" in how)  # there is none here, and the summary says so
+    assert ("CUDA device" in str(made)) == (
+        "compile" in how
+    )  # there is none here, and the summary says so
 
 
-@pytest.mark.filterwarnings("ignore::sdeflow.execution.compiled.CompileWarning")
-def test_a_last_smaller_shard_is_compiled_as_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::sdeflow.sampling.cuda_graphs.CompileWarning")
+def test_a_last_smaller_shard_is_compiled_as_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
     solve = generating.solve
 
@@ -182,7 +210,7 @@ def test_grey_pictures_stay_grey(tmp_path: Path) -> None:
         assert everything(tmp_path / kind)[1].shape == (3, 4, 6, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -204,22 +232,36 @@ for batch in batches:
 
 def together(ranks: int, *command: str, status: int = 0) -> str:
     done = subprocess.run(
-        [*TORCHRUN, str(ranks), *command], capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False
+        [*TORCHRUN, str(ranks), *command],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=100,
+        check=False,
     )
     assert (done.returncode == 0) == (status == 0), done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batches"), [(2, (4,)), *(pytest.param(n, (1, 4, 7), marks=pytest.mark.slow) for n in (1, 2, 3))]
+    ("ranks", "batches"),
+    [(2, (4,)), *(pytest.param(n, (1, 4, 7), marks=pytest.mark.slow) for n in (1, 2, 3))],
 )
-def test_processes_make_the_same_files_as_one(tmp_path: Path, tiny: Path, ranks: int, batches: tuple[int, ...]) -> None:
-    """Gloo processes and several sizes of batch: an exact model bit for bit, a network within a level of 255."""
+def test_processes_make_the_same_files_as_one(
+    tmp_path: Path, tiny: Path, ranks: int, batches: tuple[int, ...]
+) -> None:
+    """Gloo processes and several sizes of batch: an exact model bit for bit, a network within a
+    level of 255.
+    """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     make(tmp_path / "exact", format="npz", batch_size=5)
-    generate(load(tiny), tmp_path / "network", n=17, nfe=5, shard_size=5, format="npz", batch_size=5)
-    make(tmp_path / ("many-4" if len(batches) > 1 else "many"), n=6, format="npz")  # some of it is there already
+    generate(
+        load(tiny), tmp_path / "network", n=17, nfe=5, shard_size=5, format="npz", batch_size=5
+    )
+    make(
+        tmp_path / ("many-4" if len(batches) > 1 else "many"), n=6, format="npz"
+    )  # some of it is there already
     together(
         ranks,
         str(script),
@@ -239,7 +281,9 @@ def test_processes_make_the_same_files_as_one(tmp_path: Path, tiny: Path, ranks:
 
 
 @pytest.mark.slow
-def test_the_command_makes_them_on_two_processes_and_says_so_once(tmp_path: Path, tiny: Path) -> None:
+def test_the_command_makes_them_on_two_processes_and_says_so_once(
+    tmp_path: Path, tiny: Path
+) -> None:
     options = [
         "-n",
         "23",  # torchrun's parser takes "--n" for one of its own
@@ -254,7 +298,17 @@ def test_the_command_makes_them_on_two_processes_and_says_so_once(tmp_path: Path
     ]
     with pytest.raises(SystemExit):
         main(["generate", *options, "--out", str(tmp_path / "one"), "--quiet"])
-    said = together(2, "-m", "sdeflow", "generate", *options, "--out", str(tmp_path / "two"), "--batch-size", "2")
+    said = together(
+        2,
+        "-m",
+        "sdeflow",
+        "generate",
+        *options,
+        "--out",
+        str(tmp_path / "two"),
+        "--batch-size",
+        "2",
+    )
     assert said.count("23 of 23 (23 made now") == 1
     assert "generating 23: 100%" in said
     calls = int(said.split("calls")[1].split()[0])
@@ -277,7 +331,9 @@ def test_a_process_that_dies_takes_the_others_down_and_a_rerun_completes(tmp_pat
         "shards.Shards.write = die\n" + SCRIPT
     )
     began = time.monotonic()
-    together(2, str(script), str(Path(__file__).parent), str(tmp_path / "out"), "png", "4", status=1)
+    together(
+        2, str(script), str(Path(__file__).parent), str(tmp_path / "out"), "png", "4", status=1
+    )
     assert time.monotonic() - began < 60
     assert not (tmp_path / "out" / "shard-00003").exists()
     there = Shards(tmp_path / "out", "png", 17, 5, (4, 4, 3))
@@ -288,7 +344,9 @@ def test_a_process_that_dies_takes_the_others_down_and_a_rerun_completes(tmp_pat
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_batches_graphs_and_processes_make_the_same_within_a_level(tmp_path: Path, tiny: Path) -> None:
+def test_on_a_gpu_batches_graphs_and_processes_make_the_same_within_a_level(
+    tmp_path: Path, tiny: Path
+) -> None:
     """Two processes share one GPU here: they need no NCCL."""
 
     def go(name: str, **how: Any) -> Tensor:
@@ -297,7 +355,11 @@ def test_on_a_gpu_batches_graphs_and_processes_make_the_same_within_a_level(tmp_
         return everything(tmp_path / name)[1].int()
 
     whole = go("whole")
-    for name, how in {"3": {"batch_size": 3}, "auto": {"batch_size": "auto"}, "graphs": {"compile": True}}.items():
+    for name, how in {
+        "3": {"batch_size": 3},
+        "auto": {"batch_size": "auto"},
+        "graphs": {"compile": True},
+    }.items():
         assert (go(name, **how) - whole).abs().max() <= 1
     options = [
         "-n",
@@ -317,26 +379,40 @@ def test_on_a_gpu_batches_graphs_and_processes_make_the_same_within_a_level(tmp_
     assert (everything(tmp_path / "two")[1].int() - whole).abs().max() <= 1
 
 
-# ------------------------------------------------------------------------------------------------- kills and going on
+# ------------------------------------------------------------------------------- kills and going on
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_run_that_is_killed_goes_on_without_gaps_or_duplicates(tmp_path: Path, kind: str) -> None:
-    """SIGKILL in the middle of a process of its own, which is slowed down so that there is a middle."""
+    """SIGKILL in the middle of a process of its own, which is slowed down so that there is a
+    middle.
+    """
     script = tmp_path / "script.py"
     script.write_text(
         "import time\nfrom sdeflow.generate import run\nsolve = run.solve\n"
         "def slow(*a, **k):\n    time.sleep(0.03)\n    return solve(*a, **k)\n"
         "run.solve = slow\n" + SCRIPT
     )
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "out"), kind, "1"]
+    command = [
+        sys.executable,
+        str(script),
+        str(Path(__file__).parent),
+        str(tmp_path / "out"),
+        kind,
+        "1",
+    ]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while len(list((tmp_path / "out").glob("shard-*"))) < 2:
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()  # noqa: PT018
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    before = {name: content for name, content in files(tmp_path / "out").items() if name.startswith("shard")}
+    before = {
+        name: content
+        for name, content in files(tmp_path / "out").items()
+        if name.startswith("shard")
+    }
     (tmp_path / "out" / ".shard-00003.abc.tmp").mkdir()  # as a kill within a write leaves it
     made = make(tmp_path / "out", format=kind)
     assert 2 <= made.there // 5 <= 3, "it was to be killed in the middle"
@@ -366,7 +442,9 @@ def test_what_is_missing_is_told_and_made(tmp_path: Path, kind: str) -> None:
     good = files(tmp_path / "out")
     path = Shards(tmp_path / "out", kind, 17, 5, (4, 4, 3)).path(2)  # type: ignore[arg-type]
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(SdeflowError, match=r"1 of its 4 shards are missing \(number 2\); run sdeflow generate"):
+    with pytest.raises(
+        SdeflowError, match=r"1 of its 4 shards are missing \(number 2\); run sdeflow generate"
+    ):
         read_images(tmp_path / "out")
     assert make(tmp_path / "out", format=kind).made == 5
     assert files(tmp_path / "out") == good
@@ -376,7 +454,9 @@ def test_what_is_missing_is_told_and_made(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_no_changed_byte_changes_what_is_read(tmp_path: Path, kind: str) -> None:
-    """Any byte of a shard: it is noticed, or it held nothing of the pictures, their labels and numbers."""
+    """Any byte of a shard: it is noticed, or it held nothing of the pictures, their labels and
+    numbers.
+    """
     make(tmp_path, n=2, shard_size=2, format=kind)
     place = Shards(tmp_path, kind, 2, 2, (4, 4, 3))  # type: ignore[arg-type]
     good, path = place.read(0), place.path(0)
@@ -385,7 +465,9 @@ def test_no_changed_byte_changes_what_is_read(tmp_path: Path, kind: str) -> None
     for i in range(0, len(content), max(1, len(content) // 300)):
         path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
         try:
-            assert all(torch.equal(a, b) for a, b in zip(place.read(0), good, strict=True)), f"byte {i}"
+            assert all(torch.equal(a, b) for a, b in zip(place.read(0), good, strict=True)), (
+                f"byte {i}"
+            )
         except SdeflowError:
             noticed += 1
     assert noticed > 100
@@ -406,7 +488,10 @@ def test_a_shard_in_another_ones_place_is_noticed(tmp_path: Path) -> None:
 def test_n_may_grow_but_not_shrink(tmp_path: Path, kind: str) -> None:
     make(tmp_path / "out", n=7, format=kind)
     made = make(tmp_path / "out", n=17, format=kind)
-    assert (made.there, made.made) == (5, 12)  # the shard that was short is made again, as a full one
+    assert (made.there, made.made) == (
+        5,
+        12,
+    )  # the shard that was short is made again, as a full one
     make(tmp_path / "whole", format=kind)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     with pytest.raises(ValueError, match="n may grow but not shrink"):
@@ -426,7 +511,9 @@ def test_n_may_grow_but_not_shrink(tmp_path: Path, kind: str) -> None:
         ({"shard_size": 6}, "shard_size=5, not with shard_size=6"),
     ],
 )
-def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_other_settings_are_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     make(tmp_path / "out")
     before = files(tmp_path / "out")
     with pytest.raises(ValueError, match=f"{said}.*another folder"):
@@ -470,14 +557,18 @@ def test_models_are_told_apart_by_all_that_they_hold() -> None:
         torch.nn.init.zeros_(network.bias)
         return Prediction(network, "eps", VP(), shape=(3, 4, 4))
 
-    same = [fingerprint(wrapped(1.0)), fingerprint(wrapped(1.0))]
-    other = [fingerprint(wrapped(2.0)), fingerprint(wrapped(1.0).under(EDM())), fingerprint(target())]
+    same = [model_sha256(wrapped(1.0)), model_sha256(wrapped(1.0))]
+    other = [
+        model_sha256(wrapped(2.0)),
+        model_sha256(wrapped(1.0).under(EDM())),
+        model_sha256(target()),
+    ]
     assert len(set(same)) == 1
     assert len({*same, *other}) == 4
     model = target()
-    before = fingerprint(model)
+    before = model_sha256(model)
     sample(model, nfe=3, n=2, seeds=0)
-    assert fingerprint(model) == before
+    assert model_sha256(model) == before
 
 
 def test_it_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
@@ -487,14 +578,16 @@ def test_it_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
     assert make(tmp_path / "out").finished
 
 
-# -------------------------------------------------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------------------------- what goes wrong
 
 
 class Broken(Prediction):
     """NaN in the rows whose start is that of certain seeds."""
 
     def __init__(self, seeds: list[int]) -> None:
-        starts = torch.stack([torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        starts = torch.stack(
+            [torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        )
         level = VP().level(1.0).sigma
 
         def network(x: Tensor, t: Tensor) -> Tensor:
@@ -507,14 +600,21 @@ class Broken(Prediction):
 @pytest.mark.parametrize("batch", [5, "auto"])
 def test_nan_names_the_pictures_and_writes_nothing_of_the_shard(tmp_path: Path, batch: Any) -> None:
     with pytest.raises(
-        NonFiniteError, match=r"pictures 7, 8 \(seed 20 \+ number\).*nothing was written of shard 1.*first at call 1"
+        NonFiniteError,
+        match=(
+            r"pictures 7, 8 \(seed 20 \+ number\).*nothing was written of shard 1.*first at call 1"
+        ),
     ):
-        generate(Broken([27, 28]), tmp_path / "out", n=17, nfe=5, shard_size=5, seed=20, batch_size=batch)
+        generate(
+            Broken([27, 28]), tmp_path / "out", n=17, nfe=5, shard_size=5, seed=20, batch_size=batch
+        )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [RUN, "shard-00000"]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_and_loses_nothing(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any, **_: Any) -> Any:
         if ".shard-00002" in str(arguments[0]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -529,7 +629,11 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, kind: str, monkey
     with pytest.raises(SdeflowError, match=r"shard-00002.*No space left.*finished stay"):
         make(tmp_path / "out", format=kind)
     monkeypatch.undo()
-    assert sorted(p.name[:11] for p in (tmp_path / "out").iterdir()) == [RUN, "shard-00000", "shard-00001"]
+    assert sorted(p.name[:11] for p in (tmp_path / "out").iterdir()) == [
+        RUN,
+        "shard-00000",
+        "shard-00001",
+    ]
     assert make(tmp_path / "out", format=kind).there == 10
 
 
@@ -564,7 +668,9 @@ def test_places_where_no_pictures_can_go_are_refused(tmp_path: Path) -> None:
         ({"grid": [1.0, 0.5, 0.6]}, "one way"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_written(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_is_told_before_anything_is_written(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         make(tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
@@ -572,12 +678,16 @@ def test_what_cannot_be_is_told_before_anything_is_written(tmp_path: Path, chang
 
 def test_models_of_no_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(C, H, W\)"):
-        generate(GaussianMixture([1.0], torch.zeros(1, 2), std=0.3, process=VP()), tmp_path / "out", n=1)
+        generate(
+            GaussianMixture([1.0], torch.zeros(1, 2), std=0.3, process=VP()), tmp_path / "out", n=1
+        )
     with pytest.raises(ValueError, match="pass shape="):
         generate(lambda x, t: -x, tmp_path / "out", n=1, process="vp")
 
 
-def test_parquet_without_its_package_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_its_package_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sdeflow\[train\]'"):
         make(tmp_path / "out", format="parquet")
@@ -623,24 +733,41 @@ def test_the_command_teaches_in_a_line(
 def test_the_command_runs_in_half_precision_and_says_why_it_is_not_compiled(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model", str(tiny), "--n", "2", "--nfe", "3", "--device", "cpu", "--out", str(tmp_path / "out")]
+    options = [
+        "--model",
+        str(tiny),
+        "--n",
+        "2",
+        "--nfe",
+        "3",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(SystemExit) as end:
         main(["generate", *options, "--half", "--compile"])
     assert end.value.code in (0, None)
     told = capsys.readouterr()
-    assert "compiled  no: a CUDA graph needs a state on a CUDA device" in told.out  # said once, and no warning
+    assert (
+        "compiled  no: a CUDA graph needs a state on a CUDA device" in told.out
+    )  # said once, and no warning
     assert "Warning" not in told.err
     assert read_settings(tmp_path / "out")["dtype"] == "bfloat16"
 
 
-# -------------------------------------------------------------------------------------------------------- reading others'
+# ---------------------------------------------------------------------------------- reading others'
 
 
 def test_folders_and_files_of_others_are_read(tmp_path: Path) -> None:
-    pixels = torch.randint(0, 256, (5, 6, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (5, 6, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     (tmp_path / "pictures" / "deeper").mkdir(parents=True)
     for i, picture in enumerate(pixels.numpy()):
-        Image.fromarray(picture).save(tmp_path / "pictures" / ("deeper" if i == 4 else "") / f"z{i}.png")
+        Image.fromarray(picture).save(
+            tmp_path / "pictures" / ("deeper" if i == 4 else "") / f"z{i}.png"
+        )
     Image.fromarray(pixels[0].numpy()).convert("L").save(tmp_path / "pictures" / "a.jpg")
     indices, images, labels = everything(tmp_path / "pictures", batch=4)
     assert (indices.tolist(), labels.tolist()) == (list(range(6)), [-1] * 6)
@@ -653,7 +780,9 @@ def test_folders_and_files_of_others_are_read(tmp_path: Path) -> None:
     assert labels.tolist() == list(range(5))
 
 
-def test_our_parquet_is_a_data_set_to_train_on_and_any_such_is_read(tmp_path: Path, tiny: Path) -> None:
+def test_our_parquet_is_a_data_set_to_train_on_and_any_such_is_read(
+    tmp_path: Path, tiny: Path
+) -> None:
     generate(load(tiny), tmp_path / "out", n=7, nfe=3, shard_size=4, format="parquet")
     _, images, labels = everything(tmp_path / "out")
     read = data.load_images(tmp_path / "out", progress=False)

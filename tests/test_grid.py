@@ -1,4 +1,6 @@
-"""Grids: monotone, between their ends, of the size asked; a user's own honoured exactly; spacings on the known entries."""
+"""Grids: monotone, between their ends, of the size asked; a user's own honoured exactly; spacings
+on the known entries.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,22 @@ from problems import LINEAR_BETAS, PROCESSES, GaussianData, Mixture, law
 from torch import Tensor
 
 from sdeflow import grid
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.errors import BudgetError, GridError
 from sdeflow.process import EDM, VE, VP, Cosine, FromBetas, Process, RectifiedFlow
 from sdeflow.registry import GRIDS
-from sdeflow.sampling import sample, solve
+from sdeflow.sampling.api import sample, solve
 from sdeflow.solvers.base import check_times
-from sdeflow.solvers.exponential import DDIM
+from sdeflow.solvers.ode.ddim import DDIM
 
 DISCRETE = ("quadratic", "leading", "trailing", "linspace", "ddim_uniform")
-SHORT = ("simple", "sgm_uniform", "linear_quadratic", "beta", "beta57")  # their last level is one step short of the end
+SHORT = (
+    "simple",
+    "sgm_uniform",
+    "linear_quadratic",
+    "beta",
+    "beta57",
+)  # their last level is one step short of the end
 TABLES = ("ays_sd15", "ays_sdxl", "ays_svd", "ays_deepfloyd_if")  # and these have ends of their own
 EARLY = ("auto",)  # leaves more to the step to zero noise, unless t_min is given
 CONTINUOUS = tuple(name for name in GRIDS if name not in (*DISCRETE, *SHORT, *TABLES))
@@ -80,14 +88,20 @@ def test_a_discrete_grid_needs_a_table(name: str) -> None:
 
 
 def test_spacings_are_those_of_the_literature() -> None:
-    """N = 1000, ten steps, as published: DDIM's leading, Lin et al.'s trailing, improved DDPM's linspace, DDIM's quadratic."""
+    """N = 1000, ten steps, as published: DDIM's leading, Lin et al.'s trailing, improved DDPM's
+    linspace, DDIM's quadratic.
+    """
     assert entries(grid.leading(TABLE, 10)) == list(range(900, -1, -100))
     assert entries(grid.leading(TABLE, 10, offset=1)) == list(range(901, 0, -100))
-    assert entries(grid.leading(TABLE, 9, spare=1)) == list(range(900, 99, -100))  # DPM-Solver's, in diffusers
+    assert entries(grid.leading(TABLE, 9, spare=1)) == list(
+        range(900, 99, -100)
+    )  # DPM-Solver's, in diffusers
     assert entries(grid.trailing(TABLE, 10)) == list(range(999, 0, -100))
     assert entries(grid.linspace(TABLE, 10)) == list(range(999, -1, -111))
-    # Measured in units of the table, quadratic has squares: 999 (k/9)^2.
-    assert entries(grid.quadratic(TABLE, 10)) == [round(999 * (k / 9) ** 2) for k in range(9, -1, -1)]
+    # FeatureStatistics in units of the table, quadratic has squares: 999 (k/9)^2.
+    assert entries(grid.quadratic(TABLE, 10)) == [
+        round(999 * (k / 9) ** 2) for k in range(9, -1, -1)
+    ]
     # And where N is no multiple, trailing rounds N - jN/n: 1000 at 7.
     assert entries(grid.trailing(TABLE, 7)) == [round(1000 - j * 1000 / 7) - 1 for j in range(7)]
 
@@ -156,7 +170,9 @@ def test_a_grid_has_a_whole_number_of_levels(name: str, n: object) -> None:
         ("leading", {"spare": -1}, "spare"),
     ],
 )
-def test_bounds_that_make_no_sense_are_refused(name: str, wrong: dict[str, float], match: str) -> None:
+def test_bounds_that_make_no_sense_are_refused(
+    name: str, wrong: dict[str, float], match: str
+) -> None:
     with pytest.raises(GridError, match=match):
         GRIDS[name].make(TABLE, 10, **wrong)
 
@@ -166,7 +182,7 @@ def test_nothing_else_is_accepted() -> None:
         grid.uniform_t(VP(), 10, sigma_max=80.0)  # type: ignore[call-arg]
 
 
-# ----------------------------------------------------------------------------------------------------- in a solve
+# --------------------------------------------------------------------------------------- in a solve
 
 
 class Recording:
@@ -194,7 +210,15 @@ def test_a_users_grid_is_honoured_exactly(given_as: str) -> None:
     }[given_as]
     network = Recording()
     nfe = 5 if given_as == "function" else None
-    solution = solve(Prediction(network, "x0", VP()), solver="ddim", grid=given, nfe=nfe, shape=(2,), n=3, seeds=0)
+    solution = solve(
+        Prediction(network, "x0", VP()),
+        solver="ddim",
+        grid=given,
+        nfe=nfe,
+        shape=(2,),
+        n=3,
+        seeds=0,
+    )
     assert torch.equal(torch.stack(network.times), times.float())
     assert solution.times is not None
     assert torch.equal(solution.times, times.float().double() if given_as == "float32" else times)
@@ -203,7 +227,13 @@ def test_a_users_grid_is_honoured_exactly(given_as: str) -> None:
 
 def test_solvers_ask_at_their_stages() -> None:
     network = Recording()
-    sample(Prediction(network, "x0", VP()), solver="midpoint", grid=[1.0, 0.5, 0.1], shape=(2,), seeds=0)
+    sample(
+        Prediction(network, "x0", VP()),
+        solver="midpoint",
+        grid=[1.0, 0.5, 0.1],
+        shape=(2,),
+        seeds=0,
+    )
     torch.testing.assert_close(torch.stack(network.times), torch.tensor([1.0, 0.75, 0.5, 0.3, 0.1]))
 
 
@@ -223,16 +253,23 @@ def test_an_indexed_network_sees_the_entries() -> None:
 @pytest.mark.parametrize(("nfe", "levels"), [(3, 5), (9, 4)])
 def test_a_budget_that_contradicts_the_grid_is_refused(nfe: int, levels: int) -> None:
     with pytest.raises(BudgetError, match=f"{levels} levels"):
-        sample(Mixture(VP()), solver="ddim", grid=torch.linspace(1.0, 0.1, levels), nfe=nfe, seeds=0)
-    assert solve(Mixture(VP()), solver="heun", grid=torch.linspace(1.0, 0.1, 4), nfe=7, seeds=0).nfe == 7
+        sample(
+            Mixture(VP()), solver="ddim", grid=torch.linspace(1.0, 0.1, levels), nfe=nfe, seeds=0
+        )
+    assert (
+        solve(Mixture(VP()), solver="heun", grid=torch.linspace(1.0, 0.1, 4), nfe=7, seeds=0).nfe
+        == 7
+    )
 
 
-# ------------------------------------------------------------------------------------------------ starting from the middle
+# ------------------------------------------------------------------------- starting from the middle
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6, 0.25])
 @pytest.mark.parametrize("under", sorted(PROCESSES))
-def test_a_start_in_the_middle_keeps_the_budget_and_the_marginal(under: str, strength: float) -> None:
+def test_a_start_in_the_middle_keeps_the_budget_and_the_marginal(
+    under: str, strength: float
+) -> None:
     process = PROCESSES[under]
     t = (
         process.t_max
@@ -243,7 +280,13 @@ def test_a_start_in_the_middle_keeps_the_budget_and_the_marginal(under: str, str
     x0 = 0.4 + 0.5 * torch.randn(50_000, generator=torch.Generator().manual_seed(0)).unsqueeze(0)
     starts: list[Tensor] = []
     solution = solve(
-        data, solver="heun", nfe=21, x0=x0, t=t, seeds=[5], callback=lambda step: starts.append(step.x.clone())
+        data,
+        solver="heun",
+        nfe=21,
+        x0=x0,
+        t=t,
+        seeds=[5],
+        callback=lambda step: starts.append(step.x.clone()),
     )
     assert solution.nfe == 21
     assert solution.times is not None
@@ -257,7 +300,9 @@ def test_a_start_in_the_middle_keeps_the_budget_and_the_marginal(under: str, str
     assert abs(float(start.std()) / marginal - 1.0) < error
     # And the noise in it is the seed's own.
     assert torch.allclose(
-        (start - s * x0) / sigma, torch.randn(1, 50_000, generator=torch.Generator().manual_seed(5)).double(), atol=1e-3
+        (start - s * x0) / sigma,
+        torch.randn(1, 50_000, generator=torch.Generator().manual_seed(5)).double(),
+        atol=1e-3,
     )
     assert abs(float(solution.x.mean()) - 0.4) < 0.1
 
@@ -278,7 +323,13 @@ def test_a_start_in_the_middle_of_a_table(name: str) -> None:
     network = Recording()
     t = float(TABLE.time(499))
     solution = solve(
-        Prediction(network, "x0", TABLE), solver="ddim", nfe=10, grid=name, x0=torch.zeros(2, 3), t=t, seeds=0
+        Prediction(network, "x0", TABLE),
+        solver="ddim",
+        nfe=10,
+        grid=name,
+        x0=torch.zeros(2, 3),
+        t=t,
+        seeds=0,
     )
     assert solution.nfe == 10
     assert solution.times is not None
@@ -290,7 +341,9 @@ def test_a_start_where_the_grid_starts() -> None:
     x = torch.randn(2, 3)
     with pytest.raises(GridError, match="starts at t"):
         sample(Prediction(Recording(), "x0", VP()), solver="ddim", grid=[0.9, 0.5], x=x, t=0.8)
-    solution = solve(Prediction(Recording(), "x0", VP()), solver="ddim", grid=[0.9, 0.5], x=x, t=0.9)
+    solution = solve(
+        Prediction(Recording(), "x0", VP()), solver="ddim", grid=[0.9, 0.5], x=x, t=0.9
+    )
     assert solution.nfe == 2
     solution = solve(Prediction(Recording(), "x0", VP()), solver="ddim", grid=[0.9, 0.5], x=x)
     assert solution.nfe == 2
@@ -314,5 +367,7 @@ def test_default_grids_are_good_enough_to_be_defaults() -> None:
     for process in (VP(), EDM(), VE(), RectifiedFlow(), Cosine(), TABLE):
         times = GRIDS[process.default_grid].make(process, 20)
         for std in (0.5, 1.0):
-            assert law(DDIM().plan(process, times), 0.0, std)[1] == pytest.approx(std, rel=0.15), process
+            assert law(DDIM().plan(process, times), 0.0, std)[1] == pytest.approx(std, rel=0.15), (
+                process
+            )
     assert len(LINEAR_BETAS) == 1000

@@ -1,4 +1,6 @@
-"""Grids of the field by their published formulas and numbers, wrappers, tables, and grids searched on a model's trajectories."""
+"""Grids of the field by their published formulas and numbers, wrappers, tables, and grids searched
+on a model's trajectories.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,19 @@ from torch import Tensor
 from sdeflow import grid
 from sdeflow.errors import GridError, UnknownNameError
 from sdeflow.grid.quantiles import beta_cdf, beta_quantile
-from sdeflow.grid.search import SearchedGrid, gits
 from sdeflow.process import EDM, VE, VP, Cosine, FromBetas, Process, RectifiedFlow
 from sdeflow.registry import GRIDS, grid_function, lookup
-from sdeflow.sampling import sample, solve
+from sdeflow.sampling.api import sample, solve
 from sdeflow.solvers.base import check_times
-from sdeflow.solvers.weights import adams
+from sdeflow.solvers.ode.weights import adams
+from sdeflow.tuning.gits import SearchedGrid, gits
 
 F64 = torch.float64
 TABLE = PROCESSES["from_betas"]
 assert isinstance(TABLE, FromBetas)
-STABLE = Process.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2)  # Stable Diffusion's
+STABLE = Process.from_betas(
+    torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2
+)  # Stable Diffusion's
 assert isinstance(STABLE, FromBetas)
 
 
@@ -37,7 +41,7 @@ def close(got: Tensor, expected: Any, rtol: float = 1e-12) -> None:
     torch.testing.assert_close(got, torch.as_tensor(expected, dtype=F64), rtol=rtol, atol=0)
 
 
-# -------------------------------------------------------------------------------------------------- published formulas
+# ------------------------------------------------------------------------------- published formulas
 
 
 @pytest.mark.parametrize("n", [2, 5, 18])
@@ -47,8 +51,16 @@ def test_grids_of_k_diffusion(n: int) -> None:
     low, high = 0.03, 14.6
     bounds = {"nsr_min": low, "nsr_max": high}
     for rho in (7.0, 3.0):
-        close(grid.karras(EDM(), n, rho=rho, **bounds), k.get_sigmas_karras(n, low, high, rho)[:-1].double(), 3e-6)
-    close(grid.uniform_lam(EDM(), n, **bounds), k.get_sigmas_exponential(n, low, high)[:-1].double(), 3e-6)
+        close(
+            grid.karras(EDM(), n, rho=rho, **bounds),
+            k.get_sigmas_karras(n, low, high, rho)[:-1].double(),
+            3e-6,
+        )
+    close(
+        grid.uniform_lam(EDM(), n, **bounds),
+        k.get_sigmas_exponential(n, low, high)[:-1].double(),
+        3e-6,
+    )
     for rho in (1.0, 2.5, 0.5):
         ours = grid.polyexponential(EDM(), n, rho=rho, **bounds)
         close(ours, k.get_sigmas_polyexponential(n, low, high, rho)[:-1].double(), 3e-6)
@@ -58,7 +70,9 @@ def test_grids_of_k_diffusion(n: int) -> None:
 
 
 def test_the_other_count_of_karras() -> None:
-    """`k/N`: `n + 1` levels without a zero, the last of which the step to zero noise may replace."""
+    """`k/N`: `n + 1` levels without a zero, the last of which the step to zero noise may
+    replace.
+    """
     k = torch.arange(11, dtype=F64)
     expected = (80 ** (1 / 7) + k / 10 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     close(grid.karras(EDM(), 11), expected)
@@ -73,23 +87,38 @@ def test_a_table_of_what_is_uniform_in_what() -> None:
 
     for process in (VP(), EDM(), VE()):
         lam = process.lam
-        assert uneven(torch.asinh((lam(grid.dense_lam(process, 12, center=0.7, width=0.6)) - 0.7) / 0.6)) < 1e-9
+        assert (
+            uneven(
+                torch.asinh((lam(grid.dense_lam(process, 12, center=0.7, width=0.6)) - 0.7) / 0.6)
+            )
+            < 1e-9
+        )
         end = lam(process.t_min)
-        assert uneven(((end - lam(grid.polyexponential(process, 12, rho=2.0))).clamp_min(0)) ** 0.5) < 1e-6
+        assert (
+            uneven(((end - lam(grid.polyexponential(process, 12, rho=2.0))).clamp_min(0)) ** 0.5)
+            < 1e-6
+        )
         assert uneven(VP().t_of_lam(lam(grid.uniform_vp(process, 12)))) < 1e-9
         assert uneven(VP().t_of_lam(lam(grid.uniform_vp(process, 12, rho=2.0))).sqrt()) < 1e-9
         assert uneven(Cosine().t_of_lam(lam(grid.uniform_cosine(process, 12)))) < 1e-8
         assert uneven(torch.sigmoid(-lam(grid.flow_shift(process, 12, shift=1.0)))) < 1e-8
     close(grid.uniform_vp(VP(), 12), grid.uniform_t(VP(), 12), 1e-11)
     close(grid.uniform_cosine(Cosine(), 12), grid.uniform_t(Cosine(), 12), 1e-9)
-    close(grid.flow_shift(RectifiedFlow(), 12, shift=1.0), grid.uniform_t(RectifiedFlow(), 12), 1e-11)
+    close(
+        grid.flow_shift(RectifiedFlow(), 12, shift=1.0), grid.uniform_t(RectifiedFlow(), 12), 1e-11
+    )
     u = torch.linspace(0, 1, 9, dtype=F64)
     span = EDM().t_max - EDM().t_min
     torch.testing.assert_close(
-        grid.cosine_t(EDM(), 9), EDM().t_min + span * (1 + torch.cos(math.pi * u)) / 2, rtol=0, atol=1e-12
+        grid.cosine_t(EDM(), 9),
+        EDM().t_min + span * (1 + torch.cos(math.pi * u)) / 2,
+        rtol=0,
+        atol=1e-12,
     )
     half = grid.cosine_t(EDM(), 9, both=False)
-    torch.testing.assert_close(half, EDM().t_min + span * (1 - torch.sin(math.pi * u / 2)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        half, EDM().t_min + span * (1 - torch.sin(math.pi * u / 2)), rtol=0, atol=1e-12
+    )
 
 
 def test_a_narrow_centre_is_dense_and_a_wide_one_is_uniform() -> None:
@@ -103,11 +132,15 @@ def test_a_narrow_centre_is_dense_and_a_wide_one_is_uniform() -> None:
     assert float(ratio.max() / ratio.min()) < 1.02
 
 
-@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (0.5, 0.7), (1.0, 1.0), (2.0, 5.0), (0.3, 3.0), (40.0, 0.2)])
+@pytest.mark.parametrize(
+    ("a", "b"), [(0.6, 0.6), (0.5, 0.7), (1.0, 1.0), (2.0, 5.0), (0.3, 3.0), (40.0, 0.2)]
+)
 def test_quantiles_are_scipys(a: float, b: float) -> None:
     p = torch.tensor([0.0, 1e-6, 0.01, 0.1, 1 / 3, 0.5, 0.77, 0.99, 1 - 1e-6, 1.0], dtype=F64)
     x = beta_quantile(p, a, b)
-    torch.testing.assert_close(x, torch.from_numpy(stats.beta.ppf(p.numpy(), a, b)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        x, torch.from_numpy(stats.beta.ppf(p.numpy(), a, b)), rtol=1e-9, atol=1e-12
+    )
     x = torch.linspace(0.0, 1.0, 41, dtype=F64)
     torch.testing.assert_close(
         beta_cdf(x, a, b), torch.from_numpy(stats.beta.cdf(x.numpy(), a, b)), rtol=1e-12, atol=1e-13
@@ -118,19 +151,28 @@ def test_quantiles_are_scipys(a: float, b: float) -> None:
 def test_beta_is_comfyuis_and_diffusers(n: int) -> None:
     p = 1.0 - torch.arange(n, dtype=F64) / n
     entry = 999 * torch.from_numpy(stats.beta.ppf(p.numpy(), 0.6, 0.6))
-    torch.testing.assert_close(TABLE.index(grid.beta_quantiles(TABLE, n)), entry, rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(
+        TABLE.index(grid.beta_quantiles(TABLE, n)), entry, rtol=1e-10, atol=1e-9
+    )
     made = GRIDS["beta57"].make(TABLE, n)
     torch.testing.assert_close(
-        TABLE.index(made), 999 * torch.from_numpy(stats.beta.ppf(p.numpy(), 0.5, 0.7)), rtol=1e-10, atol=1e-9
+        TABLE.index(made),
+        999 * torch.from_numpy(stats.beta.ppf(p.numpy(), 0.5, 0.7)),
+        rtol=1e-10,
+        atol=1e-9,
     )
     if n > 1:
-        q = torch.from_numpy(stats.beta.ppf(1.0 - torch.linspace(0, 1, n, dtype=F64).numpy(), 0.6, 0.6))
+        q = torch.from_numpy(
+            stats.beta.ppf(1.0 - torch.linspace(0, 1, n, dtype=F64).numpy(), 0.6, 0.6)
+        )
         close(grid.beta_quantiles(EDM(), n, clock="nsr", last=True), 0.002 + q * (80 - 0.002), 1e-9)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 25])
 def test_linear_quadratic_is_a_line_and_a_parabola(n: int) -> None:
-    """The whole schedule, with its zero: equal steps of threshold/half, then constant second differences, no jump in slope."""
+    """The whole schedule, with its zero: equal steps of threshold/half, then constant second
+    differences, no jump in slope.
+    """
     t = torch.cat([grid.linear_quadratic(RectifiedFlow(), n), torch.zeros(1, dtype=F64)])
     assert float(t[0]) == 1.0
     half = n // 2
@@ -150,7 +192,9 @@ def test_grids_one_step_short_of_the_end(n: int) -> None:
     j = torch.arange(n, dtype=F64)
     close(grid.simple(RectifiedFlow(), n), 1 - j / n)
     close(grid.simple(EDM(), n), 80 * (1 - j / n))
-    assert TABLE.index(grid.simple(TABLE, n)).round().long().tolist() == [999 - int(i * 1000 / n) for i in range(n)]
+    assert TABLE.index(grid.simple(TABLE, n)).round().long().tolist() == [
+        999 - int(i * 1000 / n) for i in range(n)
+    ]
     close(TABLE.index(grid.sgm_uniform(TABLE, n)), 999 * (1 - j / n), 1e-9)
     close(grid.sgm_uniform(VP(), n), 1 - j / n * (1 - 1e-3))
     if 1000 % n == 0:
@@ -171,7 +215,12 @@ COMFYUI = [
     "linear_quadratic",
     "kl_optimal",
 ]
-K_DIFFUSION = ["get_sigmas_karras", "get_sigmas_exponential", "get_sigmas_polyexponential", "get_sigmas_vp"]
+K_DIFFUSION = [
+    "get_sigmas_karras",
+    "get_sigmas_exponential",
+    "get_sigmas_polyexponential",
+    "get_sigmas_vp",
+]
 
 
 def test_names_of_image_programs_are_known() -> None:
@@ -180,12 +229,13 @@ def test_names_of_image_programs_are_known() -> None:
         assert torch.equal(check_times(times), times)
         assert len(times) == 10
     close(
-        grid_function("kl-optimal")(EDM(), 5), torch.tan(torch.linspace(math.atan(80), math.atan(0.002), 5, dtype=F64))
+        grid_function("kl-optimal")(EDM(), 5),
+        torch.tan(torch.linspace(math.atan(80), math.atan(0.002), 5, dtype=F64)),
     )
     assert lookup(GRIDS, "grid", "power_lam").kind is grid.polyexponential
 
 
-# ---------------------------------------------------------------------------------------------------------- any settings
+# ------------------------------------------------------------------------------------- any settings
 
 
 @st.composite
@@ -196,7 +246,11 @@ def settings(draw: Any) -> tuple[grid.GridFunction, bool]:
         return math.exp(draw(st.floats(math.log(low), math.log(high))))
 
     last = draw(st.booleans())
-    kind = draw(st.sampled_from(["karras", "poly", "dense", "vp", "cosine", "flow", "lam", "beta", "shifted", "power"]))
+    kind = draw(
+        st.sampled_from(
+            ["karras", "poly", "dense", "vp", "cosine", "flow", "lam", "beta", "shifted", "power"]
+        )
+    )
     rho, a = number(0.3, 20.0), number(0.1, 10.0)
     options: dict[str, Any] = {"last": last}
     match kind:
@@ -216,12 +270,20 @@ def settings(draw: Any) -> tuple[grid.GridFunction, bool]:
         case "lam":
             function = grid.uniform_lam
         case "beta":
-            function, options = grid.beta_quantiles, options | {"alpha": number(0.4, 2.0), "beta": number(0.4, 2.0)}
+            function, options = (
+                grid.beta_quantiles,
+                options | {"alpha": number(0.4, 2.0), "beta": number(0.4, 2.0)},
+            )
         case "shifted":
-            inner = draw(st.sampled_from([grid.uniform_t, grid.karras, grid.uniform_lam, grid.uniform_angle]))
+            inner = draw(
+                st.sampled_from([grid.uniform_t, grid.karras, grid.uniform_lam, grid.uniform_angle])
+            )
             return grid.shifted(inner, a), True
         case _:
-            return lambda process, n, **ends: grid.power_t(process, n, rho=number(0.5, 4.0), **ends), True
+            return (
+                lambda process, n, **ends: grid.power_t(process, n, rho=number(0.5, 4.0), **ends),
+                True,
+            )
     return lambda process, n, **ends: function(process, n, **options, **ends), last
 
 
@@ -284,7 +346,7 @@ def test_a_wrapper_takes_a_function() -> None:
         grid.align_your_steps(EDM(), 10, model="sd1")
 
 
-# --------------------------------------------------------------------------------------------------------------- shifts
+# ------------------------------------------------------------------------------------------- shifts
 
 
 def test_a_shift_multiplies_the_noise_to_signal_ratio() -> None:
@@ -303,10 +365,16 @@ def test_a_shift_multiplies_the_noise_to_signal_ratio() -> None:
         base = grid.shifted(grid.uniform_lam, 2.0)(
             process, 9, t_max=float(process.t_of_nsr(8.0)), t_min=float(process.t_of_nsr(0.5))
         )
-        close(process.nsr(base), torch.linspace(math.log(8), math.log(0.5), 9, dtype=F64).exp(), 1e-9)
+        close(
+            process.nsr(base), torch.linspace(math.log(8), math.log(0.5), 9, dtype=F64).exp(), 1e-9
+        )
     close(grid.shifted(grid.karras, 1.0)(EDM(), 9), grid.karras(EDM(), 9), 1e-12)
     # The shift spends more levels at high noise the larger it is.
-    assert [int((grid.flow_shift(flow, 20, shift=a) > 0.5).sum()) for a in (1 / 3, 1.0, 3.0)] == [5, 10, 15]
+    assert [int((grid.flow_shift(flow, 20, shift=a) > 0.5).sum()) for a in (1 / 3, 1.0, 3.0)] == [
+        5,
+        10,
+        15,
+    ]
 
 
 def test_how_much_to_shift() -> None:
@@ -317,7 +385,11 @@ def test_how_much_to_shift() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [grid.shifted(grid.karras, 2.0), grid.without_last(grid.uniform_t), grid.table([80.0, 1.0, 0.1])],
+    [
+        grid.shifted(grid.karras, 2.0),
+        grid.without_last(grid.uniform_t),
+        grid.table([80.0, 1.0, 0.1]),
+    ],
     ids=["shifted", "without_last", "table"],
 )
 def test_wrappers_are_values(function: Any) -> None:
@@ -325,11 +397,18 @@ def test_wrappers_are_values(function: Any) -> None:
     assert again == function
     assert hash(again) == hash(function)
     assert torch.equal(again(EDM(), 7), function(EDM(), 7))
-    x = sample(GaussianData(EDM(), 0.3, 0.5), solver="ddim", nfe=7, grid=function, shape=(1,), seeds=range(3))
+    x = sample(
+        GaussianData(EDM(), 0.3, 0.5),
+        solver="ddim",
+        nfe=7,
+        grid=function,
+        shape=(1,),
+        seeds=range(3),
+    )
     assert bool(torch.isfinite(x).all())
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 @pytest.mark.parametrize(
@@ -340,11 +419,17 @@ def test_wrappers_are_values(function: Any) -> None:
     ],
 )
 def test_align_your_steps_as_published(model: str, entries: list[int]) -> None:
-    """Table 3's noise levels stand where the timesteps published beside them say, on Stable Diffusion's betas."""
+    """Table 3's noise levels stand where the timesteps published beside them say, on Stable
+    Diffusion's betas.
+    """
     index = STABLE.index(grid.align_your_steps(STABLE, 10, model=model))
     assert float((index - torch.tensor(entries, dtype=F64)).abs().max()) < 1.0
     levels = grid.ALIGN_YOUR_STEPS[model]
-    close(STABLE.nsr(grid.align_your_steps(STABLE, 11, model=model, last=True))[1:-1], levels[1:-1], 1e-9)
+    close(
+        STABLE.nsr(grid.align_your_steps(STABLE, 11, model=model, last=True))[1:-1],
+        levels[1:-1],
+        1e-9,
+    )
 
 
 @pytest.mark.parametrize("model", sorted(grid.ALIGN_YOUR_STEPS))
@@ -379,11 +464,15 @@ def test_a_users_table() -> None:
     part = grid.table(values)(EDM(), 3, t_max=1.0)
     close(part, [1.0, 0.1**0.5, 0.1])
     assert grid.table(values)(EDM(), 4, t_max=20.0).tolist() == pytest.approx([20.0, 3.0, 1.0, 0.1])
-    assert grid.table(values)(EDM(), 4, t_min=0.05).tolist() == pytest.approx([10.0, 3.0, 1.0, 0.05])
+    assert grid.table(values)(EDM(), 4, t_min=0.05).tolist() == pytest.approx(
+        [10.0, 3.0, 1.0, 0.05]
+    )
 
 
 @given(
-    st.lists(st.floats(-6.0, 6.0), min_size=2, max_size=12), st.integers(1, 50), st.sampled_from(["vp", "edm", "subvp"])
+    st.lists(st.floats(-6.0, 6.0), min_size=2, max_size=12),
+    st.integers(1, 50),
+    st.sampled_from(["vp", "edm", "subvp"]),
 )
 def test_every_table_is_laid_within_its_process(logs: list[float], n: int, under: str) -> None:
     values = sorted({math.exp(v) for v in logs}, reverse=True)
@@ -398,7 +487,7 @@ def test_every_table_is_laid_within_its_process(logs: list[float], n: int, under
     assert float(times[0]) <= process.t_max
 
 
-# ------------------------------------------------------------------------------------- on a model's own trajectories
+# -------------------------------------------------------------------- on a model's own trajectories
 
 
 def searched(order: int, process: Process | None = None, **options: Any) -> SearchedGrid:
@@ -421,7 +510,9 @@ def test_the_search_finds_the_best_of_all(order: int, coefficient: float) -> Non
 @pytest.mark.parametrize("under", ["edm", "vp", "rectified_flow"])
 @pytest.mark.parametrize("unit", ["signal", "spread"])
 def test_errors_are_those_of_the_steps(under: str, unit: str) -> None:
-    """Against steps written out: DDIM's, and the exponential Adams step of order 2 in x0 and lam on teacher's predictions."""
+    """Against steps written out: DDIM's, and the exponential Adams step of order 2 in x0 and lam on
+    teacher's predictions.
+    """
     process = PROCESSES[under]
     found = searched(2, process, nodes=7, unit=unit)
     assert found.double is not None
@@ -440,28 +531,38 @@ def test_errors_are_those_of_the_steps(under: str, unit: str) -> None:
     assert path.x0s is not None
     x, x0, levels = path.trajectory, path.x0s, process.levels(found.times)
     for i, j, k in itertools.combinations(range(7), 3):
-        scale = levels[k].s if unit == "signal" else float((x[k] - x[k].mean(0)).square().mean().sqrt())
+        scale = (
+            levels[k].s if unit == "signal" else float((x[k] - x[k].mean(0)).square().mean().sqrt())
+        )
         ratio = levels[k].sigma / levels[j].sigma
         alone = ratio * x[j] + (levels[k].s - ratio * levels[j].s) * x0[j] - x[k]
         error = alone.square().mean(-1).sqrt().mean() / scale
         assert float(found.single[j, k]) == pytest.approx(float(error), rel=1e-9, abs=1e-12)
         if levels[i].s > 0:
             a, (b, c) = adams("x0", "lam", [levels[j], levels[i]], levels[j], levels[k], process)
-            error = (a * x[j] + b * x0[j] + c * x0[i] - x[k]).square().mean(-1).sqrt().mean() / scale
+            error = (a * x[j] + b * x0[j] + c * x0[i] - x[k]).square().mean(
+                -1
+            ).sqrt().mean() / scale
         assert float(found.double[i, j, k]) == pytest.approx(float(error), rel=1e-7, abs=1e-12)
     assert math.isinf(float(found.single[3, 3]))
 
 
-@pytest.mark.parametrize(("under", "solver", "order"), [("vp", "ddim", 1), ("edm", "ddim", 1), ("vp", "dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("under", "solver", "order"), [("vp", "ddim", 1), ("edm", "ddim", 1), ("vp", "dpmpp_2m", 2)]
+)
 def test_a_searched_grid_beats_a_uniform_one(under: str, solver: str, order: int) -> None:
     process = PROCESSES[under]
     model = Mixture(process)
     best = gits(model, order=order, dtype=F64)  # type: ignore[arg-type]
-    x = process.prior_std * torch.randn(256, 2, dtype=F64, generator=torch.Generator().manual_seed(9))
+    x = process.prior_std * torch.randn(
+        256, 2, dtype=F64, generator=torch.Generator().manual_seed(9)
+    )
     exact = sample(model, solver="adams3", nfe=600, grid="uniform_lam", x=x)
 
     def error(nfe: int, which: Any) -> float:
-        return float((sample(model, solver=solver, nfe=nfe, grid=which, x=x) - exact).norm(dim=1).median())
+        return float(
+            (sample(model, solver=solver, nfe=nfe, grid=which, x=x) - exact).norm(dim=1).median()
+        )
 
     for nfe in (5, 6, 7, 8) if order == 1 else (10, 12, 16):
         assert error(nfe, best) < 0.75 * error(nfe, "uniform_t"), nfe
@@ -480,7 +581,9 @@ def test_a_searched_grid_serves_everywhere() -> None:
     part = found(EDM(), 5, t_max=3.21, t_min=0.0123)
     assert (float(part[0]), float(part[-1])) == (3.21, 0.0123)
     assert bool((part.diff() < 0).all())
-    x = solve(Mixture(EDM()), solver="ddim", nfe=5, grid=found, x0=torch.zeros(3, 2), t=2.0, seeds=0)
+    x = solve(
+        Mixture(EDM()), solver="ddim", nfe=5, grid=found, x0=torch.zeros(3, 2), t=2.0, seeds=0
+    )
     assert x.times is not None
     assert float(x.times[0]) == 2.0
     with pytest.raises(GridError, match="more nodes"):

@@ -1,4 +1,4 @@
-"""Pictures: pixels, grids, and files that are written whole or not at all."""
+"""ImageSource: pixels, grids, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_labels_take_room_and_must_fit() -> None:
     batch = torch.zeros(4, 3, 8, 8)
     plain = images.grid(batch, 2)
     above = images.grid(batch, 2, labels=["cat", "dog"] * 2)
-    each = images.grid(batch, 2, labels=["cat", "dog", "ship", "truck"], row_labels=["one", "two"], caption="four")
+    each = images.grid(
+        batch, 2, labels=["cat", "dog", "ship", "truck"], row_labels=["one", "two"], caption="four"
+    )
     assert plain.height < above.height < each.height
     assert each.width > plain.width
     with pytest.raises(ValueError, match="3 texts for 4 images"):

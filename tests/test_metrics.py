@@ -1,4 +1,6 @@
-"""Metrics: streamed statistics are those of one pass, distances those of closed forms, and bias is what it is said to be."""
+"""Metrics: streamed statistics are those of one pass, distances those of closed forms, and bias is
+what it is said to be.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdeflow.distributed import Rank
+from sdeflow._utils.distributed import Rank
 from sdeflow.errors import NonFiniteError
-from sdeflow.evaluation.metrics import Statistics, expected_bias, frechet_distance, precision_recall
+from sdeflow.evaluation.metrics.base import (
+    Statistics,
+    expected_bias,
+    frechet_distance,
+    precision_recall,
+)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -34,7 +41,7 @@ def assert_same(a: Statistics, b: Statistics, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(a.covariance(), b.covariance(), rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------- the statistics
+# ----------------------------------------------------------------------------------- the statistics
 
 
 def test_batches_and_merges_give_what_one_pass_gives() -> None:
@@ -43,7 +50,11 @@ def test_batches_and_merges_give_what_one_pass_gives() -> None:
     batches = Statistics(20)
     for part in features.split([1, 400, 0, 99, 500]):
         batches.update(part)
-    merged = Statistics(20).merge(Statistics(20).update(features[:17])).merge(Statistics(20).update(features[17:]))
+    merged = (
+        Statistics(20)
+        .merge(Statistics(20).update(features[:17]))
+        .merge(Statistics(20).update(features[17:]))
+    )
     assert_same(batches, whole)
     assert_same(merged, whole)
     torch.testing.assert_close(whole.covariance(), torch.cov(features.T), rtol=1e-12, atol=1e-12)
@@ -57,17 +68,24 @@ def test_a_large_mean_costs_no_digits() -> None:
         far.update(part)
     torch.testing.assert_close(far.covariance(), torch.cov(features.T), rtol=1e-7, atol=1e-7)
     naive = (features + 1e7).T @ (features + 1e7) / 4999 - 5000 / 4999 * 1e14
-    assert float((naive - torch.cov(features.T)).abs().max()) > 1e-3  # what the raw second moment would give
+    assert (
+        float((naive - torch.cov(features.T)).abs().max()) > 1e-3
+    )  # what the raw second moment would give
 
 
 def test_features_of_any_floating_dtype_are_summed_in_float64() -> None:
     features = normal(2, 64, 3)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert_same(Statistics(3).update(features.to(dtype)), Statistics(3).update(features.to(dtype).double()))
+        assert_same(
+            Statistics(3).update(features.to(dtype)),
+            Statistics(3).update(features.to(dtype).double()),
+        )
     assert Statistics(3).update(features.half()).covariance().dtype == torch.float64
 
 
-@pytest.mark.parametrize("features", [torch.zeros(3), torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "features", [torch.zeros(3), torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.int64)]
+)
 def test_features_that_do_not_fit_are_refused(features: Tensor) -> None:
     with pytest.raises(ValueError, match=r"floating-point \[B, 3\]"):
         Statistics(3).update(features)
@@ -77,7 +95,9 @@ def test_too_few_and_non_finite_are_told() -> None:
     with pytest.raises(ValueError, match="at least two"):
         Statistics(3).update(torch.ones(1, 3)).covariance()
     with pytest.raises(NonFiniteError, match="NaN"):
-        Statistics(3).update(torch.tensor([[0.0, math.nan, 0.0]])).update(torch.ones(2, 3)).covariance()
+        Statistics(3).update(torch.tensor([[0.0, math.nan, 0.0]])).update(
+            torch.ones(2, 3)
+        ).covariance()
     with pytest.raises(ValueError, match="dimensions"):
         Statistics(3).merge(Statistics(2))
     with pytest.raises(ValueError, match="at least one dimension"):
@@ -90,12 +110,17 @@ def test_alone_the_reduction_over_processes_changes_nothing() -> None:
 
 
 def test_the_reduction_over_processes_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three processes in turn, the collectives stood in for: first what each sends is seen, then what all get."""
-    from sdeflow.evaluation import metrics
+    """Three processes in turn, the collectives stood in for: first what each sends is seen, then
+    what all get.
+    """
+    from sdeflow.evaluation.metrics import base as metrics
 
     features = normal(4, 90, 5) + 1e4
     parts = [features[:50], features[50:50], features[50:]]
-    counts, means = torch.tensor([50, 0, 40]), torch.stack([Statistics(5).update(part).mean for part in parts])
+    counts, means = (
+        torch.tensor([50, 0, 40]),
+        torch.stack([Statistics(5).update(part).mean for part in parts]),
+    )
     sent: list[Tensor] = []
 
     def reduced(part: Tensor) -> Statistics:
@@ -117,12 +142,15 @@ def test_the_reduction_over_processes_is_one_pass(monkeypatch: pytest.MonkeyPatc
         assert_same(reduced(part), Statistics(5).update(features), 1e-9)  # relative to 1e4, squared
 
 
-# --------------------------------------------------------------------------------------------------------- the distance
+# ------------------------------------------------------------------------------------- the distance
 
 
 def test_commuting_gaussians_have_the_closed_form() -> None:
     q = rotation(0, 6)
-    a, b = (torch.tensor(values, dtype=torch.float64) for values in ([1, 4, 9, 0.25, 0, 1e-6], [4, 4, 1, 1, 2, 0]))
+    a, b = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in ([1, 4, 9, 0.25, 0, 1e-6], [4, 4, 1, 1, 2, 0])
+    )
     first, second = normal(1, 6), normal(2, 6)
     got = frechet_distance(exact(first, q @ a.diag() @ q.T), exact(second, q @ b.diag() @ q.T))
     assert got == pytest.approx(
@@ -132,7 +160,8 @@ def test_commuting_gaussians_have_the_closed_form() -> None:
 
 def test_one_dimension_is_that_of_means_and_deviations() -> None:
     got = frechet_distance(
-        exact(torch.tensor([1.0]), torch.tensor([[4.0]])), exact(torch.tensor([-2.0]), torch.tensor([[9.0]]))
+        exact(torch.tensor([1.0]), torch.tensor([[4.0]])),
+        exact(torch.tensor([-2.0]), torch.tensor([[9.0]])),
     )
     assert got == pytest.approx(9 + 1, rel=1e-12)
 
@@ -143,7 +172,9 @@ def test_general_gaussians_are_those_of_scipy() -> None:
     first, second = Statistics(40).update(a), Statistics(40).update(b)
     root = linalg.sqrtm((first.covariance() @ second.covariance()).numpy()).real
     expected = (
-        float((a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace())
+        float(
+            (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace()
+        )
         - 2 * root.trace()
     )
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
@@ -151,7 +182,9 @@ def test_general_gaussians_are_those_of_scipy() -> None:
 
 def test_two_by_two_has_the_closed_form_of_the_trace() -> None:
     a, b = (m @ m.T for m in (normal(7, 2, 2), normal(8, 2, 2)))
-    root = math.sqrt(float((a @ b).trace()) + 2 * math.sqrt(float(a.det() * b.det())))  # of the eigenvalues of a b
+    root = math.sqrt(
+        float((a @ b).trace()) + 2 * math.sqrt(float(a.det() * b.det()))
+    )  # of the eigenvalues of a b
     zero = torch.zeros(2)
     assert frechet_distance(exact(zero, a), exact(zero, b)) == pytest.approx(
         float(a.trace() + b.trace()) - 2 * root, rel=1e-12
@@ -166,7 +199,9 @@ def test_a_set_is_at_distance_zero_from_itself_and_distances_are_symmetric() -> 
 
 
 def test_singular_covariances_are_exact() -> None:
-    """Fewer pictures than dimensions; rounding noise under a square root would leave 1e-8 a dimension."""
+    """Fewer pictures than dimensions; rounding noise under a square root would leave 1e-8 a
+    dimension.
+    """
     few = Statistics(100).update(normal(11, 5, 100))
     assert frechet_distance(few, few) < 1e-11
     q = rotation(18, 60)
@@ -184,7 +219,9 @@ def test_the_distance_is_invariant_under_motion_and_scales_with_its_square() -> 
     a, b = normal(12, 80, 8) * 2, normal(13, 60, 8) + 1
     q, shift = rotation(14, 8), normal(15, 8)
     plain = frechet_distance(Statistics(8).update(a), Statistics(8).update(b))
-    moved = frechet_distance(Statistics(8).update(a @ q + shift), Statistics(8).update(b @ q + shift))
+    moved = frechet_distance(
+        Statistics(8).update(a @ q + shift), Statistics(8).update(b @ q + shift)
+    )
     assert moved == pytest.approx(plain, rel=1e-10)
     scaled = frechet_distance(Statistics(8).update(3 * a), Statistics(8).update(3 * b))
     assert scaled == pytest.approx(9 * plain, rel=1e-10)
@@ -195,7 +232,7 @@ def test_unequal_dimensions_have_no_distance() -> None:
         frechet_distance(exact(torch.zeros(2), torch.eye(2)), exact(torch.zeros(3), torch.eye(3)))
 
 
-# -------------------------------------------------------------------------------------------------------------- its bias
+# ----------------------------------------------------------------------------------------- its bias
 
 
 def test_identical_gaussians_do_not_score_zero_and_the_bias_says_how_much() -> None:
@@ -211,11 +248,14 @@ def test_identical_gaussians_do_not_score_zero_and_the_bias_says_how_much() -> N
 def test_the_bias_holds_for_an_uneven_spectrum_against_an_exact_reference() -> None:
     scale = torch.logspace(0, -2, 24, dtype=torch.float64)
     truth = exact(torch.zeros(24), scale.square().diag())
-    got = [frechet_distance(truth, Statistics(24).update(normal(seed, 400, 24) * scale)) for seed in range(20, 60)]
+    got = [
+        frechet_distance(truth, Statistics(24).update(normal(seed, 400, 24) * scale))
+        for seed in range(20, 60)
+    ]
     assert sum(got) / len(got) == pytest.approx(expected_bias(truth, 400), rel=0.08)
 
 
-# -------------------------------------------------------------------------------------------------- precision and recall
+# ----------------------------------------------------------------------------- precision and recall
 
 
 def naive(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
@@ -232,7 +272,7 @@ def test_precision_and_recall_are_the_definition(k: int, monkeypatch: pytest.Mon
     expected = naive(real, fake, k)
     assert precision_recall(real, fake, k=k) == expected
     assert 0 < expected[1] < expected[0] < 1
-    monkeypatch.setattr("sdeflow.evaluation.metrics.BLOCK", 700)  # a few rows at a time
+    monkeypatch.setattr("sdeflow.evaluation.metrics.base.BLOCK", 700)  # a few rows at a time
     assert precision_recall(real.float() + 100, fake.float() + 100, k=k) == expected
 
 
@@ -249,7 +289,9 @@ def test_good_but_few_is_precise_and_varied_but_bad_recalls() -> None:
 
 
 def test_balls_are_closed() -> None:
-    """On a line, spacing 1: radius 1 at k=1; a point at distance 1 from the last one is inside, beyond it is not."""
+    """On a line, spacing 1: radius 1 at k=1; a point at distance 1 from the last one is inside,
+    beyond it is not.
+    """
     real = torch.arange(6.0)[:, None]
     fake = torch.tensor([[-1.0], [6.0], [6.001], [-1.001]])
     assert precision_recall(real, fake, k=1)[0] == 0.5
@@ -257,12 +299,14 @@ def test_balls_are_closed() -> None:
 
 def test_a_process_computes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes in turn: the gathered parts are stood in for."""
-    from sdeflow.evaluation import metrics
+    from sdeflow.evaluation.metrics import base as metrics
 
     real, fake = normal(34, 31, 4), normal(35, 29, 4)
     ranks = [Rank(i, 2) for i in range(2)]
     parts: list[Tensor] = []
-    monkeypatch.setattr(metrics.distributed, "gather", lambda tensor: parts.append(tensor) or tensor)
+    monkeypatch.setattr(
+        metrics.distributed, "gather", lambda tensor: parts.append(tensor) or tensor
+    )
     for rank in ranks:
         metrics._radii(real, 3, rank)
     assert torch.equal(torch.cat(parts), metrics._radii(real, 3, Rank()))

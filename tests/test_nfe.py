@@ -1,4 +1,6 @@
-"""Budgets: planned == counted == asked for every solver from one call up; what cannot be spent names its neighbours."""
+"""Budgets: planned == counted == asked for every solver from one call up; what cannot be spent
+names its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ import torch
 from problems import CLOCKED, GRID_SOLVERS, PROCESSES, Mixture, from_the_start
 from torch import Tensor
 
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.errors import BudgetError
 from sdeflow.process import VP, Process
-from sdeflow.sampling import sample, solve
+from sdeflow.sampling.api import sample, solve
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.runge_kutta import RK4, Heun
+from sdeflow.solvers.ode.runge_kutta import RK4, Heun
 
 BUDGETS = (*range(1, 18), 20, 25, 30, 35, 40)
 
@@ -35,7 +37,9 @@ def reachable(solver: GridSolver, nfe: int, *, finish: bool = True) -> bool:
 
 
 @pytest.mark.parametrize("finish", [True, False])
-@pytest.mark.parametrize("name", [name for name in GRID_SOLVERS if name not in CLOCKED])  # a clock costs no calls
+@pytest.mark.parametrize(
+    "name", [name for name in GRID_SOLVERS if name not in CLOCKED]
+)  # a clock costs no calls
 def test_planned_is_counted_is_asked(name: str, finish: bool) -> None:
     solver, process = GRID_SOLVERS[name], VP()
     for nfe in BUDGETS:
@@ -43,7 +47,13 @@ def test_planned_is_counted_is_asked(name: str, finish: bool) -> None:
             continue
         network = Counting()
         solution = solve(
-            Prediction(network, "x0", process), solver=solver, nfe=nfe, finish=finish, shape=(2,), n=3, seeds=0
+            Prediction(network, "x0", process),
+            solver=solver,
+            nfe=nfe,
+            finish=finish,
+            shape=(2,),
+            n=3,
+            seeds=0,
         )
         assert solution.plan is not None
         assert solution.nfe == solution.plan.nfe == network.calls == solution.network_calls == nfe
@@ -58,7 +68,10 @@ def test_what_cannot_be_spent_names_its_neighbours(name: str, finish: bool) -> N
         if nfe in costs:
             assert solver.calls(solver.levels(nfe, finish=finish), finish=finish) == nfe
             continue
-        below, above = max((c for c in costs if c < nfe), default=None), min(c for c in costs if c > nfe)
+        below, above = (
+            max((c for c in costs if c < nfe), default=None),
+            min(c for c in costs if c > nfe),
+        )
         with pytest.raises(BudgetError, match=rf"cannot spend nfe={nfe}\b") as caught:
             solver.levels(nfe, finish=finish)
         assert type(solver).__name__ in str(caught.value)
@@ -67,7 +80,9 @@ def test_what_cannot_be_spent_names_its_neighbours(name: str, finish: bool) -> N
 
 
 def test_the_message_is_the_one_promised() -> None:
-    with pytest.raises(BudgetError, match="Heun cannot spend nfe=36; the nearest it can are 35 and 37"):
+    with pytest.raises(
+        BudgetError, match="Heun cannot spend nfe=36; the nearest it can are 35 and 37"
+    ):
         sample(Mixture(), solver="heun", nfe=36)
 
 
@@ -85,12 +100,19 @@ def test_the_default_budget_is_never_exceeded(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "rows"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (64, [5]), (None, [5])]
+    ("batch_size", "rows"),
+    [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (64, [5]), (None, [5])],
 )
 def test_batches_bound_what_the_network_sees(batch_size: int | None, rows: list[int]) -> None:
     network = Counting()
     solution = solve(
-        Prediction(network, "x0", VP()), solver="ddim", nfe=3, shape=(2,), n=5, seeds=0, batch_size=batch_size
+        Prediction(network, "x0", VP()),
+        solver="ddim",
+        nfe=3,
+        shape=(2,),
+        n=5,
+        seeds=0,
+        batch_size=batch_size,
     )
     assert solution.nfe == 3
     assert network.rows == [r for r in rows for _ in range(3)]
@@ -99,7 +121,8 @@ def test_batches_bound_what_the_network_sees(batch_size: int | None, rows: list[
 
 @pytest.mark.parametrize("under", sorted(PROCESSES))
 @pytest.mark.parametrize(
-    "name", ["euler", "heun", "rk4", "ddim", "euler_maruyama", "ddpm", "annealed_langevin", "langevin"]
+    "name",
+    ["euler", "heun", "rk4", "ddim", "euler_maruyama", "ddpm", "annealed_langevin", "langevin"],
 )
 def test_budgets_do_not_depend_on_the_process(name: str, under: str) -> None:
     process: Process = PROCESSES[under]

@@ -1,4 +1,6 @@
-"""The benchmarks of quality: nothing is measured twice, no two processes share a cell, tables say what was seen."""
+"""The benchmarks of quality: nothing is measured twice, no two processes share a cell, tables say
+what was seen.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from PIL import Image
 
 from sdeflow.models.checkpoint import save_model
 from sdeflow.models.unet import UNet, UNetConfig
+from sdeflow.training.api import train
 from sdeflow.training.config import TrainConfig
-from sdeflow.training.run import train
 
 TINY = UNetConfig(
     size=8,
@@ -35,7 +37,7 @@ TINY = UNetConfig(
 
 @pytest.fixture(scope="module")
 def nfe_fid(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("nfe_fid")
+    return script("quality.nfe_fid")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(20):
             place = folder / split / f"class{i % 10}"
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((8, 8, 3), generator.integers(0, 256, 3), dtype=np.uint8)).save(place / f"{i}.png")
+            Image.fromarray(np.full((8, 8, 3), generator.integers(0, 256, 3), dtype=np.uint8)).save(
+                place / f"{i}.png"
+            )
     return folder
 
 
@@ -58,10 +62,25 @@ def model(path: Path, seed: int) -> Path:
 
 def test_a_solver_spends_the_budget_or_one_or_two_calls_less(nfe_fid: ModuleType) -> None:
     found = {nfe: nfe_fid.spendable("heun", nfe) for nfe in (3, 4, 8, 10, 20, 50)}
-    assert found == {3: 3, 4: None, 8: None, 10: 9, 20: 19, 50: 49}  # 3 and 7 are budgets: they have cells of their own
+    assert found == {
+        3: 3,
+        4: None,
+        8: None,
+        10: 9,
+        20: 19,
+        50: 49,
+    }  # 3 and 7 are budgets: they have cells of their own
     assert nfe_fid.spendable("dpm_solver_3", 3) is None  # no fewer than the least budget
     curve = {3: 1.0, 7: 2.0, 9: 3.0, 15: 4.0, 19: 5.0}
-    assert [nfe_fid.at(curve, nfe) for nfe in (3, 4, 8, 10, 12, 15, 20)] == [1.0, None, None, 3.0, None, 4.0, 5.0]
+    assert [nfe_fid.at(curve, nfe) for nfe in (3, 4, 8, 10, 12, 15, 20)] == [
+        1.0,
+        None,
+        None,
+        3.0,
+        None,
+        4.0,
+        5.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +92,9 @@ def test_a_solver_spends_the_budget_or_one_or_two_calls_less(nfe_fid: ModuleType
         ({3: 9.0, 20: 1.0}, None),
     ],
 )
-def test_where_a_curve_settles(nfe_fid: ModuleType, curve: dict[int, float], near: int | None) -> None:
+def test_where_a_curve_settles(
+    nfe_fid: ModuleType, curve: dict[int, float], near: int | None
+) -> None:
     assert nfe_fid.settled(curve) == near
 
 
@@ -92,10 +113,13 @@ def test_the_best_are_those_of_least_geometric_mean(nfe_fid: ModuleType) -> None
 def test_a_cell_belongs_to_one_process_until_it_ends(nfe_fid: ModuleType, tmp_path: Path) -> None:
     cell, other, path = ("ddim", "karras", 3, 8), ("ddim", "karras", 5, 8), tmp_path / "cells.lock"
     code = (
-        f"import sys; sys.path[:0] = {sys.path!r}; import nfe_fid; lock = open({str(path)!r}, 'a'); "
-        f"print(nfe_fid.claim(lock, {cell!r}), flush=True); sys.stdin.read()"
+        f"import sys; sys.path[:0] = {sys.path!r}; from benchmarks.quality import nfe_fid; lock ="
+        f" open({str(path)!r}, 'a'); print(nfe_fid.claim(lock, {cell!r}), flush=True);"
+        " sys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with path.open("a") as lock, holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "True\n"
@@ -110,7 +134,16 @@ def test_a_sweep_goes_on_and_tells_what_it_saw(
     nfe_fid: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, first = tmp_path / "cells.jsonl", model(tmp_path / "first.safetensors", 0)
-    sets = ["--data", str(data / "train"), "--test", str(data / "test"), "--out", str(out), "--batch-size", "8"]
+    sets = [
+        "--data",
+        str(data / "train"),
+        "--test",
+        str(data / "test"),
+        "--out",
+        str(out),
+        "--batch-size",
+        "8",
+    ]
     with pytest.raises(SystemExit, match="names the training set"):
         nfe_fid.main(["--out", str(out)])
     with pytest.raises(SystemExit, match="holds no measurement"):
@@ -121,7 +154,9 @@ def test_a_sweep_goes_on_and_tells_what_it_saw(
         file.write('{"solver": "ddim", "grid": "karras", "nf')  # a kill
     nfe_fid.main([*sweep, "--nfe", "3", "5", "10"])
     _, cells = nfe_fid.read(out)
-    counts = [json.loads(line)["nfe"] for line in out.read_text().splitlines() if '"seconds": ' in line]
+    counts = [
+        json.loads(line)["nfe"] for line in out.read_text().splitlines() if '"seconds": ' in line
+    ]
     assert sorted(counts) == [3, 3, 3, 5, 5, 5, 9, 10, 10]  # each once
     assert all(np.isfinite(row["fd_cifar"]) and row["fd_cifar"] > 0 for row in cells.values())
     nfe_fid.main([*sets, "--model", str(first), "-n", "20", "--nfe", "3", "5", "--best", "1"])
@@ -129,20 +164,35 @@ def test_a_sweep_goes_on_and_tells_what_it_saw(
     assert sum(cell[3] == 20 for cell in cells) == 2
 
     with pytest.raises(SystemExit, match="begun with other weights"):
-        nfe_fid.main([*sets, "--model", str(model(tmp_path / "second.safetensors", 1)), "-n", "12", "--nfe", "3"])
+        nfe_fid.main(
+            [
+                *sets,
+                "--model",
+                str(model(tmp_path / "second.safetensors", 1)),
+                "-n",
+                "12",
+                "--nfe",
+                "3",
+            ]
+        )
     capsys.readouterr()
     nfe_fid.main(["--out", str(out), "--report", "--into", str(tmp_path / "table")])
     text = (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out.startswith("FD-CIFAR of 12 pictures")
     nine = cells["heun", "karras", 9, 12]["fd_cifar"]
-    assert next(line for line in text.splitlines() if line.startswith("| heun, karras")).endswith(f"| {nine:.2f} |")
+    assert next(line for line in text.splitlines() if line.startswith("| heun, karras")).endswith(
+        f"| {nine:.2f} |"
+    )
     assert "20 pictures:" in text
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
 def test_the_length_of_the_average_is_measured(
-    script: Callable[[str], ModuleType], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: Callable[[str], ModuleType],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
     config = TrainConfig(
@@ -157,7 +207,7 @@ def test_the_length_of_the_average_is_measured(
     )
     train(config)
     sets = ["--data", str(data / "train"), "--test", str(data / "test")]
-    script("ema_length").main(
+    script("quality.ema_length").main(
         [
             str(run),
             *sets,

@@ -35,11 +35,13 @@ def standardised(noise: Noise, levels: list[float]) -> torch.Tensor:
 
 
 def assert_independent_standard_normal(z: torch.Tensor, alpha: float = 1e-6) -> None:
-    """`z` of shape `[n, k]` against N(0, I_k): means, the covariance matrix and the distribution of all entries.
+    """`z` of shape `[n, k]` against N(0, I_k): means, the covariance matrix and the distribution of
+    all entries.
 
-    For standard normal columns, n |mean|^2 is chi^2(k) and each of the k(k+1)/2 entries of the sample second moment is
-    nearly normal, so that the sum of their squared z-scores is chi^2. Each of the three checks fails a right source
-    with probability `alpha`; seeds are fixed, so a failure is a bug, not bad luck.
+    For standard normal columns, n |mean|^2 is chi^2(k) and each of the k(k+1)/2 entries of the
+    sample second moment is nearly normal, so that the sum of their squared z-scores is chi^2. Each
+    of the three checks fails a right source with probability `alpha`; seeds are fixed, so a failure
+    is a bug, not bad luck.
     """
     n, k = z.shape
     assert stats.chi2.sf(float(n * z.mean(0).square().sum()), k) > alpha
@@ -50,7 +52,7 @@ def assert_independent_standard_normal(z: torch.Tensor, alpha: float = 1e-6) -> 
     assert stats.kstest(z.flatten().numpy(), "norm").pvalue > alpha
 
 
-# ------------------------------------------------------------------------------------------------------- the contract
+# ------------------------------------------------------------------------------------- the contract
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +80,10 @@ def test_out_receives_the_same_bits(kind):
     for dtype in (torch.float32, torch.float64):
         plain, into = kind([1, 2, 3], (4, 5), dtype=dtype), kind([1, 2, 3], (4, 5), dtype=dtype)
         for levels in [(), (2.0, 1.0), (1.0, 0.5), (math.inf, 1.0)]:
-            for out in (torch.full((3, 4, 5), math.nan, dtype=dtype), torch.empty(3, 5, 4, dtype=dtype).mT):
+            for out in (
+                torch.full((3, 4, 5), math.nan, dtype=dtype),
+                torch.empty(3, 5, 4, dtype=dtype).mT,
+            ):
                 assert into.draw(*levels, out=out) is out
                 assert torch.equal(out, plain.draw(*levels))
     for shape in [(3, 4, 6), (2, 4, 5), (3, 20), (1, 3, 4, 5)]:
@@ -88,7 +93,9 @@ def test_out_receives_the_same_bits(kind):
 
 def test_the_start_is_torchs_own_and_no_draw():
     shape, seeds = (3, 8, 8), [0, 1, 2**32 - 1]
-    expected = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    expected = torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     for kind in KINDS:
         noise, silent = kind(seeds, shape), kind(seeds, shape)
         assert torch.equal(noise.start(), expected)
@@ -109,18 +116,31 @@ def test_every_64_bit_seed_counts():
     for kind in KINDS:
         for draw in everything(kind(distinct, (16,))):
             assert len({tuple(row.tolist()) for row in draw}) == len(distinct)
-        assert torch.equal(everything(kind([-1, -(2**63)], (3,))), everything(kind([2**64 - 1, 2**63], (3,))))
+        assert torch.equal(
+            everything(kind([-1, -(2**63)], (3,))), everything(kind([2**64 - 1, 2**63], (3,)))
+        )
 
 
 def test_seeds_may_come_from_any_integers():
     expected = SeededNoise([3, 4], (2,)).start()
-    for seeds in (range(3, 5), torch.tensor([3, 4]), torch.tensor([3, 4]).numpy(), (s for s in (3, 4))):
+    for seeds in (
+        range(3, 5),
+        torch.tensor([3, 4]),
+        torch.tensor([3, 4]).numpy(),
+        (s for s in (3, 4)),
+    ):
         assert torch.equal(SeededNoise(seeds, (2,)).start(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_input_is_explained(kind):
-    for seeds, error in [(7, TypeError), ([0.5], TypeError), (["a"], TypeError), (None, TypeError), ([], ValueError)]:
+    for seeds, error in [
+        (7, TypeError),
+        ([0.5], TypeError),
+        (["a"], TypeError),
+        (None, TypeError),
+        ([], ValueError),
+    ]:
         with pytest.raises(error, match="seeds are integers, one a sample"):
             kind(seeds, (2,))
     for seed in (2**64, -(2**63) - 1):
@@ -149,7 +169,7 @@ def test_seeded_draws_are_independent_standard_normal():
     assert_independent_standard_normal(z.permute(1, 2, 0).reshape(-1, 16))  # between the seeds
 
 
-# ------------------------------------------------------------------------------------------------------ Brownian paths
+# ----------------------------------------------------------------------------------- Brownian paths
 
 
 def test_the_path_does_not_depend_on_the_order_of_queries():
@@ -159,8 +179,16 @@ def test_the_path_does_not_depend_on_the_order_of_queries():
     drawn = {step: forward.draw(*step) for step in steps}
     for step in [*reversed(steps), steps[7], steps[0], steps[12]]:
         assert torch.equal(backward.draw(*step), drawn[step])
-    # Steps of many widths, which the tree resolves to different depths, from levels visited at another one.
-    for step in [(2.0, 0.7), (0.7, 0.699), (0.699, 0.5), (0.5, 0.699), (0.699, 0.69899), (0.69899, 0.6)]:
+    # Steps of many widths, which the tree resolves to different depths, from levels visited at
+    # another one.
+    for step in [
+        (2.0, 0.7),
+        (0.7, 0.699),
+        (0.699, 0.5),
+        (0.5, 0.699),
+        (0.699, 0.69899),
+        (0.69899, 0.6),
+    ]:
         assert torch.equal(forward.draw(*step), BrownianNoise([1, 2], (5,)).draw(*step))
     fresh.draw(1e9, 1e-9)
     fresh.draw()
@@ -177,7 +205,9 @@ def test_swapping_the_levels_changes_the_sign():
 def test_a_long_step_is_the_sum_of_its_short_steps(fine):
     """To float32 rounding, as long as the short steps are wider than two leaves."""
     high, low = 50.0, 0.01
-    grid = torch.linspace(math.log(high), math.log(low), fine + 1, dtype=torch.float64).exp().tolist()
+    grid = (
+        torch.linspace(math.log(high), math.log(low), fine + 1, dtype=torch.float64).exp().tolist()
+    )
     noise, total = BrownianNoise([4, 8], (33,)), 0.0
     for a, b in pairwise(grid):
         total = total + noise.draw(a, b).double() * math.sqrt(a**2 - b**2)
@@ -204,7 +234,12 @@ def test_20_and_40_steps_share_one_path_and_reach_zero():
 
 def test_a_level_one_ulp_off_is_the_same_level():
     noise = BrownianNoise([3], (200,))
-    for level in (80.0, 1.0, 2.0 ** (1 / 64), 0.002):  # inside a leaf, at an octave's end and at a leaf's end
+    for level in (
+        80.0,
+        1.0,
+        2.0 ** (1 / 64),
+        0.002,
+    ):  # inside a leaf, at an octave's end and at a leaf's end
         for other in (level / 3, level * 3):
             expected = noise.draw(level, other)
             for near in (math.nextafter(level, 0.0), math.nextafter(level, math.inf)):
@@ -232,22 +267,29 @@ def test_any_two_levels_give_a_finite_standard_normal():
         for b in extreme:
             z = noise.draw(a, b).double().flatten()
             assert bool(torch.isfinite(z).all()), (a, b)
-            # 4000 numbers: their mean and their mean square are within 5.5 deviations (false alarm 4e-8 each).
+            # 4000 numbers: their mean and their mean square are within 5.5 deviations (false alarm
+            # 4e-8 each).
             assert abs(float(z.mean())) < 5.5 / math.sqrt(4000), (a, b)
             assert abs(float(z.square().mean()) - 1) < 5.5 * math.sqrt(2 / 4000), (a, b)
 
 
-@pytest.mark.parametrize("grid", [karras(12), karras(60)[::-1][:12], [3 * 1.003**-i for i in range(12)]])
+@pytest.mark.parametrize(
+    "grid", [karras(12), karras(60)[::-1][:12], [3 * 1.003**-i for i in range(12)]]
+)
 def test_increments_are_independent_standard_normal(grid):
     """On long steps, on steps upwards, and on steps far narrower than a leaf."""
     z = standardised(BrownianNoise(range(8), (2048,)), grid)
     other = BrownianNoise(range(8), (2048,))
     extra = [other.start(), other.draw(), other.draw(math.inf, grid[0])]
-    assert_independent_standard_normal(torch.cat([z, torch.stack([e.flatten() for e in extra], 1).double()], 1))
+    assert_independent_standard_normal(
+        torch.cat([z, torch.stack([e.flatten() for e in extra], 1).double()], 1)
+    )
 
 
 def test_narrow_steps_add_up_to_the_right_variance():
-    """1000 steps of 0.3 percent: their sums over stretches of the path are independent and of the right size."""
+    """1000 steps of 0.3 percent: their sums over stretches of the path are independent and of the
+    right size.
+    """
     grid = [1.003**-i for i in range(1001)]
     noise, stretches = BrownianNoise(range(4), (512,)), []
     for first in range(0, 1000, 50):
@@ -259,7 +301,9 @@ def test_narrow_steps_add_up_to_the_right_variance():
 
 
 def test_the_path_has_the_law_of_torchsdes():
-    """Overlapping intervals, so that the covariances are not trivial; two-sample tests at 1e-6 each."""
+    """Overlapping intervals, so that the covariances are not trivial; two-sample tests at 1e-6
+    each.
+    """
     torchsde = pytest.importorskip("torchsde")
     n = 20_000
     intervals = [(9.0, 4.0), (5.0, 1.0), (2.0, 0.5), (9.0, 0.1), (0.5, 0.1), (4.0, 3.5)]  # in tau
@@ -268,13 +312,23 @@ def test_the_path_has_the_law_of_torchsdes():
     )
     ours = BrownianNoise([0], (n,))
     a = torch.stack(
-        [ours.draw(math.sqrt(hi), math.sqrt(lo)).double()[0] * math.sqrt(hi - lo) for hi, lo in intervals], 1
+        [
+            ours.draw(math.sqrt(hi), math.sqrt(lo)).double()[0] * math.sqrt(hi - lo)
+            for hi, lo in intervals
+        ],
+        1,
     )
     b = torch.cat([theirs(lo, hi) for hi, lo in intervals], 1)
-    exact = torch.tensor([[max(0.0, min(p[0], q[0]) - max(p[1], q[1])) for q in intervals] for p in intervals]).double()
-    spread = torch.sqrt((exact**2 + exact.diagonal().outer(exact.diagonal())) / n)  # of an entry of a sample covariance
+    exact = torch.tensor(
+        [[max(0.0, min(p[0], q[0]) - max(p[1], q[1])) for q in intervals] for p in intervals]
+    ).double()
+    spread = torch.sqrt(
+        (exact**2 + exact.diagonal().outer(exact.diagonal())) / n
+    )  # of an entry of a sample covariance
     for sample in (a, b):
-        assert float(((sample.mT @ sample / n - exact) / spread).abs().max()) < 5.6  # 36 entries, 2e-8 each
+        assert (
+            float(((sample.mT @ sample / n - exact) / spread).abs().max()) < 5.6
+        )  # 36 entries, 2e-8 each
     for column in range(len(intervals)):
         assert stats.ks_2samp(a[:, column].numpy(), b[:, column].numpy()).pvalue > 1e-6
 

@@ -1,4 +1,6 @@
-"""Every registered solver converges at the order it claims, on grids that are smoothly non-uniform, under several processes."""
+"""Every registered solver converges at the order it claims, on grids that are smoothly non-uniform,
+under several processes.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,10 @@ from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.plan.instructions import Draw
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import solve
-from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.sampling.api import solve
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.runge_kutta import Clock, Euler, Heun, Midpoint, OpenRungeKutta, Ralston
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.runge_kutta import Clock, Euler, Heun, Midpoint, OpenRungeKutta, Ralston
 
 UNDER = ("vp", "edm", "rectified_flow", "cosine")
 ELSEWHERE = {
@@ -65,7 +67,9 @@ STARTS_QUIETLY = {
     "lms": 4,
     "ipndm_v3": 3,
 }
-"""Order shown where the path is still straight at the start, by methods whose first step takes an order that shows elsewhere."""
+"""Order shown where the path is still straight at the start, by methods whose first step takes an
+order that shows elsewhere.
+"""
 
 FINER = {"dpmpp_2m_sde": 192, "stochastic_adams2-t": 384}
 """Stochastic solvers whose order shows on finer grids, and their steps."""
@@ -81,7 +85,9 @@ SHOWS_LATER = {
     "deis_tab3": 104,
     "ipndm_v": 128,
 }
-"""Deterministic solvers whose order shows on finer grids, and their steps: three intervals long, or with weights a little off."""
+"""Deterministic solvers whose order shows on finer grids, and their steps: three intervals long, or
+with weights a little off.
+"""
 
 STEPS = {1: (64, 128), 2: (40, 80), 3: (24, 48), 4: (20, 40)}
 
@@ -114,14 +120,18 @@ def test_order_of_deterministic_solvers(name: str, under: str, direction: str) -
     assert abs(order - shown) < 0.25, f"{solver} claims order {solver.order}, shows {order:.2f}"
 
 
-@pytest.mark.parametrize(("start_up", "order"), [("orders", 2), ("corrected", 3), ("singlestep", 4)])
+@pytest.mark.parametrize(
+    ("start_up", "order"), [("orders", 2), ("corrected", 3), ("singlestep", 4)]
+)
 def test_the_start_bounds_the_order(start_up: Any, order: int) -> None:
     # From the middle of the path, where it bends: the first steps' error is not small there.
     process, solver = PROCESSES["vp"], ExponentialAdams(4, start_up=start_up)
     ends = [-math.log(nsr) for nsr in (1.5, 0.1)]
 
     def error(n: int) -> float:
-        times = process.t_of_lam(ends[0] + (ends[1] - ends[0]) * torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64))
+        times = process.t_of_lam(
+            ends[0] + (ends[1] - ends[0]) * torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
+        )
         x, exact = reference(process, float(times[0]), float(times[-1]))
         solution = solver.integrate(Reverse(Mixture(process)), x, times, None, finish=False)
         return float((solution.x - exact).norm() / exact.norm())
@@ -139,15 +149,23 @@ def test_order_against_the_closed_form_of_a_gaussian(name: str, under: str) -> N
     def error(n: int) -> float:
         times = warped(data.process, n)
         exact = data.transport(x, float(times[0]), float(times[-1]))
-        return float((solver.integrate(Reverse(data), x, times, None, finish=False).x - exact).norm() / exact.norm())
+        return float(
+            (solver.integrate(Reverse(data), x, times, None, finish=False).x - exact).norm()
+            / exact.norm()
+        )
 
-    # At least the order: on a linear problem the midpoint rule gains one where the path is a polynomial in time.
+    # At least the order: on a linear problem the midpoint rule gains one where the path is a
+    # polynomial in time.
     assert observed_order(error, (96, 192)) > solver.order - 0.25
 
 
-@pytest.mark.parametrize(("name", "under"), each([name for name in STOCHASTIC if name not in NO_ORDER], UNDER))
+@pytest.mark.parametrize(
+    ("name", "under"), each([name for name in STOCHASTIC if name not in NO_ORDER], UNDER)
+)
 def test_weak_order_from_the_exact_law(name: str, under: str) -> None:
-    """On Gaussian data the sampler's law is Gaussian and known exactly: mean and variance converge at the claimed order."""
+    """On Gaussian data the sampler's law is Gaussian and known exactly: mean and variance converge
+    at the claimed order.
+    """
     solver, process = STOCHASTIC[name], PROCESSES[under]
     mean, std = 0.7, 0.5
 
@@ -166,7 +184,9 @@ def test_weak_order_from_the_exact_law(name: str, under: str) -> None:
         if max(a, b) < 1e-13:  # ancestral steps keep the mean exactly
             continue
         order = math.log2(a / b)
-        assert abs(order - shown) < 0.25, f"{solver} claims weak order {solver.order}, shows {order:.2f}"
+        assert abs(order - shown) < 0.25, (
+            f"{solver} claims weak order {solver.order}, shows {order:.2f}"
+        )
 
 
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow"])
@@ -180,7 +200,9 @@ def test_strong_order_one_on_a_given_brownian_path(name: str, under: str) -> Non
 
     def run(n: int) -> torch.Tensor:
         noise = PathNoise(len(x), (2,), nodes)
-        return solver.integrate(Reverse(Mixture(process)), x, warped(process, n), noise, finish=False).x
+        return solver.integrate(
+            Reverse(Mixture(process)), x, warped(process, n), noise, finish=False
+        ).x
 
     ends = [run(n) for n in (48, 96, 192, finest)]
     steps = [float((a - b).norm(dim=1).median()) for a, b in pairwise(ends)]
@@ -189,14 +211,18 @@ def test_strong_order_one_on_a_given_brownian_path(name: str, under: str) -> Non
 
 @pytest.mark.parametrize("name", ["euler_maruyama", "ddpm"])
 def test_brownian_noise_couples_step_counts(name: str) -> None:
-    """The library's own paths show the same order, as long as steps are wider than the tree's leaves; unrelated draws show none."""
+    """The library's own paths show the same order, as long as steps are wider than the tree's
+    leaves; unrelated draws show none.
+    """
     solver, process = STOCHASTIC[name], PROCESSES["edm"]
     x, _ = reference(process, 8.0, 0.1, n=256)
 
     def gaps(kind: type[Noise]) -> list[float]:
         noises = [kind(range(256), (2,), dtype=torch.float64) for _ in range(3)]
         ends = [
-            solver.integrate(Reverse(Mixture(process)), x, warped(process, n), noise, finish=False).x
+            solver.integrate(
+                Reverse(Mixture(process)), x, warped(process, n), noise, finish=False
+            ).x
             for n, noise in zip((12, 24, 48), noises, strict=True)
         ]
         return [float((a - b).norm(dim=1).median()) for a, b in pairwise(ends)]
@@ -208,7 +234,9 @@ def test_brownian_noise_couples_step_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", GRID_SOLVERS)
 def test_law_is_what_a_plan_does(name: str) -> None:
-    """`law` reads the table; here the loop runs it on the basis: the start and every draw, one a row."""
+    """`law` reads the table; here the loop runs it on the basis: the start and every draw, one a
+    row.
+    """
     solver, data = GRID_SOLVERS[name], GaussianData(PROCESSES["vp"], mean=0.7, std=0.5)
     plan = solver.plan(data.process, warped(data.process, 5))
 
@@ -217,7 +245,11 @@ def test_law_is_what_a_plan_does(name: str) -> None:
 
         def draw(self, *levels: object, **keywords: object) -> torch.Tensor:
             self.count += 1
-            return torch.nn.functional.one_hot(torch.tensor(self.count + 1), 2 + plan.draws).double().unsqueeze(-1)
+            return (
+                torch.nn.functional.one_hot(torch.tensor(self.count + 1), 2 + plan.draws)
+                .double()
+                .unsqueeze(-1)
+            )
 
     _, s, sigma = plan.grid[0]
     x = torch.full((2 + plan.draws, 1), s * data.mean, dtype=torch.float64)
@@ -239,7 +271,8 @@ def test_every_registered_solver_has_a_problem() -> None:
             )
         elif solver.order == 0:
             assert name in NO_ORDER, (
-                f"{name} claims no order: say why in problems.NO_ORDER and bound its bias in test_stochastic.py"
+                f"{name} claims no order: say why in problems.NO_ORDER and bound its bias in"
+                " test_stochastic.py"
             )
         else:
             assert solver.order in STEPS, f"add step counts for order {solver.order}"
@@ -247,14 +280,20 @@ def test_every_registered_solver_has_a_problem() -> None:
 
 
 def test_a_grid_refined_where_it_matters_beats_a_uniform_one() -> None:
-    """Order is a property of smooth grids; a grid that is not even continuous still converges, to the first order at least."""
+    """Order is a property of smooth grids; a grid that is not even continuous still converges, to
+    the first order at least.
+    """
     process: Process = PROCESSES["edm"]
     x, exact = reference(process, 8.0, 0.1)
 
     def error(n: int) -> float:
         times = warped(process, n)
         times[1:-1:2] *= 0.995  # every other step a little longer
-        return float((Heun().integrate(Reverse(Mixture(process)), x, times, None, finish=False).x - exact).norm())
+        return float(
+            (
+                Heun().integrate(Reverse(Mixture(process)), x, times, None, finish=False).x - exact
+            ).norm()
+        )
 
     assert observed_order(error, (32, 64)) > 1.75
 
@@ -273,7 +312,8 @@ def _to_zero(kind: type[OpenRungeKutta], under: str, n: int) -> torch.Tensor:
 
 @cache
 def _end_at_zero(under: str) -> torch.Tensor:
-    # The denoised prediction from any t_min would be off by more than the errors below: this steps to zero noise as well.
+    # The denoised prediction from any t_min would be off by more than the errors below: this steps
+    # to zero noise as well.
     return _to_zero(Midpoint, under, 4096)
 
 
@@ -282,7 +322,9 @@ def _end_at_zero(under: str) -> torch.Tensor:
 def test_a_method_that_steps_to_zero_noise_itself_keeps_its_order(
     kind: type[OpenRungeKutta], order: int, under: str
 ) -> None:
-    errors = [float((_to_zero(kind, under, n) - _end_at_zero(under)).norm()) for n in (64, 128, 256)]
+    errors = [
+        float((_to_zero(kind, under, n) - _end_at_zero(under)).norm()) for n in (64, 128, 256)
+    ]
     measured = [math.log2(a / b) for a, b in pairwise(errors)]
     assert all(abs(rate - order) < 0.15 for rate in measured), (errors, measured)
 

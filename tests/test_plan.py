@@ -1,4 +1,6 @@
-"""Plans: a trace is the textbook, in either precision; tables print, save, check and differentiate; networks may misbehave."""
+"""Plans: a trace is the textbook, in either precision; tables print, save, check and differentiate;
+networks may misbehave.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from problems import (
 from torch import Tensor, nn
 
 from sdeflow import grid
-from sdeflow.denoiser import Denoiser, Prediction
+from sdeflow.denoisers import Denoiser, Prediction
 from sdeflow.errors import GridError, SolverError
 from sdeflow.noise import SeededNoise
 from sdeflow.plan.instructions import Call, Combine, Draw
@@ -37,11 +39,11 @@ from sdeflow.plan.trace import Operand
 from sdeflow.process import EDM, VP, Level, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.churn import Churn
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.restart import Restart
-from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
-from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.runge_kutta import RK4, Euler, Heun, Midpoint
+from sdeflow.solvers.sde.classic import DDPM, AnnealedLangevin, EulerMaruyama
+from sdeflow.solvers.wrappers.churn import Churn
+from sdeflow.solvers.wrappers.restart import Restart
 
 DAY_ONE: dict[str, GridSolver] = {
     "unipc3": UniPC(3),
@@ -53,7 +55,10 @@ EVERY = {**GRID_SOLVERS, **DAY_ONE}
 def start(process: Process, t: float, n: int = 5) -> Tensor:
     level = process.level(t)
     rng = torch.Generator().manual_seed(0)
-    x0, eps = torch.from_numpy(Mixture.draw(n, 0)), torch.randn(n, 2, generator=rng, dtype=torch.float64)
+    x0, eps = (
+        torch.from_numpy(Mixture.draw(n, 0)),
+        torch.randn(n, 2, generator=rng, dtype=torch.float64),
+    )
     return level.s * x0 + level.sigma * eps
 
 
@@ -63,15 +68,21 @@ def both(
     """Plan and textbook on the same noise, and the calls each made."""
     plan_reverse, text_reverse = Reverse(denoiser), Reverse(denoiser)
     with torch.no_grad():
-        a = solver.integrate(plan_reverse, x, times, FixedNoise(len(x), x.shape[1:], x.dtype), finish=finish).x
-        b = solver.textbook(text_reverse, x, times, FixedNoise(len(x), x.shape[1:], x.dtype), finish=finish)
+        a = solver.integrate(
+            plan_reverse, x, times, FixedNoise(len(x), x.shape[1:], x.dtype), finish=finish
+        ).x
+        b = solver.textbook(
+            text_reverse, x, times, FixedNoise(len(x), x.shape[1:], x.dtype), finish=finish
+        )
     return a, b, plan_reverse.nfe, text_reverse.nfe
 
 
-# -------------------------------------------------------------------------------------------- the table is the textbook
+# ------------------------------------------------------------------------ the table is the textbook
 
 
-@pytest.mark.parametrize(("name", "under"), thinned(each(EVERY, sorted(PROCESSES), once=("vp", "from_betas"))))
+@pytest.mark.parametrize(
+    ("name", "under"), thinned(each(EVERY, sorted(PROCESSES), once=("vp", "from_betas")))
+)
 def test_plan_is_the_textbook_in_float64(name: str, under: str) -> None:
     solver, process = EVERY[name], PROCESSES[under]
     times = warped(process, 4, 20.0, 0.05)
@@ -82,7 +93,9 @@ def test_plan_is_the_textbook_in_float64(name: str, under: str) -> None:
         torch.testing.assert_close(plan, textbook, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "ddpm", "euler_maruyama", "annealed_langevin", "langevin"])
+@pytest.mark.parametrize(
+    "name", ["euler", "heun", "ddim", "ddpm", "euler_maruyama", "annealed_langevin", "langevin"]
+)
 @pytest.mark.parametrize("under", ["rectified_flow", "vp", "cosine"])
 def test_plan_is_the_textbook_from_the_end_of_time(name: str, under: str) -> None:
     solver, process = EVERY[name], PROCESSES[under]
@@ -93,7 +106,9 @@ def test_plan_is_the_textbook_from_the_end_of_time(name: str, under: str) -> Non
 
 @pytest.mark.parametrize("name", EVERY)
 def test_float32_agrees_with_float64_at_small_noise(name: str) -> None:
-    """Down to nsr 0.002, the state itself (no last denoising step): float32 rounds at 6e-8, and the plan adds no cancellation."""
+    """Down to nsr 0.002, the state itself (no last denoising step): float32 rounds at 6e-8, and the
+    plan adds no cancellation.
+    """
     solver, process = EVERY[name], EDM()
     times = grid.karras(process, 12)
     x = start(process, 80.0, 32)
@@ -102,12 +117,17 @@ def test_float32_agrees_with_float64_at_small_noise(name: str) -> None:
     scale = max(1.0, float(exact.abs().max()))
     assert float((plan - exact).abs().max()) / scale < 1e-5
     # The table is about as exact as the steps as written.
-    assert float((plan - exact).abs().median()) < 3 * float((textbook - exact).abs().median()) + 1e-7 * scale
+    assert (
+        float((plan - exact).abs().median())
+        < 3 * float((textbook - exact).abs().median()) + 1e-7 * scale
+    )
 
 
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow"])
 def test_small_steps_at_small_noise_do_not_cancel_in_float32(under: str) -> None:
-    """40 steps from nsr 0.01 to 0.002: eps = (x - s x0) / sigma, taken naively, loses 5 digits here."""
+    """40 steps from nsr 0.01 to 0.002: eps = (x - s x0) / sigma, taken naively, loses 5 digits
+    here.
+    """
     process = PROCESSES[under]
     times = warped(process, 40, 0.01, 0.002)
     x = start(process, float(times[0]), 64)
@@ -117,7 +137,7 @@ def test_small_steps_at_small_noise_do_not_cancel_in_float32(under: str) -> None
         assert float((plan - exact).abs().max()) < 5e-6, solver
 
 
-# -------------------------------------------------------------------------------- day one: methods that are not shipped yet
+# -------------------------------------------------------- day one: methods that are not shipped yet
 
 
 @pytest.mark.parametrize("warm_up", ["orders", "rk4"])
@@ -130,17 +150,30 @@ def test_unipc_converges_past_its_predictor(under: str, p: int, warm_up: str) ->
         times = warped(process, n)
         x, exact = reference(process, float(times[0]), float(times[-1]))
         with torch.no_grad():
-            return float((solver.integrate(Reverse(Mixture(process)), x, times, None, finish=False).x - exact).norm())
+            return float(
+                (
+                    solver.integrate(Reverse(Mixture(process)), x, times, None, finish=False).x
+                    - exact
+                ).norm()
+            )
 
     assert observed_order(error, (64, 128)) > p - 0.25
 
 
 @pytest.mark.parametrize(
     ("name", "levels", "nfe", "draws", "buffers"),
-    # EDM's churn at 18 levels spends 35; Restart's [m, K] = [3, 2] on it 43. A buffer is a state that a combination writes.
-    [("unipc3", 10, 10, 0, 2), ("unipc3-rk4", 10, 16, 0, 4), ("churn", 18, 35, 13, 4), ("restart", 18, 43, 2, 3)],
+    # EDM's churn at 18 levels spends 35; Restart's [m, K] = [3, 2] on it 43. A buffer is a state
+    # that a combination writes.
+    [
+        ("unipc3", 10, 10, 0, 2),
+        ("unipc3-rk4", 10, 16, 0, 4),
+        ("churn", 18, 35, 13, 4),
+        ("restart", 18, 43, 2, 3),
+    ],
 )
-def test_cost_of_the_methods_of_day_one(name: str, levels: int, nfe: int, draws: int, buffers: int) -> None:
+def test_cost_of_the_methods_of_day_one(
+    name: str, levels: int, nfe: int, draws: int, buffers: int
+) -> None:
     solver = EVERY[name]
     plan = solver.plan(EDM(), grid.karras(EDM(), levels))
     assert plan.nfe == nfe == solver.calls(levels)
@@ -151,21 +184,27 @@ def test_cost_of_the_methods_of_day_one(name: str, levels: int, nfe: int, draws:
 
 
 def test_restart_restores_the_marginal() -> None:
-    """Noise added on the way up is that of the forward process: a consistent table, in which only Heun's inner stages are off."""
+    """Noise added on the way up is that of the forward process: a consistent table, in which only
+    Heun's inner stages are off.
+    """
     plan = Restart().plan(EDM(), grid.karras(EDM(), 18))
     assert plan.consistency()["signal"] < 1e-12
     assert plan.consistency()["noise"] < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 @pytest.mark.parametrize(("name", "under"), each(EVERY, sorted(PROCESSES)))
 def test_consistency(name: str, under: str) -> None:
-    """A single point is exact in every plan; ancestral and ODE steps in x0 keep the variance too."""
+    """A single point is exact in every plan; ancestral and ODE steps in x0 keep the variance
+    too.
+    """
     solver, process = EVERY[name], PROCESSES[under]
     report = solver.plan(process, warped(process, 7, 20.0, 0.02)).consistency()
-    exact_signal = name not in ("euler_maruyama", "langevin", "langevin-heun") and getattr(solver, "clock", "nsr") in (
+    exact_signal = name not in ("euler_maruyama", "langevin", "langevin-heun") and getattr(
+        solver, "clock", "nsr"
+    ) in (
         "nsr",
         "lam",
     )
@@ -276,7 +315,9 @@ def test_a_solver_that_changes_is_traced_anew() -> None:
         def __init__(self, damp: float):
             self.damp = damp
 
-        def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        def step(
+            self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+        ) -> tuple[Any, Any]:
             return x * self.damp + (1.0 - self.damp) * reverse(x, t), state
 
     solver, times = Damped(0.5), grid.uniform_t(VP(), 4)
@@ -285,7 +326,7 @@ def test_a_solver_that_changes_is_traced_anew() -> None:
     assert not torch.allclose(before, solver.plan(VP(), times).coefficients)
 
 
-# --------------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def test_gradients_flow_through_coefficients_and_times() -> None:
@@ -302,12 +343,23 @@ def test_gradients_flow_through_coefficients_and_times() -> None:
 
 @pytest.mark.parametrize(
     "solver",
-    [DDIM(), Euler("lam"), Heun("nsr"), Midpoint("lam"), Midpoint("nsr"), RK4("t"), EulerMaruyama(), DDPM()],
+    [
+        DDIM(),
+        Euler("lam"),
+        Heun("nsr"),
+        Midpoint("lam"),
+        Midpoint("nsr"),
+        RK4("t"),
+        EulerMaruyama(),
+        DDPM(),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow", "from_betas"])
 def test_gradients_flow_through_the_grid(solver: GridSolver, under: str) -> None:
-    """The coefficients themselves depend on the times, through the process; noise is the same in every evaluation."""
+    """The coefficients themselves depend on the times, through the process; noise is the same in
+    every evaluation.
+    """
     process = PROCESSES[under]
     times = warped(process, 3, 3.0, 0.3)
     x = start(process, float(times[0]), 2)
@@ -315,14 +367,20 @@ def test_gradients_flow_through_the_grid(solver: GridSolver, under: str) -> None
     def run(times: Tensor) -> Tensor:
         return solver.integrate(Reverse(Mixture(process)), x, times, FixedNoise(2, (2,))).x
 
-    assert torch.autograd.gradcheck(run, [times.clone().requires_grad_()], eps=1e-7, atol=1e-5, rtol=1e-4)
+    assert torch.autograd.gradcheck(
+        run, [times.clone().requires_grad_()], eps=1e-7, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
-    "solver", [DDIM(), DDIM(0.5), Euler(), Heun(), EulerMaruyama(), DDPM(), AnnealedLangevin(1)], ids=str
+    "solver",
+    [DDIM(), DDIM(0.5), Euler(), Heun(), EulerMaruyama(), DDPM(), AnnealedLangevin(1)],
+    ids=str,
 )
 def test_gradients_flow_through_a_grid_from_where_no_signal_is_left(solver: GridSolver) -> None:
-    """The start at s = 0 stays where it is (beyond it there is no process); the times after it move."""
+    """The start at s = 0 stays where it is (beyond it there is no process); the times after it
+    move.
+    """
     process = RectifiedFlow()
     x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -338,11 +396,15 @@ def test_gradients_flow_through_a_grid_from_where_no_signal_is_left(solver: Grid
     assert bool(torch.isfinite(ends.grad[1:]).all())
 
 
-@pytest.mark.parametrize("solver", [DDIM(), Heun(), Heun("nsr"), RK4("lam"), EulerMaruyama()], ids=str)
+@pytest.mark.parametrize(
+    "solver", [DDIM(), Heun(), Heun("nsr"), RK4("lam"), EulerMaruyama()], ids=str
+)
 def test_numbers_that_require_grad_run_without_gradients_too(solver: GridSolver) -> None:
     process = VP()
     plan = solver.plan(process, warped(process, 3))
-    tuned = plan.with_numbers(plan.coefficients.clone().requires_grad_(), plan.times.clone().requires_grad_())
+    tuned = plan.with_numbers(
+        plan.coefficients.clone().requires_grad_(), plan.times.clone().requires_grad_()
+    )
     assert tuned.differentiable
     for dtype in (torch.float32, torch.float64):
         x = start(process, plan.grid[0][0]).to(dtype)
@@ -370,7 +432,7 @@ def test_with_numbers_checks_their_count() -> None:
         plan.with_numbers(times=torch.zeros(3))
 
 
-# -------------------------------------------------------------------------------------------------- what a plan cannot hold
+# -------------------------------------------------------------------------- what a plan cannot hold
 
 
 class Custom(GridSolver):
@@ -380,7 +442,9 @@ class Custom(GridSolver):
 
 def test_a_step_that_multiplies_states_is_refused() -> None:
     class Squares(Custom):
-        def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        def step(
+            self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+        ) -> tuple[Any, Any]:
             return x * reverse(x, t), state
 
     with pytest.raises(SolverError, match=r"multiplied two states.*integrate"):
@@ -389,7 +453,9 @@ def test_a_step_that_multiplies_states_is_refused() -> None:
 
 def test_a_step_that_branches_on_a_state_is_refused() -> None:
     class Clips(Custom):
-        def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        def step(
+            self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+        ) -> tuple[Any, Any]:
             return (x if x else -x), state
 
     with pytest.raises(SolverError, match="value of a state"):
@@ -398,7 +464,9 @@ def test_a_step_that_branches_on_a_state_is_refused() -> None:
 
 def test_a_step_that_adds_a_number_is_refused() -> None:
     class Shifts(Custom):
-        def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        def step(
+            self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+        ) -> tuple[Any, Any]:
             return reverse(x, t) + 1.0, state
 
     with pytest.raises(TypeError):
@@ -407,7 +475,9 @@ def test_a_step_that_adds_a_number_is_refused() -> None:
 
 def test_a_step_without_meaning_on_its_grid_is_refused() -> None:
     class Divides(Custom):
-        def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        def step(
+            self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+        ) -> tuple[Any, Any]:
             return reverse(x, t) * math.inf, state
 
     with pytest.raises(SolverError, match="coefficient of inf"):
@@ -416,7 +486,9 @@ def test_a_step_without_meaning_on_its_grid_is_refused() -> None:
 
 @pytest.mark.parametrize("times", [[1.0, 0.5, 0.0], [0.0]])
 @pytest.mark.parametrize("solver", [DDIM(), Heun(), EulerMaruyama(), DDPM()], ids=str)
-def test_a_grid_that_reaches_zero_noise_is_explained(solver: GridSolver, times: list[float]) -> None:
+def test_a_grid_that_reaches_zero_noise_is_explained(
+    solver: GridSolver, times: list[float]
+) -> None:
     with pytest.raises(GridError, match=r"(?s)zero noise|t=0"):
         solver.plan(VP(), times)
 
@@ -430,7 +502,9 @@ def test_operands_are_linear() -> None:
 
 def test_zero_weights_draw_nothing_and_call_what_the_budget_counts() -> None:
     class Wasteful(Custom):
-        def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        def step(
+            self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+        ) -> tuple[Any, Any]:
             unused = reverse(x, t)
             return reverse(x + 0.0 * unused + 0.0 * noise(t, t_next), t) + 0.0 * noise(), state
 
@@ -440,7 +514,7 @@ def test_zero_weights_draw_nothing_and_call_what_the_budget_counts() -> None:
     assert all(c != 0.0 for i in plan.instructions if isinstance(i, Combine) for _, c in i.terms)
 
 
-# ---------------------------------------------------------------------------------------------------- networks that misbehave
+# -------------------------------------------------------------------------- networks that misbehave
 
 
 class Buffered(nn.Module):
@@ -453,7 +527,11 @@ class Buffered(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if self.out is None or self.out.shape != x.shape:
             self.out = torch.empty_like(x)
-        return torch.tanh(x + t.unsqueeze(-1), out=self.out) if not x.requires_grad else torch.tanh(x + t.unsqueeze(-1))
+        return (
+            torch.tanh(x + t.unsqueeze(-1), out=self.out)
+            if not x.requires_grad
+            else torch.tanh(x + t.unsqueeze(-1))
+        )
 
 
 class Fresh(nn.Module):
@@ -491,18 +569,26 @@ class Keeps(nn.Module):
         return out
 
 
-def run(network: nn.Module, solver: GridSolver, predicts: str = "x0", batch_size: int = 6) -> list[Tensor]:
+def run(
+    network: nn.Module, solver: GridSolver, predicts: str = "x0", batch_size: int = 6
+) -> list[Tensor]:
     denoiser = Prediction(network, predicts, VP())  # type: ignore[arg-type]
     times = grid.uniform_t(VP(), 5)
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     ends = []
     with torch.no_grad():
         for part in x.split(batch_size):
-            ends.append(solver.integrate(Reverse(denoiser), part, times, FixedNoise(len(part), (2,), torch.float32)).x)
+            ends.append(
+                solver.integrate(
+                    Reverse(denoiser), part, times, FixedNoise(len(part), (2,), torch.float32)
+                ).x
+            )
     return ends
 
 
-@pytest.mark.parametrize("solver", [Euler(), Heun(), RK4(), DDIM(), EulerMaruyama(), UniPC(3)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Euler(), Heun(), RK4(), DDIM(), EulerMaruyama(), UniPC(3)], ids=str
+)
 @pytest.mark.parametrize("predicts", ["x0", "eps", "v"])
 def test_a_network_may_return_one_tensor_every_call(solver: GridSolver, predicts: str) -> None:
     expected = torch.cat(run(Fresh(), solver, predicts, 3))
@@ -511,7 +597,9 @@ def test_a_network_may_return_one_tensor_every_call(solver: GridSolver, predicts
 
 
 @pytest.mark.parametrize("network", [Identity, View])
-@pytest.mark.parametrize("solver", [Euler(), Heun(), RK4(), DDIM(), EulerMaruyama(), UniPC(3)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Euler(), Heun(), RK4(), DDIM(), EulerMaruyama(), UniPC(3)], ids=str
+)
 def test_a_network_may_return_its_input(solver: GridSolver, network: type[nn.Module]) -> None:
     torch.testing.assert_close(run(network(), solver)[0], run(IdentityCopy(), solver)[0])
 
@@ -531,7 +619,9 @@ def test_the_state_given_is_left_alone() -> None:
     for solver in GRID_SOLVERS.values():
         for finish in (True, False):
             with torch.no_grad():
-                out = solver.integrate(Reverse(Mixture(VP())), x, warped(VP(), 3), FixedNoise(3, (2,)), finish=finish).x
+                out = solver.integrate(
+                    Reverse(Mixture(VP())), x, warped(VP(), 3), FixedNoise(3, (2,)), finish=finish
+                ).x
             out.add_(1.0)
             assert torch.equal(x, copy), solver
 
@@ -540,8 +630,12 @@ def test_one_level_is_one_call_or_none() -> None:
     for name, solver in GRID_SOLVERS.items():
         x = torch.randn(3, 2, dtype=torch.float64)
         with torch.no_grad():
-            one = solver.integrate(Reverse(Mixture(VP())), x, torch.tensor([0.5]), FixedNoise(3, (2,)))
-            none = solver.integrate(Reverse(Mixture(VP())), x, torch.tensor([0.5]), FixedNoise(3, (2,)), finish=False)
+            one = solver.integrate(
+                Reverse(Mixture(VP())), x, torch.tensor([0.5]), FixedNoise(3, (2,))
+            )
+            none = solver.integrate(
+                Reverse(Mixture(VP())), x, torch.tensor([0.5]), FixedNoise(3, (2,)), finish=False
+            )
         assert one.nfe == solver.calls(1), name
         assert none.nfe == 0, name
         assert torch.equal(none.x, x), name
@@ -554,7 +648,9 @@ def test_two_threads_share_one_solver() -> None:
 
     def solve(n: int) -> Tensor:
         with torch.no_grad():
-            return solver.integrate(Reverse(Mixture(process)), x, grid.uniform_t(process, n), None).x
+            return solver.integrate(
+                Reverse(Mixture(process)), x, grid.uniform_t(process, n), None
+            ).x
 
     for n in range(2, 8):
         expected[n] = solve(n)
@@ -595,15 +691,20 @@ def test_point_and_gaussian_are_exact_in_a_plan(solver: GridSolver) -> None:
     process = VP()
     x = torch.randn(4, 1, dtype=torch.float64)
     with torch.no_grad():
-        end = solver.integrate(Reverse(Point(process)), x, grid.uniform_t(process, 4), FixedNoise(4, (1,))).x
+        end = solver.integrate(
+            Reverse(Point(process)), x, grid.uniform_t(process, 4), FixedNoise(4, (1,))
+        ).x
         assert torch.equal(end, torch.full_like(end, Point.value))
         unit = solver.integrate(
-            Reverse(GaussianData(process, 0.0, 1.0)), x, grid.uniform_t(process, 4), FixedNoise(4, (1,))
+            Reverse(GaussianData(process, 0.0, 1.0)),
+            x,
+            grid.uniform_t(process, 4),
+            FixedNoise(4, (1,)),
         ).x
     assert torch.isfinite(unit).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ accelerators
+# ------------------------------------------------------------------------------------- accelerators
 
 
 @pytest.mark.cuda
@@ -631,9 +732,14 @@ def test_device_and_cpu_agree() -> None:
     x = start(process, 1.0).float()
     with torch.no_grad():
         for solver in (DDIM(), Heun(), RK4()):
-            cpu = solver.integrate(Reverse(Prediction(lambda x, t: torch.tanh(x), "x0", process)), x, times, None).x
+            cpu = solver.integrate(
+                Reverse(Prediction(lambda x, t: torch.tanh(x), "x0", process)), x, times, None
+            ).x
             device = solver.integrate(
-                Reverse(Prediction(lambda x, t: torch.tanh(x), "x0", process)), x.cuda(), times, None
+                Reverse(Prediction(lambda x, t: torch.tanh(x), "x0", process)),
+                x.cuda(),
+                times,
+                None,
             ).x
             torch.testing.assert_close(device.cpu(), cpu, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,6 @@
-"""What can be done with a plan: unroll, check, compare, draw, store and fit it; for every registered solver that has one."""
+"""What can be done with a plan: unroll, check, compare, draw, store and fit it; for every
+registered solver that has one.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from problems import GRID_SOLVERS, PROCESSES, FixedNoise, Mixture, from_the_start, law, reference, warped
+from problems import (
+    GRID_SOLVERS,
+    PROCESSES,
+    FixedNoise,
+    Mixture,
+    from_the_start,
+    law,
+    reference,
+    warped,
+)
 from safetensors import safe_open
 from torch import Tensor
 
@@ -21,11 +32,11 @@ from sdeflow.plan.plan import Plan
 from sdeflow.plan.unroll import FRAMES
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.solvers.adams import ExponentialAdams
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
-from sdeflow.solvers.stochastic import DDPM, EulerMaruyama
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.runge_kutta import RK4, Euler, Heun, Midpoint
+from sdeflow.solvers.sde.classic import DDPM, EulerMaruyama
 
 REGISTERED = {name: GRID_SOLVERS[name] for name in registry.SOLVERS if name in GRID_SOLVERS}
 
@@ -35,7 +46,7 @@ def traced(name: str, under: str = "vp", levels: int = 5) -> tuple[Plan, Process
     return REGISTERED[name].plan(process, warped(process, levels, 20.0, 0.05)), process
 
 
-# ------------------------------------------------------------------------------------------------------------ unrolled
+# ----------------------------------------------------------------------------------------- unrolled
 
 
 def values(frame: str, x: Tensor, x0: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
@@ -48,7 +59,9 @@ def values(frame: str, x: Tensor, x0: Tensor, s: Tensor, sigma: Tensor) -> Tenso
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_the_matrix_is_what_an_execution_does(name: str) -> None:
-    """Inputs and result of a run on a nonlinear problem follow from its own predictions and draws, in every frame."""
+    """Inputs and result of a run on a nonlinear problem follow from its own predictions and draws,
+    in every frame.
+    """
     plan, process = traced(name)
     drawn: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor]] = []
@@ -61,7 +74,10 @@ def test_the_matrix_is_what_an_execution_does(name: str) -> None:
     x, _ = reference(process, plan.grid[0][0], plan.grid[-1][0], n=3)
     with torch.no_grad():
         end, _ = plan.execute(
-            Reverse(Mixture(process)), x, Kept(3, (2,)), lambda k, call, x, x0: seen.append((x.clone(), x0.clone()))
+            Reverse(Mixture(process)),
+            x,
+            Kept(3, (2,)),
+            lambda k, call, x, x0: seen.append((x.clone(), x0.clone())),
         )
     expected = torch.stack([*(given for given, _ in seen), end])
     for frame in FRAMES:
@@ -70,7 +86,8 @@ def test_the_matrix_is_what_an_execution_does(name: str) -> None:
         assert torch.equal(rows.t[:-1], plan.times)
         assert not rows.predictions[:-1].triu().any()  # nothing before it is known
         outputs = [
-            values(frame, given, x0, s, sigma) for (given, x0), s, sigma in zip(seen, rows.s, rows.sigma, strict=False)
+            values(frame, given, x0, s, sigma)
+            for (given, x0), s, sigma in zip(seen, rows.s, rows.sigma, strict=False)
         ]
         got = torch.einsum("kj,jnd->knd", rows.matrix, torch.stack([x, *outputs, *drawn]))
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
@@ -82,7 +99,9 @@ def test_the_spread_is_the_exact_law(name: str) -> None:
     rows = plan.unrolled()
     assert float(rows.spread(0.5)[-1]) == pytest.approx(law(plan, 0.0, 0.5)[1], rel=1e-9)
     errors = plan.consistency()
-    assert float((rows.signal[:-1] - rows.s[:-1]).abs().max()) == pytest.approx(errors["signal"], abs=1e-12)
+    assert float((rows.signal[:-1] - rows.s[:-1]).abs().max()) == pytest.approx(
+        errors["signal"], abs=1e-12
+    )
     noise = (rows.spread()[:-1] / rows.sigma[:-1] - 1.0).abs().max()
     assert float(noise) == pytest.approx(errors["noise"], rel=1e-6, abs=1e-10)
     torch.testing.assert_close(plan.unrolled("v").spread(0.5), rows.spread(0.5))
@@ -127,7 +146,7 @@ def test_a_plan_without_a_call_unrolls_too() -> None:
     assert rows.t.tolist() == [0.5]
 
 
-# ---------------------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -138,7 +157,9 @@ def test_every_plan_has_a_report(name: str) -> None:
     rows = lines[lines.index("") + 2 :]
     assert [row.split()[0] for row in rows] == [*map(str, range(plan.nfe)), "end"]
     assert len(report.degrees) == plan.nfe + 1
-    assert (report.degrees[0] is None) == (plan.times[0] == plan.grid[0][0])  # churn moves before its first call
+    assert (report.degrees[0] is None) == (
+        plan.times[0] == plan.grid[0][0]
+    )  # churn moves before its first call
     assert abs(float(report.signal[-1])) < 1e-12  # the last step is the prediction
     assert all(degree is None or -1 <= degree <= 5 for degree in report.degrees)
     if report.consistent and not report.exact_noise:
@@ -165,7 +186,9 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("solver", "function", "degree"), PUBLISHED, ids=lambda value: str(value))
-def test_a_report_tells_a_method_by_its_numbers(solver: GridSolver, function: str, degree: int) -> None:
+def test_a_report_tells_a_method_by_its_numbers(
+    solver: GridSolver, function: str, degree: int
+) -> None:
     process = VP()
     report = solver.plan(process, warped(process, 8)).check(process)
     assert (report.function, report.degree) == (function, degree)
@@ -200,11 +223,15 @@ def test_a_step_from_where_no_signal_is_left_is_measured() -> None:
 
 
 def test_a_nearly_reproduced_degree_is_told() -> None:
-    """Half the weight of a line, where its integral would be exact: of second order, and no polynomial is reproduced."""
+    """Half the weight of a line, where its integral would be exact: of second order, and no
+    polynomial is reproduced.
+    """
     process = VP()
     exact = ExponentialAdams(2, start_up="orders").plan(process, warped(process, 24))
     report = exact.check(process)
-    rough = exact.with_numbers(exact.coefficients * (1.0 + 0.01 * torch.sin(torch.arange(len(exact.coefficients)))))
+    rough = exact.with_numbers(
+        exact.coefficients * (1.0 + 0.01 * torch.sin(torch.arange(len(exact.coefficients))))
+    )
     assert report.degree == 1
     assert rough.check(process).degree == -1
     assert not rough.check(process).consistent
@@ -214,7 +241,9 @@ def test_a_nearly_reproduced_degree_is_told() -> None:
 def test_the_gaussian_variance_converges_as_the_solver_does() -> None:
     def error(solver: GridSolver, n: int) -> float:
         rows = solver.plan(VP(), warped(VP(), n), finish=False).unrolled()
-        return abs(float(rows.spread(0.5)[-1] / torch.hypot(0.5 * rows.s[-1], rows.sigma[-1]) - 1.0))
+        return abs(
+            float(rows.spread(0.5)[-1] / torch.hypot(0.5 * rows.s[-1], rows.sigma[-1]) - 1.0)
+        )
 
     assert math.log2(error(DDIM(), 48) / error(DDIM(), 96)) == pytest.approx(1.0, abs=0.2)
     assert math.log2(error(DDPM(), 48) / error(DDPM(), 96)) == pytest.approx(1.0, abs=0.2)
@@ -242,7 +271,7 @@ def test_a_report_needs_what_it_asks_for() -> None:
         plan.check(std=0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------------- comparison
 
 
 def test_one_method_under_two_names_compares_equal() -> None:
@@ -275,7 +304,7 @@ def test_differences_are_told() -> None:
     assert DDPM().plan(VP(), times).compare(independent).close(0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- storage
+# ------------------------------------------------------------------------------------------ storage
 
 
 @pytest.mark.parametrize("under", ["vp", "rectified_flow"])
@@ -323,10 +352,18 @@ def damaged(content: bytes, how: str) -> bytes:
         return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
     if how == "relabelled":
         return content.replace(b"DDIM", b"DDIN")
-    return {"empty": b"", "text": b"hello", "zeros": bytes(64), "list": b"[1, 2]", "header": content[:40]}[how]
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "zeros": bytes(64),
+        "list": b"[1, 2]",
+        "header": content[:40],
+    }[how]
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "relabelled", "empty", "text", "zeros", "list", "header"])
+@pytest.mark.parametrize(
+    "how", ["cut", "flipped", "relabelled", "empty", "text", "zeros", "list", "header"]
+)
 def test_a_damaged_file_says_so(how: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.safetensors"
     DDIM().plan(VP(), warped(VP(), 3)).save(path)
@@ -389,7 +426,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["plan.safetensors"]
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 @pytest.mark.parametrize("solver", [DDIM(), Heun(), EulerMaruyama()], ids=str)
@@ -400,7 +437,11 @@ def test_a_plan_is_drawn(solver: GridSolver, tmp_path: Path) -> None:
     plan = solver.plan(RectifiedFlow(), grid.uniform_t(RectifiedFlow(), 6))
     figure = plan.plot(tmp_path / "plan.png")
     heat, levels, weights = figure.axes[0], figure.axes[1], figure.axes[2]
-    shown = heat.images[0].get_array().filled(0.0) if hasattr(heat.images[0].get_array(), "filled") else None
+    shown = (
+        heat.images[0].get_array().filled(0.0)
+        if hasattr(heat.images[0].get_array(), "filled")
+        else None
+    )
     assert shown is not None
     torch.testing.assert_close(torch.as_tensor(shown), plan.matrix())
     assert len(levels.lines[0].get_xdata()) == int(torch.isfinite(plan.unrolled().nsr[:-1]).sum())
@@ -419,7 +460,9 @@ def test_a_picture_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_drawing_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_drawing_without_matplotlib_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *arguments: Any, **keywords: Any) -> Any:
@@ -433,7 +476,7 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch: pytest.Mon
     assert not any(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def projected(solver: GridSolver, process: Process, x: Tensor, times: Tensor) -> Tensor:
@@ -444,13 +487,19 @@ def projected(solver: GridSolver, process: Process, x: Tensor, times: Tensor) ->
     total = torch.zeros((), dtype=torch.float64)
     for n, part in enumerate((end, rows.matrix, rows.t, rows.s, rows.sigma)):
         generator = torch.Generator().manual_seed(n)
-        total = total + (torch.randn(part.shape, generator=generator, dtype=torch.float64) * part).sum()
+        total = (
+            total + (torch.randn(part.shape, generator=generator, dtype=torch.float64) * part).sum()
+        )
     return total
 
 
 def check_gradient(solver: GridSolver, process: Process, times: Tensor, first: int = 0) -> None:
     level = process.level(float(times[0]))
-    x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * level.sigma + 0.3 * level.s
+    x = (
+        torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        * level.sigma
+        + 0.3 * level.s
+    )
     moving = times.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(projected(solver, process, x, moving), moving)
     assert bool(torch.isfinite(gradient[first:]).all()), f"{solver}: gradient {gradient.tolist()}"
@@ -459,14 +508,20 @@ def check_gradient(solver: GridSolver, process: Process, times: Tensor, first: i
             h = 1e-6 * float(times[k])
             shift = torch.zeros_like(times)
             shift[k] = h
-            plus, minus = (float(projected(solver, process, x, times + sign * shift)) for sign in (1, -1))
+            plus, minus = (
+                float(projected(solver, process, x, times + sign * shift)) for sign in (1, -1)
+            )
             slope = (plus - minus) / (2.0 * h)
-            assert float(gradient[k]) == pytest.approx(slope, rel=2e-5, abs=2e-5 * float(gradient[first:].abs().max()))
+            assert float(gradient[k]) == pytest.approx(
+                slope, rel=2e-5, abs=2e-5 * float(gradient[first:].abs().max())
+            )
 
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_gradients_flow_through_the_times_of_every_solver(name: str) -> None:
-    """The end state and every number of the table, differentiated by each time of the grid, against central differences."""
+    """The end state and every number of the table, differentiated by each time of the grid, against
+    central differences.
+    """
     process = PROCESSES["vp"]
     check_gradient(REGISTERED[name], process, warped(process, 4, 3.0, 0.07))
 
@@ -481,7 +536,9 @@ def test_gradients_flow_from_where_no_signal_is_left(name: str) -> None:
         solver.plan(process, [1.0, 0.6, 0.3, 0.06])
     except SolverError as error:
         pytest.skip(f"cannot start there: {error}")
-    check_gradient(solver, process, torch.tensor([1.0, 0.6, 0.3, 0.06], dtype=torch.float64), first=1)
+    check_gradient(
+        solver, process, torch.tensor([1.0, 0.6, 0.3, 0.06], dtype=torch.float64), first=1
+    )
 
 
 def test_the_unrolled_matrix_is_differentiable_in_the_coefficients() -> None:
@@ -495,9 +552,13 @@ def test_the_unrolled_matrix_is_differentiable_in_the_coefficients() -> None:
 
 
 def test_a_plan_of_five_calls_is_fitted() -> None:
-    """Gradient descent on coefficients and times of five calls, against the exact flow, on states held out from the fit."""
+    """Gradient descent on coefficients and times of five calls, against the exact flow, on states
+    held out from the fit.
+    """
     process = VP()
-    plan = DDIM().plan(process, grid.uniform_lam(process, 6, nsr_max=8.0, nsr_min=0.1), finish=False)
+    plan = DDIM().plan(
+        process, grid.uniform_lam(process, 6, nsr_max=8.0, nsr_min=0.1), finish=False
+    )
     assert plan.nfe == 5
     x, exact = reference(process, plan.grid[0][0], plan.grid[-1][0], n=256, seed=3)
     fitted, held = slice(0, 192), slice(192, 256)
@@ -511,7 +572,9 @@ def test_a_plan_of_five_calls_is_fitted() -> None:
 
     with torch.no_grad():
         before = error(held)
-    optimiser = torch.optim.Adam([{"params": [coefficients], "lr": 0.01}, {"params": [times], "lr": 0.03}])
+    optimiser = torch.optim.Adam(
+        [{"params": [coefficients], "lr": 0.01}, {"params": [times], "lr": 0.03}]
+    )
     for _ in range(120):
         optimiser.zero_grad()
         error(fitted).backward()
@@ -523,7 +586,9 @@ def test_a_plan_of_five_calls_is_fitted() -> None:
 
 
 def test_a_grid_is_fitted_through_the_solver() -> None:
-    """The inner levels themselves, of which all coefficients are functions: the plan stays consistent."""
+    """The inner levels themselves, of which all coefficients are functions: the plan stays
+    consistent.
+    """
     process, solver = VP(), ExponentialAdams(2)
     start = warped(process, 5)
     x, exact = reference(process, float(start[0]), float(start[-1]), n=64)
@@ -542,7 +607,7 @@ def test_a_grid_is_fitted_through_the_solver() -> None:
     assert plan.check(process).consistent
 
 
-# -------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -554,7 +619,9 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.out
 
 
-def test_the_command_shows_checks_draws_and_saves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_shows_checks_draws_and_saves(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "a.plan.safetensors", tmp_path / "a.png"
     asked = ["--solver", "adams3", "--process", "vp", "--nfe", "10", "--grid", "uniform_lam"]
@@ -573,7 +640,9 @@ def test_the_command_shows_checks_draws_and_saves(capsys: pytest.CaptureFixture[
 
 
 def test_the_command_says_what_is_in_t_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "degree 1 of dx/dt in t" in told(capsys, "--solver", "heun", "--process", "vp", "--check")
+    assert "degree 1 of dx/dt in t" in told(
+        capsys, "--solver", "heun", "--process", "vp", "--check"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Processes: what is derived from s(t) and sigma(t), against closed forms, simulation, and round trips."""
+"""Processes: what is derived from s(t) and sigma(t), against closed forms, simulation, and round
+trips.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from sdeflow._math import derivative
+from sdeflow._utils.math import derivative
 from sdeflow.process import EDM, VE, VP, Cosine, FromBetas, Level, Process, RectifiedFlow, SubVP
 
 steadily = settings(derandomize=True, deadline=None, max_examples=40)
@@ -39,7 +41,7 @@ def close(actual: Tensor, expected: Tensor | float, rtol: float, atol: float = 0
     torch.testing.assert_close(actual, expected.expand_as(actual), rtol=rtol, atol=atol)
 
 
-# ------------------------------------------------------------------------------- processes with closed forms, by hand
+# ------------------------------------------------------------- processes with closed forms, by hand
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,11 @@ def vp_like(draw: st.DrawFn) -> Known:
 
     if draw(st.booleans()):
         return Known(VP(low, high), lambda t: -beta(t) / 2, beta)
-    # sigma = 1 - e^-B: (sigma^2)' = 2 sigma beta e^-B and -2 f sigma^2 = beta sigma^2 sum to beta sigma (1 + e^-B).
-    return Known(SubVP(low, high), lambda t: -beta(t) / 2, lambda t: -beta(t) * torch.expm1(-2 * integral(t)))
+    # sigma = 1 - e^-B: (sigma^2)' = 2 sigma beta e^-B and -2 f sigma^2 = beta sigma^2 sum to beta
+    # sigma (1 + e^-B).
+    return Known(
+        SubVP(low, high), lambda t: -beta(t) / 2, lambda t: -beta(t) * torch.expm1(-2 * integral(t))
+    )
 
 
 @st.composite
@@ -93,7 +98,9 @@ def named(draw: st.DrawFn) -> Known:
         case 2:
             return Known(EDM(), torch.zeros_like, lambda t: 2 * t)
         case _:
-            return Known(RectifiedFlow(t_max=0.999), lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t))
+            return Known(
+                RectifiedFlow(t_max=0.999), lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t)
+            )
 
 
 class Custom(Process):
@@ -155,7 +162,7 @@ def ids(process: Process) -> str:
 every_process = pytest.mark.parametrize("process", FIXED, ids=ids)
 
 
-# ------------------------------------------------------------------------------------------------------- f and g2
+# ----------------------------------------------------------------------------------------- f and g2
 
 
 @steadily
@@ -176,16 +183,28 @@ def test_velocity_is_the_probability_flow_ode(known: Known):
     x = process.perturb(x0, t, eps)
     score = -eps / process.sigma(t).unsqueeze(1)
     expected = process.drift(x, t) - 0.5 * known.g2(t).unsqueeze(1) * score
-    close(process.velocity(x0, eps, t), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    close(
+        process.velocity(x0, eps, t), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())
+    )
     reverse = process.drift(x, t) - known.g2(t).unsqueeze(1) * score
-    close(process.reverse_drift(x, t, score), reverse, rtol=1e-10, atol=1e-10 * float(reverse.abs().max()))
+    close(
+        process.reverse_drift(x, t, score),
+        reverse,
+        rtol=1e-10,
+        atol=1e-10 * float(reverse.abs().max()),
+    )
 
 
 @every_process
 def test_mean_and_variance_of_the_sde_are_s_and_sigma(process):
-    """m' = f m and v' = 2 f v + g2, integrated by the classical Runge-Kutta method over half of the span."""
+    """m' = f m and v' = 2 f v + g2, integrated by the classical Runge-Kutta method over half of the
+    span.
+    """
     n = 4000
-    start, end = process.t_min + 0.01 * (process.t_max - process.t_min), process.t_min + 0.5 * process.t_max
+    start, end = (
+        process.t_min + 0.01 * (process.t_max - process.t_min),
+        process.t_min + 0.5 * process.t_max,
+    )
     h = (end - start) / n
     at = start + h * torch.arange(2 * n + 1, dtype=torch.float64) / 2
     f, g2 = process.f(at).tolist(), process.g2(at).tolist()
@@ -194,7 +213,10 @@ def test_mean_and_variance_of_the_sde_are_s_and_sigma(process):
     for i in range(0, 2 * n, 2):
         dm, dv = [f[i] * m], [2 * f[i] * v + g2[i]]
         for j, step in ((i + 1, h / 2), (i + 1, h / 2), (i + 2, h)):
-            dm, dv = [*dm, f[j] * (m + step * dm[-1])], [*dv, 2 * f[j] * (v + step * dv[-1]) + g2[j]]
+            dm, dv = (
+                [*dm, f[j] * (m + step * dm[-1])],
+                [*dv, 2 * f[j] * (v + step * dv[-1]) + g2[j]],
+            )
         m += h / 6 * (dm[0] + 2 * dm[1] + 2 * dm[2] + dm[3])
         v += h / 6 * (dv[0] + 2 * dv[1] + 2 * dv[2] + dv[3])
     assert m == pytest.approx(s[1], rel=1e-9)
@@ -203,7 +225,9 @@ def test_mean_and_variance_of_the_sde_are_s_and_sigma(process):
 
 @pytest.mark.parametrize("process", [VP(), SubVP(), VE(), RectifiedFlow()], ids=ids)
 def test_simulated_paths_have_mean_s_and_variance_sigma2(process):
-    """Euler-Maruyama, 20 000 paths, 1000 steps: within 5 deviations of the sample (6e-7 each) and a step's bias."""
+    """Euler-Maruyama, 20 000 paths, 1000 steps: within 5 deviations of the sample (6e-7 each) and a
+    step's bias.
+    """
     n, steps, x0, end = 20_000, 1000, 2.0, min(process.t_max, 0.8)
     t = linspace(0.0, end, steps + 1)
     f, g = process.f(t).tolist(), process.g2(t).sqrt().tolist()
@@ -212,16 +236,20 @@ def test_simulated_paths_have_mean_s_and_variance_sigma2(process):
     x, h = s[0] * x0 + sigma[0] * torch.randn(n, generator=generator), end / steps
     for k in range(steps):
         x.mul_(1 + f[k] * h).add_(torch.randn(n, generator=generator), alpha=g[k] * math.sqrt(h))
-    assert float(x.mean()) == pytest.approx(s[-1] * x0, abs=5 * sigma[-1] / math.sqrt(n) + 0.02 * s[-1] * x0)
+    assert float(x.mean()) == pytest.approx(
+        s[-1] * x0, abs=5 * sigma[-1] / math.sqrt(n) + 0.02 * s[-1] * x0
+    )
     assert float(x.var()) == pytest.approx(sigma[-1] ** 2, rel=5 * math.sqrt(2 / n) + 0.02)
 
 
-# --------------------------------------------------------------------------------------------------------- from_betas
+# --------------------------------------------------------------------------------------- from_betas
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 4000])
 def test_from_betas_is_exact_at_its_nodes(n):
-    betas = linear_betas(n) * (1000 / n) if n > 10 else 0.05 + 0.8 * torch.rand(n, dtype=torch.float64)
+    betas = (
+        linear_betas(n) * (1000 / n) if n > 10 else 0.05 + 0.8 * torch.rand(n, dtype=torch.float64)
+    )
     process = Process.from_betas(betas)
     index = torch.arange(n)
     t = process.time(index)
@@ -238,7 +266,8 @@ def test_from_betas_is_smooth_and_monotone_between_its_nodes(betas):
     process = Process.from_betas(betas)
     t = linspace(0.0, 1.0, 40 * len(betas) + 1)
     assert bool((process.s(t).diff() < 0).all())
-    # Derivatives against central differences, inside the pieces; and equal from both sides of a node.
+    # Derivatives against central differences, inside the pieces; and equal from both sides of a
+    # node.
     h = 1e-6
     t = (torch.arange(len(betas)) + torch.tensor([[0.3], [0.77]])).flatten().double() / len(betas)
     log_s = process.s(t + h).log() - process.s(t - h).log()
@@ -256,7 +285,7 @@ def test_from_betas_approaches_vp():
     close(process.g2(t), vp.g2(t), rtol=1.1e-2)
 
 
-# ----------------------------------------------------------------------------------------------------------- from_sde
+# ----------------------------------------------------------------------------------------- from_sde
 
 
 @steadily
@@ -279,13 +308,18 @@ def test_from_sde_gives_back_rectified_flow():
 @given(custom(), st.floats(0.1, 3.0), st.floats(0.0, 2.0))
 @settings(steadily, max_examples=15)
 def test_from_sde_gives_back_random_processes(known: Known, s0: float, sigma0: float):
-    """s and sigma from any start are the given ones up to s0 and sigma0; f and g2 derived again are those given."""
+    """s and sigma from any start are the given ones up to s0 and sigma0; f and g2 derived again are
+    those given.
+    """
     assert isinstance(known.process, Custom)
     process = Process.from_sde(known.f, known.g2, s0=s0, sigma0=sigma0, t_min=0.01, t_max=2.0)
     t, zero = linspace(0.0, 2.0)[1:], f64(0.0)
     s = s0 * torch.exp(known.process.log_s(t) - known.process.log_s(zero))
-    # g2 = S^2 (N)' with the process's own S = (s / s0) S(0): nsr^2 = sigma0^2/s0^2 + (N(t) - N(0)) S(0)^2 / s0^2.
-    grown = (known.process.nsr2(t) - known.process.nsr2(zero)) * torch.exp(2 * known.process.log_s(zero))
+    # g2 = S^2 (N)' with the process's own S = (s / s0) S(0): nsr^2 = sigma0^2/s0^2 + (N(t) - N(0))
+    # S(0)^2 / s0^2.
+    grown = (known.process.nsr2(t) - known.process.nsr2(zero)) * torch.exp(
+        2 * known.process.log_s(zero)
+    )
     close(process.s(t), s, rtol=1e-8)
     close(process.sigma(t), s * (sigma0**2 + grown).sqrt() / s0, rtol=1e-8, atol=1e-12)
     close(derivative(process.s, t) / process.s(t), known.f(t), rtol=1e-8, atol=1e-8)
@@ -305,7 +339,11 @@ def test_from_sde_takes_constants_and_kinks():
 @pytest.mark.parametrize(
     ("f", "g2", "match"),
     [
-        (lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t), r"f\(1\) = -inf: from_sde needs finite f and g2"),
+        (
+            lambda t: -1 / (1 - t),
+            lambda t: 2 * t / (1 - t),
+            r"f\(1\) = -inf: from_sde needs finite f and g2",
+        ),
         (lambda t: -t, lambda t: t - 0.5, r"g2\(0\) = -0.5"),
         (lambda t: -t, lambda t: t / t, r"g2\(0\) = nan"),
     ],
@@ -315,7 +353,7 @@ def test_from_sde_explains_what_it_cannot_integrate(f, g2, match):
         Process.from_sde(f, g2)
 
 
-# ------------------------------------------------------------------------------------------------- inverses and gradients
+# --------------------------------------------------------------------------- inverses and gradients
 
 
 @every_process
@@ -325,7 +363,9 @@ def test_time_and_lam_are_inverse(process):
     close(process.t_of_lam(process.lam(t)), t, rtol=1e-12, atol=1e-12)
     close(process.t_of_nsr(process.nsr(t)), t, rtol=1e-12, atol=1e-12)
     # Up to nsr = 1000: beyond it, t near 1 cannot tell its neighbours in lam apart.
-    lam = linspace(max(float(process.lam(t[-1])), -math.log(1e3)), float(process.lam(process.t_min)))[1:-1]
+    lam = linspace(
+        max(float(process.lam(t[-1])), -math.log(1e3)), float(process.lam(process.t_min))
+    )[1:-1]
     close(process.lam(process.t_of_lam(lam)), lam, rtol=1e-12, atol=2e-12)
     close(process.angle(t), process.nsr(t).atan(), rtol=1e-14)
     assert process.t_of_lam(lam.reshape(3, 33)).shape == (3, 33)
@@ -341,7 +381,11 @@ def test_time_and_lam_are_inverse_for_random_processes(known: Known):
 
 def test_beyond_the_range_a_root_is_the_nearer_end():
     process = Trigonometric()
-    close(process.t_of_lam(f64(1e3, math.inf, -math.inf)), f64(process.t_min, process.t_min, process.t_max), rtol=1e-12)
+    close(
+        process.t_of_lam(f64(1e3, math.inf, -math.inf)),
+        f64(process.t_min, process.t_min, process.t_max),
+        rtol=1e-12,
+    )
     for endless in (VP(), SubVP(), Cosine(), VE(), RectifiedFlow()):
         s, sigma = endless.kernel(endless.t_of_nsr(math.inf))
         assert float(sigma / s) > 1e15  # no NaN, whatever the end of time is
@@ -362,31 +406,45 @@ def test_derived_functions_are_differentiable_in_time(process):
     else:
         t = linspace(process.t_min, process.t_max, 5)[1:-1]
     for function in (process.s, process.sigma, process.f, process.g2, process.lam):
-        assert gradcheck(lambda t, function=function: function(t) + 0 * t, t.requires_grad_(), atol=1e-4, rtol=1e-4)
+        assert gradcheck(
+            lambda t, function=function: function(t) + 0 * t,
+            t.requires_grad_(),
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 def test_parameters_of_an_sde_and_of_a_users_process_get_gradients():
     t = f64(0.1, 0.5, 1.0)
 
     def by_quadrature(rate, strength):
-        process = Process.from_sde(lambda t: -rate * (1 + t), lambda t: strength * t.exp(), s0=1.5, sigma0=0.3)
+        process = Process.from_sde(
+            lambda t: -rate * (1 + t), lambda t: strength * t.exp(), s0=1.5, sigma0=0.3
+        )
         return process.s(t), process.sigma(t)
 
     def by_hand(rate, strength):
         process = Custom(lambda t: -rate * t, lambda t: strength * t**2)
-        return torch.stack([torch.stack([level.s, level.sigma, level.ds, level.dsigma]) for level in process.levels(t)])
+        return torch.stack(
+            [
+                torch.stack([level.s, level.sigma, level.ds, level.dsigma])
+                for level in process.levels(t)
+            ]
+        )
 
     parameters = [f64(0.7).requires_grad_(), f64(1.3).requires_grad_()]
     assert gradcheck(by_quadrature, parameters)
     assert gradcheck(by_hand, parameters)
 
 
-# -------------------------------------------------------------------------------------------------------- conversions
+# -------------------------------------------------------------------------------------- conversions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("nsr", [1e-4, 1e-3, 0.03, 0.5, 1.0, 7.0, 100.0, 1e3, 1e4])
-@pytest.mark.parametrize("process", [VP(), SubVP(), Cosine(), VE(), EDM(), RectifiedFlow(), Trigonometric()], ids=ids)
+@pytest.mark.parametrize(
+    "process", [VP(), SubVP(), Cosine(), VE(), EDM(), RectifiedFlow(), Trigonometric()], ids=ids
+)
 def test_conversions_round_trip(process, nsr, dtype):
     """x0 -> eps, score, v, velocity -> x0, to 32 eps max(nsr, 1/nsr) of the largest entry."""
     if isinstance(process, Trigonometric):
@@ -415,22 +473,40 @@ def test_conversions_round_trip(process, nsr, dtype):
     close(process.score_from_x0(x, x0, t) * sigma, -eps, rtol=0, atol=4 * tolerance)
     close(process.v_from_x0(x, x0, t), (s * eps - sigma * x0) / r, rtol=0, atol=4 * tolerance)
     scale = abs(ds) + abs(dsigma)
-    close(process.velocity_from_x0(x, x0, t), ds * x0 + dsigma * eps, rtol=0, atol=4 * tolerance * scale)
+    close(
+        process.velocity_from_x0(x, x0, t),
+        ds * x0 + dsigma * eps,
+        rtol=0,
+        atol=4 * tolerance * scale,
+    )
 
 
 @every_process
 def test_times_may_differ_between_samples(process):
     t = inner_times(process, 4)[:-1]
-    x, y = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64).unbind()
+    x, y = torch.randn(
+        2, 3, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ).unbind()
     for function in (
         *(process.perturb, process.velocity),
-        *(lambda x, t, y, g=g: g(x, y, t) for g in (process.x0_from_eps, process.eps_from_x0, process.x0_from_score)),
-        *(lambda x, t, y, g=g: g(x, y, t) for g in (process.score_from_x0, process.x0_from_v, process.v_from_x0)),
-        *(lambda x, t, y, g=g: g(x, y, t) for g in (process.x0_from_velocity, process.velocity_from_x0)),
+        *(
+            lambda x, t, y, g=g: g(x, y, t)
+            for g in (process.x0_from_eps, process.eps_from_x0, process.x0_from_score)
+        ),
+        *(
+            lambda x, t, y, g=g: g(x, y, t)
+            for g in (process.score_from_x0, process.x0_from_v, process.v_from_x0)
+        ),
+        *(
+            lambda x, t, y, g=g: g(x, y, t)
+            for g in (process.x0_from_velocity, process.velocity_from_x0)
+        ),
         process.reverse_drift,
     ):
         order = (x, y, t) if function == process.velocity else (x, t, y)
-        single = [function(*(a[i : i + 1] if a is not t else t[i] for a in order)) for i in range(3)]
+        single = [
+            function(*(a[i : i + 1] if a is not t else t[i] for a in order)) for i in range(3)
+        ]
         close(function(*order), torch.cat(single), rtol=1e-13)
     with pytest.raises(ValueError, match="4 times for a batch of 3"):
         process.perturb(x, torch.ones(4), y)
@@ -438,13 +514,20 @@ def test_times_may_differ_between_samples(process):
         process.perturb(x, torch.ones(3, 1), y)
 
 
-# -------------------------------------------------------------------------------------------------------- ends of time
+# ------------------------------------------------------------------------------------- ends of time
 
 
 @every_process
 def test_both_ends_of_time_are_finite(process):
     ends = f64(process.t_min, process.t_max)
-    for function in (process.s, process.sigma, process.ds, process.dsigma, process.variance, process.angle):
+    for function in (
+        process.s,
+        process.sigma,
+        process.ds,
+        process.dsigma,
+        process.variance,
+        process.angle,
+    ):
         assert bool(torch.isfinite(function(ends)).all())
     x0, eps = torch.ones(2, 3), torch.ones(2, 3)
     assert bool(torch.isfinite(process.velocity(x0, eps, ends)).all())
@@ -471,24 +554,35 @@ def test_known_values_at_the_ends():
     assert float(VP().variance(f64(1e-15))) == pytest.approx(1e-16, rel=1e-12)
     assert float(SubVP().sigma(f64(1e-15))) == pytest.approx(1e-16, rel=1e-12)
     rate = math.pi / 2 / 1.008
-    assert float(Cosine().variance(f64(1e-15))) == pytest.approx(2e-15 * rate * math.tan(0.008 * rate), rel=1e-9)
+    assert float(Cosine().variance(f64(1e-15))) == pytest.approx(
+        2e-15 * rate * math.tan(0.008 * rate), rel=1e-9
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- levels
+# ------------------------------------------------------------------------------------------- levels
 
 
 @every_process
 def test_levels_agree_with_the_functions(process):
     times = inner_times(process, 9)
     levels = process.levels(times)
-    assert all(type(getattr(level, entry.name)) is float for level in levels for entry in fields(Level))
+    assert all(
+        type(getattr(level, entry.name)) is float for level in levels for entry in fields(Level)
+    )
     assert process.levels(times.tolist()) == levels
     for name in ("s", "sigma", "ds", "dsigma"):
         # A signal below rounding, cos(pi/2), is 0 in a level.
-        close(f64(*(getattr(level, name) for level in levels)), getattr(process, name)(times), rtol=0, atol=1e-16)
+        close(
+            f64(*(getattr(level, name) for level in levels)),
+            getattr(process, name)(times),
+            rtol=0,
+            atol=1e-16,
+        )
     for t, level in list(zip(times, levels, strict=True))[:-1]:
         for name in ("nsr", "lam", "f"):
-            assert getattr(level, name) == pytest.approx(float(getattr(process, name)(t)), rel=1e-8, abs=1e-12), name
+            assert getattr(level, name) == pytest.approx(
+                float(getattr(process, name)(t)), rel=1e-8, abs=1e-12
+            ), name
         assert level.g2 == pytest.approx(float(process.g2(t)), rel=1e-8)
     assert process.level(float(times[3])) == levels[3]
 
@@ -509,7 +603,7 @@ def test_levels_keep_gradients_unless_told_not_to():
         assert type(VP().levels(t)[0].s) is float
 
 
-# ------------------------------------------------------------------------------------------------------ bad parameters
+# ----------------------------------------------------------------------------------- bad parameters
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Every registered name makes something that says what it is; aliases reach it; a misspelt one names the nearest."""
+"""Every registered name makes something that says what it is; aliases reach it; a misspelt one
+names the nearest.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ TABLES = {"solver": SOLVERS, "grid": GRIDS, "process": PROCESSES}
 ENTRIES = [(kind, entry) for kind, table in TABLES.items() for entry in table.values()]
 
 
-@pytest.mark.parametrize(("kind", "entry"), ENTRIES, ids=lambda v: v.name if isinstance(v, Entry) else v)
+@pytest.mark.parametrize(
+    ("kind", "entry"), ENTRIES, ids=lambda v: v.name if isinstance(v, Entry) else v
+)
 def test_an_entry_explains_itself(kind: str, entry: Entry) -> None:
     doc = entry.kind.__doc__
     assert doc, f"{entry.name} has no docstring"
@@ -30,7 +34,9 @@ def test_an_entry_explains_itself(kind: str, entry: Entry) -> None:
         assert "rder:" in doc
 
 
-@pytest.mark.parametrize(("kind", "entry"), ENTRIES, ids=lambda v: v.name if isinstance(v, Entry) else v)
+@pytest.mark.parametrize(
+    ("kind", "entry"), ENTRIES, ids=lambda v: v.name if isinstance(v, Entry) else v
+)
 def test_names_and_aliases_reach_the_entry(kind: str, entry: Entry) -> None:
     for name in (entry.name, *entry.aliases, entry.name.upper(), entry.name.replace("_", "-")):
         assert registry.lookup(TABLES[kind], kind, name) is entry

@@ -9,21 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from problems import DETERMINISTIC, PROCESSES, SOLVERS, FixedNoise, Mixture, observed_order, reference, warped
+from problems import (
+    DETERMINISTIC,
+    PROCESSES,
+    SOLVERS,
+    FixedNoise,
+    Mixture,
+    observed_order,
+    reference,
+    warped,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sdeflow
 from sdeflow import grid, registry
-from sdeflow.denoiser import Preconditioned, Prediction
+from sdeflow.denoisers import Preconditioned, Prediction
 from sdeflow.noise import SeededNoise
 from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import Step, encode, sample, solve
-from sdeflow.solvers.auto import Auto
-from sdeflow.solvers.runge_kutta import Heun
-from sdeflow.solvers.stochastic import DDPM
+from sdeflow.sampling.api import Step, encode, sample, solve
+from sdeflow.solvers.auto.solver import Auto
+from sdeflow.solvers.ode.runge_kutta import Heun
+from sdeflow.solvers.sde.classic import DDPM
 
 
 class Net(nn.Module):
@@ -35,8 +44,12 @@ class Net(nn.Module):
         self.embed = nn.Embedding(5, 3, dtype=dtype)
         self.seen: list[dict[str, Any]] = []
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        self.seen.append({"x": x.shape, "dtype": x.dtype, "t": t.dtype, "label": label, "grad": x.requires_grad})
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        self.seen.append(
+            {"x": x.shape, "dtype": x.dtype, "t": t.dtype, "label": label, "grad": x.requires_grad}
+        )
         out = torch.tanh(self.mix(x)) * torch.cos(t).to(x.dtype).reshape(-1, 1, 1, 1) * scale
         return out if label is None else out + self.embed(label)[:, :, None, None]
 
@@ -47,7 +60,7 @@ def net(**how: Any) -> tuple[Net, Prediction]:
     return network, Prediction(network, "x0", VP(), shape=(3, 4, 4))
 
 
-# ------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def test_the_line_of_the_issue_works_as_it_stands() -> None:
@@ -84,7 +97,7 @@ def test_every_registered_name_samples(name: str) -> None:
     assert bool(torch.isfinite(x).all())
 
 
-# --------------------------------------------------------------------------------------------------------- conditions
+# --------------------------------------------------------------------------------------- conditions
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 5])
@@ -92,12 +105,21 @@ def test_conditions_are_cut_along_with_the_batch(batch_size: int | None) -> None
     network, denoiser = net()
     labels = torch.tensor([4, 0, 3, 1, 2])
     whole = sample(
-        denoiser, solver="ddim", nfe=3, seeds=range(5), condition={"label": labels, "scale": 0.5}, batch_size=batch_size
+        denoiser,
+        solver="ddim",
+        nfe=3,
+        seeds=range(5),
+        condition={"label": labels, "scale": 0.5},
+        batch_size=batch_size,
     )
     assert all(len(call["label"]) == call["x"][0] for call in network.seen)
     for row in range(5):
         one = sample(
-            denoiser, solver="ddim", nfe=3, seeds=[row], condition={"label": labels[row : row + 1], "scale": 0.5}
+            denoiser,
+            solver="ddim",
+            nfe=3,
+            seeds=[row],
+            condition={"label": labels[row : row + 1], "scale": 0.5},
         )
         torch.testing.assert_close(one[0], whole[row], rtol=1e-5, atol=1e-5)
 
@@ -107,14 +129,25 @@ def test_conditions_are_cut_along_with_the_batch(batch_size: int | None) -> None
 def test_starts_are_cut_along_with_the_batch(solver: str, start: str) -> None:
     given = torch.from_numpy(Mixture.draw(5, 0)).float()
     whole = sample(Mixture(VP()), solver=solver, t=0.4, seeds=range(5), **{start: given})
-    parts = sample(Mixture(VP()), solver=solver, t=0.4, seeds=range(5), batch_size=2, **{start: given})
+    parts = sample(
+        Mixture(VP()), solver=solver, t=0.4, seeds=range(5), batch_size=2, **{start: given}
+    )
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_one_condition_serves_all_and_lists_are_tensors() -> None:
     _, denoiser = net()
-    one = sample(denoiser, solver="ddim", nfe=3, seeds=range(4), condition={"label": torch.tensor([2])}, batch_size=3)
-    listed = sample(denoiser, solver="ddim", nfe=3, seeds=range(4), condition={"label": [2, 2, 2, 2]})
+    one = sample(
+        denoiser,
+        solver="ddim",
+        nfe=3,
+        seeds=range(4),
+        condition={"label": torch.tensor([2])},
+        batch_size=3,
+    )
+    listed = sample(
+        denoiser, solver="ddim", nfe=3, seeds=range(4), condition={"label": [2, 2, 2, 2]}
+    )
     torch.testing.assert_close(one, listed, rtol=1e-5, atol=1e-5)
     assert torch.equal(
         sample(denoiser, solver="ddim", nfe=3, seeds=range(4), condition={"label": None}),
@@ -122,7 +155,7 @@ def test_one_condition_serves_all_and_lists_are_tensors() -> None:
     )
 
 
-# -------------------------------------------------------------------------------------------- what happens on the way
+# -------------------------------------------------------------------------- what happens on the way
 
 
 @pytest.mark.parametrize("finish", [True, False])
@@ -130,7 +163,16 @@ def test_one_condition_serves_all_and_lists_are_tensors() -> None:
 def test_trajectories_hold_the_state_at_every_level(name: str, finish: bool) -> None:
     denoiser = Mixture(VP())
     times = grid.uniform_t(VP(), 6)
-    solution = solve(denoiser, solver=name, grid=times, n=5, seeds=0, finish=finish, trajectory=True, batch_size=2)
+    solution = solve(
+        denoiser,
+        solver=name,
+        grid=times,
+        n=5,
+        seeds=0,
+        finish=finish,
+        trajectory=True,
+        batch_size=2,
+    )
     assert solution.trajectory is not None
     assert solution.trajectory.shape == (6 + finish, 5, 2)
     assert torch.equal(solution.trajectory[-1], solution.x)
@@ -145,11 +187,23 @@ def test_x0s_and_callbacks_see_every_call() -> None:
     steps: list[Step] = []
 
     def callback(step: Step) -> str:
-        steps.append(Step(step.index, step.nfe, step.t, step.nsr, step.x.clone(), step.x0.clone(), step.samples))
+        steps.append(
+            Step(
+                step.index,
+                step.nfe,
+                step.t,
+                step.nsr,
+                step.x.clone(),
+                step.x0.clone(),
+                step.samples,
+            )
+        )
         return "ignored"
 
     denoiser = Mixture(VP())
-    solution = solve(denoiser, solver="heun", nfe=7, n=5, seeds=0, batch_size=3, x0s=True, callback=callback)
+    solution = solve(
+        denoiser, solver="heun", nfe=7, n=5, seeds=0, batch_size=3, x0s=True, callback=callback
+    )
     assert solution.x0s is not None
     assert solution.x0s.shape == (7, 5, 2)
     assert torch.equal(solution.x0s[-1], solution.x)
@@ -163,7 +217,9 @@ def test_x0s_and_callbacks_see_every_call() -> None:
         torch.testing.assert_close(step.x0, denoiser(step.x, step.t), rtol=1e-5, atol=1e-5)
         assert torch.equal(step.x0, solution.x0s[step.index, step.samples])
     # Watching changes nothing.
-    assert torch.equal(sample(denoiser, solver="heun", nfe=7, n=5, seeds=0, batch_size=3), solution.x)
+    assert torch.equal(
+        sample(denoiser, solver="heun", nfe=7, n=5, seeds=0, batch_size=3), solution.x
+    )
 
 
 def test_a_callback_may_stop_a_solve() -> None:
@@ -194,16 +250,20 @@ def test_the_progress_bar_counts_calls(solver: str, capsys: pytest.CaptureFixtur
 
 def test_infinite_nsr_reaches_a_callback() -> None:
     seen: list[float] = []
-    sample(Mixture(RectifiedFlow()), solver="ddim", nfe=3, callback=lambda step: seen.append(step.nsr))
+    sample(
+        Mixture(RectifiedFlow()), solver="ddim", nfe=3, callback=lambda step: seen.append(step.nsr)
+    )
     assert seen[0] == math.inf
 
 
-# -------------------------------------------------------------------------------------------- devices, dtypes, gradients
+# ----------------------------------------------------------------------- devices, dtypes, gradients
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("state", [None, torch.float32, torch.float64, torch.float16])
-def test_states_keep_their_dtype_and_networks_theirs(state: torch.dtype | None, weights: torch.dtype) -> None:
+def test_states_keep_their_dtype_and_networks_theirs(
+    state: torch.dtype | None, weights: torch.dtype
+) -> None:
     network, denoiser = net(dtype=weights)
     for solver in ("heun", "ddpm"):
         x = sample(denoiser, solver=solver, nfe=3, n=2, seeds=0, dtype=state)
@@ -227,9 +287,13 @@ class Single(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("predicts", ["x0", "eps", "v", "velocity", "edm"])
-@pytest.mark.parametrize("solver", ["heun", "rk4", "ddim", "ddpm", "euler_maruyama", "langevin", "rk45"])
+@pytest.mark.parametrize(
+    "solver", ["heun", "rk4", "ddim", "ddpm", "euler_maruyama", "langevin", "rk45"]
+)
 def test_no_float64_state_ever_exists(solver: str, predicts: str) -> None:
-    """Accelerators without float64 run everything: states, outputs and noise stay float32; only times and coefficients are wide."""
+    """Accelerators without float64 run everything: states, outputs and noise stay float32; only
+    times and coefficients are wide.
+    """
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         assert x.dtype == torch.float32
@@ -240,7 +304,13 @@ def test_no_float64_state_ever_exists(solver: str, predicts: str) -> None:
     for noise in ("seeded", "brownian"):
         with Single() as watch:
             x = sample(
-                denoiser, solver=solver, shape=(3, 32, 32), n=2, seeds=0, noise=noise, callback=lambda step: None
+                denoiser,
+                solver=solver,
+                shape=(3, 32, 32),
+                n=2,
+                seeds=0,
+                noise=noise,
+                callback=lambda step: None,
             )  # type: ignore[arg-type]
         assert x.dtype == torch.float32
         assert not watch.wide
@@ -266,7 +336,14 @@ def test_gradients_reach_parameters_conditions_data_and_times() -> None:
     for solver in ("heun", "ddpm"):
         network.zero_grad()
         sample(
-            denoiser, solver=solver, nfe=3, x0=x0, t=0.5, seeds=0, condition={"scale": strength}, requires_grad=True
+            denoiser,
+            solver=solver,
+            nfe=3,
+            x0=x0,
+            t=0.5,
+            seeds=0,
+            condition={"scale": strength},
+            requires_grad=True,
         ).square().sum().backward()
         assert network.mix.weight.grad is not None
         assert float(network.mix.weight.grad.abs().sum()) > 0
@@ -275,7 +352,9 @@ def test_gradients_reach_parameters_conditions_data_and_times() -> None:
         assert x0.grad is not None
         assert float(x0.grad.abs().sum()) > 0
     times = torch.tensor([1.0, 0.6, 0.2], dtype=torch.float64, requires_grad=True)
-    sample(Mixture(VP()), solver="ddim", grid=times, seeds=0, requires_grad=True).square().sum().backward()
+    sample(
+        Mixture(VP()), solver="ddim", grid=times, seeds=0, requires_grad=True
+    ).square().sum().backward()
     assert times.grad is not None
     assert bool((times.grad.abs() > 0).all())
 
@@ -320,7 +399,7 @@ def test_dropout_in_training_mode_is_warned_of() -> None:
         sample(denoiser, nfe=1)
 
 
-# ------------------------------------------------------------------------------------------------------ up and down
+# -------------------------------------------------------------------------------------- up and down
 
 
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow"])
@@ -360,14 +439,20 @@ def test_encode_counts_its_calls() -> None:
     assert len(calls) == 8
 
 
-# ---------------------------------------------------------------------------------------------------------- solutions
+# ---------------------------------------------------------------------------------------- solutions
 
 
 def test_a_solution_says_how_it_was_made() -> None:
     _, denoiser = net()
     labels = torch.tensor([1, 2, 3])
     solution = solve(
-        denoiser, solver="ddpm", nfe=6, seeds=[9, 8, 7], condition={"label": labels}, noise="brownian", batch_size=2
+        denoiser,
+        solver="ddpm",
+        nfe=6,
+        seeds=[9, 8, 7],
+        condition={"label": labels},
+        noise="brownian",
+        batch_size=2,
     )
     assert solution.solver == DDPM()
     assert solution.process == VP()
@@ -442,7 +527,9 @@ def test_a_denoiser_goes_under_another_process() -> None:
         dtype=torch.float64,
     )
     times = grid.karras(VP(), 200, nsr_max=50.0, nsr_min=0.01)
-    there = sample(Mixture(EDM()), VP(), solver="heun", grid=times, seeds=range(64), dtype=torch.float64)
+    there = sample(
+        Mixture(EDM()), VP(), solver="heun", grid=times, seeds=range(64), dtype=torch.float64
+    )
     assert float((here - there).norm(dim=1).median()) < 0.02
 
 
@@ -454,7 +541,14 @@ def test_own_noise_is_used_and_must_fit() -> None:
     with pytest.raises((ValueError, RuntimeError), match=r"noise|shape|size"):
         sample(Mixture(VP()), solver="ddpm", nfe=4, n=5, noise=FixedNoise(3, (2,), torch.float32))
     with pytest.raises(ValueError, match=r"noise|batch"):
-        sample(Mixture(VP()), solver="ddpm", nfe=4, n=4, batch_size=2, noise=FixedNoise(4, (2,), torch.float32))
+        sample(
+            Mixture(VP()),
+            solver="ddpm",
+            nfe=4,
+            n=4,
+            batch_size=2,
+            noise=FixedNoise(4, (2,), torch.float32),
+        )
 
 
 def test_two_threads_share_solvers_denoisers_and_processes() -> None:
@@ -467,7 +561,9 @@ def test_two_threads_share_solvers_denoisers_and_processes() -> None:
         try:
             for k in range(16):
                 job = jobs[(k + shift) % len(jobs)]
-                assert torch.equal(sample(denoiser, solver=job[0], n=job[1], seeds=0), expected[job])
+                assert torch.equal(
+                    sample(denoiser, solver=job[0], n=job[1], seeds=0), expected[job]
+                )
         except BaseException as error:
             failures.append(error)
 
@@ -489,7 +585,13 @@ def test_strided_states_are_taken_as_they_are(layout: str) -> None:
     }[layout]
     keep = strided.clone()
     for solver in ("heun", "ddim", "ddpm", "rk4"):
-        got = sample(Prediction(lambda x, t: torch.tanh(x), "x0", VP()), solver=solver, nfe=9, x=strided, seeds=[1, 2])
+        got = sample(
+            Prediction(lambda x, t: torch.tanh(x), "x0", VP()),
+            solver=solver,
+            nfe=9,
+            x=strided,
+            seeds=[1, 2],
+        )
         want = sample(
             Prediction(lambda x, t: torch.tanh(x), "x0", VP()),
             solver=solver,
@@ -506,9 +608,15 @@ def test_sampling_is_what_the_solver_integrates() -> None:
     start = SeededNoise([4], (2,)).start() * process.level(1.0).sigma
     with torch.no_grad():
         by_hand = (
-            Auto(exact=True).integrate(Reverse(Mixture(process)), start, grid.auto(process, 35, exact=True), None).x
+            Auto(exact=True)
+            .integrate(Reverse(Mixture(process)), start, grid.auto(process, 35, exact=True), None)
+            .x
         )
-        heun = Heun().integrate(Reverse(Mixture(process)), start, grid.uniform_sqrt_t(process, 18), None).x
+        heun = (
+            Heun()
+            .integrate(Reverse(Mixture(process)), start, grid.uniform_sqrt_t(process, 18), None)
+            .x
+        )
     assert torch.equal(sample(Mixture(process), seeds=[4]), by_hand)
     assert torch.equal(sample(Mixture(process), solver="heun", seeds=[4]), heun)
     assert registry.solver("heun") == Heun()

@@ -1,6 +1,8 @@
-"""The exponential integrators of the reverse SDE: what they agree with, their laws, orders and distributions, and their plans.
+"""The exponential integrators of the reverse SDE: what they agree with, their laws, orders and
+distributions, and their plans.
 
-Laws are exact, by propagating numbers through plans; only the last tests draw samples, with fixed seeds.
+Laws are exact, by propagating numbers through plans; only the last tests draw samples, with fixed
+seeds.
 """
 
 from __future__ import annotations
@@ -34,26 +36,30 @@ from sdeflow.plan.instructions import Combine, Draw
 from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP, Level, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import sample
-from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.sampling.api import sample
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.dpm_solver import DPMSolver, DPMSolverPP
-from sdeflow.solvers.er_sde import ERSDE, POWERS, SCALES
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.exponential_sde import rate_weights, ratio_weights
-from sdeflow.solvers.sa_solver import SASolver
-from sdeflow.solvers.sde_dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
-from sdeflow.solvers.seeds import SEEDS
-from sdeflow.solvers.stochastic import DDPM
-from sdeflow.solvers.stochastic_adams import StochasticAdams
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.dpm_solver import DPMSolver, DPMSolverPP
+from sdeflow.solvers.sde.adams import StochasticAdams
+from sdeflow.solvers.sde.classic import DDPM
+from sdeflow.solvers.sde.dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
+from sdeflow.solvers.sde.er_sde import ERSDE, POWERS, SCALES
+from sdeflow.solvers.sde.exponential import rate_weights, ratio_weights
+from sdeflow.solvers.sde.sa_solver import SASolver
+from sdeflow.solvers.sde.seeds import SEEDS
 
 KINDS = (SDEDPMSolverPP, SDEDPMSolverPPSingle, SEEDS, SASolver, ERSDE, StochasticAdams)
 OURS = {name: entry.make() for name, entry in registry.SOLVERS.items() if entry.kind in KINDS}
 UNDER = ("vp", "edm", "rectified_flow")
 
 
-def same(a: GridSolver, b: GridSolver, process: Process, times: Tensor, tolerance: float = 1e-12) -> None:
-    """One method: the same weights of start, predictions and noise in every call's input and in the result."""
+def same(
+    a: GridSolver, b: GridSolver, process: Process, times: Tensor, tolerance: float = 1e-12
+) -> None:
+    """One method: the same weights of start, predictions and noise in every call's input and in the
+    result.
+    """
     for finish in (True, False):
         one, two = a.plan(process, times, finish=finish), b.plan(process, times, finish=finish)
         assert one.draws == two.draws
@@ -66,7 +72,7 @@ def from_the_end(process: Process, levels: int) -> Tensor:
     return grid.uniform_sqrt_t(process, levels)
 
 
-# ------------------------------------------------------------------------------------------------------ what equals what
+# --------------------------------------------------------------------------------- what equals what
 
 ODE: list[tuple[GridSolver, GridSolver]] = [
     (SDEDPMSolverPP(1, 0.0), DDIM()),
@@ -87,13 +93,19 @@ ODE: list[tuple[GridSolver, GridSolver]] = [
 
 @pytest.mark.parametrize("under", [*UNDER, "cosine"])
 @pytest.mark.parametrize(("stochastic", "ode"), ODE, ids=lambda s: repr(s))
-def test_without_noise_it_is_the_ode_s_method(stochastic: GridSolver, ode: GridSolver, under: str) -> None:
+def test_without_noise_it_is_the_ode_s_method(
+    stochastic: GridSolver, ode: GridSolver, under: str
+) -> None:
     process = PROCESSES[under]
     same(stochastic, ode, process, warped(process, 9))
     same(stochastic, ode, process, from_the_end(process, 7))
     if ode.reversible and stochastic.reversible:
         times = warped(process, 6).flip(0)
-        assert stochastic.plan(process, times, finish=False).compare(ode.plan(process, times, finish=False)).close()
+        assert (
+            stochastic.plan(process, times, finish=False)
+            .compare(ode.plan(process, times, finish=False))
+            .close()
+        )
 
 
 @pytest.mark.parametrize("under", UNDER)
@@ -108,7 +120,9 @@ def test_without_noise_it_is_the_ode_s_method(stochastic: GridSolver, ode: GridS
     ],
     ids=lambda s: repr(s),
 )
-def test_without_noise_single_steps_are_the_ode_s(stochastic: GridSolver, ode: GridSolver, under: str) -> None:
+def test_without_noise_single_steps_are_the_ode_s(
+    stochastic: GridSolver, ode: GridSolver, under: str
+) -> None:
     process = PROCESSES[under]
     same(stochastic, ode, process, warped(process, 9))
 
@@ -129,7 +143,9 @@ def test_without_noise_single_steps_are_the_ode_s(stochastic: GridSolver, ode: G
     ],
     ids=lambda s: repr(s),
 )  # fmt: skip
-def test_members_of_the_family_that_are_one_method(one: GridSolver, other: GridSolver, under: str) -> None:
+def test_members_of_the_family_that_are_one_method(
+    one: GridSolver, other: GridSolver, under: str
+) -> None:
     process = PROCESSES[under]
     same(one, other, process, warped(process, 9))
     same(one, other, process, from_the_end(process, 7))
@@ -142,12 +158,16 @@ def test_the_ratio_is_ddim_s(eta: float) -> None:
         for t, t_next in ((a, process.level(0.5)), (process.level(0.5), b)):
             kept, whole, spread = ratio_weights(t, t_next, eta)
             lost = 1.0 - (t_next.nsr / t.nsr) ** 2
-            assert spread == pytest.approx(eta * t_next.sigma * math.sqrt(lost), rel=1e-12, abs=1e-15)
-            assert kept == pytest.approx(math.sqrt(t_next.sigma**2 - spread**2) / t.sigma, rel=1e-9, abs=1e-15)
+            assert spread == pytest.approx(
+                eta * t_next.sigma * math.sqrt(lost), rel=1e-12, abs=1e-15
+            )
+            assert kept == pytest.approx(
+                math.sqrt(t_next.sigma**2 - spread**2) / t.sigma, rel=1e-9, abs=1e-15
+            )
             assert whole == pytest.approx(t_next.s - kept * t.s, rel=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------- published weights
+# -------------------------------------------------------------------------------- published weights
 
 
 def phi(k: int, z: float) -> float:
@@ -156,14 +176,23 @@ def phi(k: int, z: float) -> float:
 
 
 def test_published_weights_of_two_and_three_predictions() -> None:
-    """From the formula with phi functions: `-phi_2` and `phi_3` of `-(1 + eta) h` times the differences, as k-diffusion has it."""
+    """From the formula with phi functions: `-phi_2` and `phi_3` of `-(1 + eta) h` times the
+    differences, as k-diffusion has it.
+    """
     process, eta = EDM(), 0.7
     times = warped(process, 4)
     levels = process.levels(times)
     lam = [level.lam for level in levels]
-    h, r0, r1 = lam[3] - lam[2], (lam[2] - lam[1]) / (lam[3] - lam[2]), (lam[1] - lam[0]) / (lam[3] - lam[2])
+    h, r0, r1 = (
+        lam[3] - lam[2],
+        (lam[2] - lam[1]) / (lam[3] - lam[2]),
+        (lam[1] - lam[0]) / (lam[3] - lam[2]),
+    )
     H = (1 + eta) * h
-    for solver, halves in ((SDEDPMSolverPP(3, eta), 1.0), (SDEDPMSolverPP(3, eta, exact=True), 2.0)):
+    for solver, halves in (
+        (SDEDPMSolverPP(3, eta), 1.0),
+        (SDEDPMSolverPP(3, eta, exact=True), 2.0),
+    ):
         row = solver.plan(process, times).unrolled().predictions[3]
         # The change over the step: x_3 - kept x_2 in terms of the predictions.
         before = solver.plan(process, times).unrolled().predictions[2]
@@ -182,7 +211,9 @@ def test_published_weights_of_two_and_three_predictions() -> None:
 @pytest.mark.parametrize("clock", ["lam", "nsr", "angle", "t"])
 @pytest.mark.parametrize("rate", [0.25, 1.0, 4.0])
 def test_weights_are_the_integrals_of_the_lagrange_polynomials(clock: str, rate: float) -> None:
-    """By adaptive quadrature, of predictor and corrector, over a short step and over one from nsr 1000 to 0.001."""
+    """By adaptive quadrature, of predictor and corrector, over a short step and over one from nsr
+    1000 to 0.001.
+    """
     process = VP()
     reading: dict[str, Callable[[Level], float]] = {
         "lam": lambda t: t.lam, "nsr": lambda t: t.nsr, "angle": lambda t: math.atan(t.nsr), "t": lambda t: t.t
@@ -204,8 +235,12 @@ def test_weights_are_the_integrals_of_the_lagrange_polynomials(clock: str, rate:
             if clock == "t" and t_next.lam - t.lam > 2:
                 continue  # slow, and the same code
             for j in range(3):
-                exact = quad(integrand, t.lam, t_next.lam, (j,), epsabs=1e-13, epsrel=1e-12, limit=200)[0]
-                assert float(got[j]) == pytest.approx(exact, rel=rel, abs=rel * max(map(abs, map(float, got))))
+                exact = quad(
+                    integrand, t.lam, t_next.lam, (j,), epsabs=1e-13, epsrel=1e-12, limit=200
+                )[0]
+                assert float(got[j]) == pytest.approx(
+                    exact, rel=rel, abs=rel * max(map(abs, map(float, got)))
+                )
 
 
 @pytest.mark.parametrize("phi_name", [*POWERS, *SCALES])
@@ -216,11 +251,15 @@ def test_er_sde_s_weights_are_the_paper_s_integrals(phi_name: str) -> None:
         "sde_5": lambda n: n * (math.exp(n**0.3) + 10),
     }  # fmt: skip
     f = scale[phi_name]
-    for process, (high, low) in itertools.product((EDM(), VP()), ((3.0, 2.0), (50.0, 0.05), (0.3, 0.299))):
+    for process, (high, low) in itertools.product(
+        (EDM(), VP()), ((3.0, 2.0), (50.0, 0.05), (0.3, 0.299))
+    ):
         t, t_next = (process.level(float(process.t_of_lam(-math.log(n)))) for n in (high, low))
         high, low = t.nsr, t_next.nsr
         k_1 = low - high + f(low) * quad(lambda n: 1 / f(n), low, high, epsrel=1e-13)[0]
-        k_2 = (low - high) ** 2 / 2 + f(low) * quad(lambda n, a=high: (n - a) / f(n), low, high, epsrel=1e-13)[0]
+        k_2 = (low - high) ** 2 / 2 + f(low) * quad(
+            lambda n, a=high: (n - a) / f(n), low, high, epsrel=1e-13
+        )[0]
         got = ERSDE(3, phi_name)._moments(t, t_next)
         assert got == pytest.approx((t_next.s * k_1, t_next.s * k_2), rel=1e-9, abs=1e-14)
         plan = ERSDE(1, phi_name).plan(process, [t.t, t_next.t], finish=False)
@@ -257,10 +296,12 @@ def test_few_steps_takes_the_step_s_length_for_the_moment() -> None:
     corrected = SASolver(1, 2, tau, few_steps=True).plan(process, times).unrolled().predictions[2]
     H_before = (1 + tau**2) * (b.lam - a.lam)
     kept = rate_weights(b, c, tau**2)[0]
-    assert float(corrected[1]) == pytest.approx(-c.s * math.expm1(-H) + kept * b.s * H_before / 2, rel=1e-12)
+    assert float(corrected[1]) == pytest.approx(
+        -c.s * math.expm1(-H) + kept * b.s * H_before / 2, rel=1e-12
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ exact laws
+# --------------------------------------------------------------------------------------- exact laws
 
 
 def keeps_the_marginals(plan: Plan) -> None:
@@ -276,7 +317,9 @@ def keeps_the_marginals(plan: Plan) -> None:
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow", "cosine"])
 @pytest.mark.parametrize("name", OURS)
 def test_signal_and_noise_are_exact_where_the_prediction_is_constant(name: str, under: str) -> None:
-    """Of one data point every call's input is `s x0 + sigma eps`, stages included, on any grid: coarse, huge, from pure noise."""
+    """Of one data point every call's input is `s x0 + sigma eps`, stages included, on any grid:
+    coarse, huge, from pure noise.
+    """
     solver, process = OURS[name], PROCESSES[under]
     grids = [warped(process, 7), warped(process, 160), from_the_end(process, 9)]
     if process.level(process.t_max).nsr > 50.0:
@@ -292,8 +335,12 @@ def variance_error(plan: Plan, mean: float, std: float) -> float:
     return law(plan, mean, std)[1] ** 2 - (s**2 * std**2 + sigma**2)
 
 
-def weak_order(solver: GridSolver, process: Process, steps: Sequence[int], stds: Sequence[float] = (0.2, 0.5)) -> float:
-    """Observed order of the variance; of data of several widths, as a single one's error may cross zero."""
+def weak_order(
+    solver: GridSolver, process: Process, steps: Sequence[int], stds: Sequence[float] = (0.2, 0.5)
+) -> float:
+    """Observed order of the variance; of data of several widths, as a single one's error may cross
+    zero.
+    """
 
     def error(n: int) -> float:
         plan = solver.plan(process, warped(process, n), finish=False)
@@ -319,14 +366,18 @@ WEAK: list[tuple[GridSolver, tuple[int, int]]] = [
 @pytest.mark.parametrize(("solver", "steps"), WEAK, ids=lambda s: repr(s))
 def test_weak_order_of_other_members(solver: GridSolver, steps: tuple[int, int]) -> None:
     order = weak_order(solver, PROCESSES["vp"], steps)
-    assert abs(order - solver.order) < 0.25, f"{solver} claims weak order {solver.order}, shows {order:.2f}"
+    assert abs(order - solver.order) < 0.25, (
+        f"{solver} claims weak order {solver.order}, shows {order:.2f}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnNoise(SDEDPMSolverPPSingle):
     """The same with a fresh normal for the whole step."""
 
-    def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+    def step(
+        self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+    ) -> tuple[Any, Any]:
         return super().step(reverse, x, t, t_next, lambda *_: noise(), state)
 
     def _shares(self, t: Level, level: Level, t_next: Level) -> tuple[Any, Any]:
@@ -344,10 +395,13 @@ class NoiseInNsr(SDEDPMSolverPPSingle):
 
 @pytest.mark.parametrize("std", [0.2, 1.0])
 def test_the_noise_of_stage_and_step_is_one_path_in_nsr_squared(std: float) -> None:
-    """Unrelated noises cost an order; k-diffusion's clock costs the third that Gaussian data then shows."""
+    """Unrelated noises cost an order; k-diffusion's clock costs the third that Gaussian data then
+    shows.
+    """
     process = PROCESSES["vp"]
     shown = {
-        kind: weak_order(kind(), process, (192, 384), [std]) for kind in (OwnNoise, NoiseInNsr, SDEDPMSolverPPSingle)
+        kind: weak_order(kind(), process, (192, 384), [std])
+        for kind in (OwnNoise, NoiseInNsr, SDEDPMSolverPPSingle)
     }
     assert shown[OwnNoise] == pytest.approx(1.0, abs=0.15)
     assert shown[NoiseInNsr] == pytest.approx(2.0, abs=0.15)
@@ -355,7 +409,9 @@ def test_the_noise_of_stage_and_step_is_one_path_in_nsr_squared(std: float) -> N
 
 
 def test_third_order_of_the_ode_needs_the_exact_forms() -> None:
-    """Of `p=3` without noise, and a start that keeps the order: corrected steps keep it, and the last weights are the same."""
+    """Of `p=3` without noise, and a start that keeps the order: corrected steps keep it, and the
+    last weights are the same.
+    """
     process = PROCESSES["vp"]
     times = warped(process, 12)
     for solver in (SDEDPMSolverPP(3, 0.0, exact=True), ERSDE(3, "ode", exact=True)):
@@ -377,9 +433,15 @@ def weak_order_of_ode(solver: GridSolver) -> float:
 
     def error(n: int) -> float:
         ends = torch.tensor([1.5, 0.1], dtype=torch.float64).log().neg()
-        times = process.t_of_lam(ends[0] + (ends[1] - ends[0]) * torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64))
+        times = process.t_of_lam(
+            ends[0] + (ends[1] - ends[0]) * torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
+        )
         x, exact = reference(process, float(times[0]), float(times[-1]))
-        return float((solver.integrate(Reverse(Mixture(process)), x, times, None, finish=False).x - exact).norm())
+        return float(
+            (
+                solver.integrate(Reverse(Mixture(process)), x, times, None, finish=False).x - exact
+            ).norm()
+        )
 
     return observed_order(error, (160, 320))
 
@@ -389,7 +451,9 @@ STRONG = [n for n in OURS if n not in ("seeds_1", "stochastic_adams2")]
 
 @pytest.mark.parametrize("name", STRONG)
 def test_strong_order_one_on_a_given_brownian_path(name: str) -> None:
-    """All step counts draw the increments of one path in nsr^2, stages too; states then converge pathwise."""
+    """All step counts draw the increments of one path in nsr^2, stages too; states then converge
+    pathwise.
+    """
     solver, process = OURS[name], PROCESSES["edm"]
     x, _ = reference(process, float(warped(process, 1)[0]), float(warped(process, 1)[1]), n=128)
     counts = (32, 64, 128, 256)
@@ -407,7 +471,7 @@ def merged(nodes: list[float]) -> list[float]:
     return [n for i, n in enumerate(nodes) if i == 0 or n - nodes[i - 1] > 1e-9 * n]
 
 
-# ----------------------------------------------------------------------------------------------------------------- plans
+# -------------------------------------------------------------------------------------------- plans
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -460,7 +524,9 @@ def test_gradients_flow_through_the_times(name: str) -> None:
     times = warped(process, 4)
     traced = times.clone().requires_grad_()
     matrix = solver.plan(process, traced).matrix()
-    torch.testing.assert_close(matrix.detach(), solver.plan(process, times).matrix(), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        matrix.detach(), solver.plan(process, times).matrix(), rtol=1e-10, atol=1e-11
+    )
     weights = torch.sin(torch.arange(matrix.numel(), dtype=torch.float64)).reshape(matrix.shape)
     (gradient,) = torch.autograd.grad((weights * matrix).sum(), traced)
     for k in (1, 3):
@@ -508,7 +574,7 @@ def test_errors_say_what_is_possible(make: Callable[[], Any], match: str) -> Non
         make()
 
 
-# ---------------------------------------------------------------------------------------------------------- distributions
+# ------------------------------------------------------------------------------------ distributions
 
 N = 1024
 DIRECTIONS = torch.nn.functional.normalize(
@@ -531,7 +597,9 @@ def null() -> list[float]:
 
 @pytest.mark.parametrize("name", OURS)
 def test_samples_of_a_mixture_cannot_be_told_from_exact_ones(name: str, null: list[float]) -> None:
-    """By the sliced Wasserstein distance, at a significance of 1 in 200: below every one of 200 distances between exact sets."""
+    """By the sliced Wasserstein distance, at a significance of 1 in 200: below every one of 200
+    distances between exact sets.
+    """
     solver = OURS[name]
     steps = 120 if solver.order == 1 else 40  # bias well below chance
     times = grid.uniform_lam(VP(), steps + 1)
@@ -543,15 +611,21 @@ def test_samples_of_a_mixture_cannot_be_told_from_exact_ones(name: str, null: li
 def test_the_distance_tells_a_wrong_sampler(null: list[float]) -> None:
     """Ten steps of first order are told; so is a sampler whose noise is a quarter too large."""
     exact = torch.from_numpy(Mixture.draw(N, 7))
-    x = sample(Mixture(VP()), solver=SEEDS(1), grid=grid.uniform_lam(VP(), 11), seeds=range(N)).double()
+    x = sample(
+        Mixture(VP()), solver=SEEDS(1), grid=grid.uniform_lam(VP(), 11), seeds=range(N)
+    ).double()
     assert sliced(x, exact) > 1.5 * null[-1]
 
     @dataclasses.dataclass(frozen=True)
     class Loud(SDEDPMSolverPP):
-        def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
+        def step(
+            self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+        ) -> tuple[Any, Any]:
             return super().step(reverse, x, t, t_next, lambda *levels: 1.25 * noise(*levels), state)
 
-    x = sample(Mixture(VP()), solver=Loud(), grid=grid.uniform_lam(VP(), 61), seeds=range(N)).double()
+    x = sample(
+        Mixture(VP()), solver=Loud(), grid=grid.uniform_lam(VP(), 61), seeds=range(N)
+    ).double()
     assert sliced(x, exact) > null[-1]
 
 

@@ -1,4 +1,6 @@
-"""The randomness contract: a row depends on its own seed, and on nothing else in the batch, the dtype, or the machine's state."""
+"""The randomness contract: a row depends on its own seed, and on nothing else in the batch, the
+dtype, or the machine's state.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ import torch
 from problems import CLOCKED, GRID_SOLVERS, STOCHASTIC, Mixture, slopes, warped
 from torch import Tensor
 
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.process import EDM, VP
-from sdeflow.sampling import sample, solve
+from sdeflow.sampling.api import sample, solve
 from sdeflow.solvers.base import Solver
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.stochastic import DDPM, EulerMaruyama
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.sde.classic import DDPM, EulerMaruyama
 
 SEEDS = [7, 3, 11, 5, 2**31, 2**40 + 1]
 KINDS = ("seeded", "brownian")
@@ -29,7 +31,11 @@ def elementwise(x: Tensor, t: Tensor) -> Tensor:
 
 
 def draw(
-    solver: Solver, seeds: list[int], noise: str = "seeded", batch_size: int | None = None, **more: object
+    solver: Solver,
+    seeds: list[int],
+    noise: str = "seeded",
+    batch_size: int | None = None,
+    **more: object,
 ) -> Tensor:
     nfe = solver.calls(5) if hasattr(solver, "calls") else None
     return sample(
@@ -70,7 +76,9 @@ def test_noise_is_the_same_in_every_dtype(kind: type[Noise]) -> None:
         noise = kind(SEEDS, (4,), dtype=dtype)
         return [noise.start(), noise.draw(8.0, 2.0), noise.draw(2.0, 1.0), noise.draw()]
 
-    for exact, wide, half in zip(draws(torch.float32), draws(torch.float64), draws(torch.bfloat16), strict=True):
+    for exact, wide, half in zip(
+        draws(torch.float32), draws(torch.float64), draws(torch.bfloat16), strict=True
+    ):
         assert wide.dtype == torch.float64
         assert half.dtype == torch.bfloat16
         assert torch.equal(wide, exact.double())
@@ -89,7 +97,9 @@ def test_seeds_count_up_from_a_number() -> None:
     assert one.seeds == (40, 41, 42)
     assert torch.equal(one.x, sample(Mixture(VP()), solver="ddpm", nfe=4, seeds=[40, 41, 42]))
     assert torch.equal(one.x, sample(Mixture(VP()), solver="ddpm", nfe=4, seeds=range(40, 43)))
-    assert torch.equal(one.x, sample(Mixture(VP()), solver="ddpm", nfe=4, seeds=torch.tensor([40, 41, 42])))  # type: ignore[arg-type]
+    assert torch.equal(
+        one.x, sample(Mixture(VP()), solver="ddpm", nfe=4, seeds=torch.tensor([40, 41, 42]))
+    )  # type: ignore[arg-type]
     assert torch.equal(one.x, sample(Mixture(VP()), solver="ddpm", nfe=4, n=3, seeds=np.int64(40)))  # type: ignore[arg-type]
 
 
@@ -109,7 +119,11 @@ def test_global_generators_are_left_alone(name: str, noise: str) -> None:
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    before = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].tolist(),
+        random.getstate(),
+    )  # noqa: NPY002
     sample(Mixture(VP()), solver=name, n=2, noise=noise)  # type: ignore[arg-type]
     sample(Mixture(VP()), solver=name, n=2, seeds=0, noise=noise)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -148,7 +162,14 @@ def test_brownian_noise_keeps_the_composition_at_20_and_40_steps(name: str) -> N
     def ends(noise: str) -> list[Tensor]:
         grids = [warped(EDM(), n, 20.0, 0.05) for n in (20, 40)]
         return [
-            sample(denoiser, solver=STOCHASTIC[name], grid=g, seeds=range(200), noise=noise, dtype=torch.float64)
+            sample(
+                denoiser,
+                solver=STOCHASTIC[name],
+                grid=g,
+                seeds=range(200),
+                noise=noise,
+                dtype=torch.float64,
+            )
             for g in grids
         ]  # type: ignore[arg-type]
 

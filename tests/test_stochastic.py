@@ -1,4 +1,6 @@
-"""Moments of stochastic samplers: exact on Gaussians, by drawing on mixtures at a stated significance, seeds fixed."""
+"""Moments of stochastic samplers: exact on Gaussians, by drawing on mixtures at a stated
+significance, seeds fixed.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,29 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import NO_ORDER, PROCESSES, STOCHASTIC, GaussianData, Mixture, each, law, thinned, warped
+from problems import (
+    NO_ORDER,
+    PROCESSES,
+    STOCHASTIC,
+    GaussianData,
+    Mixture,
+    each,
+    law,
+    thinned,
+    warped,
+)
 from test_sde_solvers import OURS
 
 from sdeflow import grid
 from sdeflow.plan.instructions import Call, Combine, Draw
 from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP
-from sdeflow.sampling import sample
+from sdeflow.sampling.api import sample
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.exponential import DDIM
-from sdeflow.solvers.runge_kutta import Heun
-from sdeflow.solvers.stochastic import DDPM, AnnealedLangevin, EulerMaruyama
-from sdeflow.solvers.wrappers import Langevin
+from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.runge_kutta import Heun
+from sdeflow.solvers.sde.classic import DDPM, AnnealedLangevin, EulerMaruyama
+from sdeflow.solvers.wrappers.langevin import Langevin
 
 N = 2048
 Z = 4.5  # per moment, so that five moments of twenty cases are wrong together with probability 1e-3
@@ -28,7 +40,9 @@ STEPS = {"langevin": 80, "langevin-ddim": 60, "langevin-heun": 40, "annealed_lan
 
 
 def moments_within(x: torch.Tensor, mean: np.ndarray, covariance: np.ndarray, slack: float) -> None:
-    """Mean and covariance of the rows within `Z` standard errors, plus what the discretisation is allowed (`slack`, relative)."""
+    """Mean and covariance of the rows within `Z` standard errors, plus what the discretisation is
+    allowed (`slack`, relative).
+    """
     rows = x.double().numpy()
     std = np.sqrt(np.diag(covariance))
     assert np.all(np.abs(rows.mean(0) - mean) < (Z / math.sqrt(N) + slack) * std)
@@ -47,20 +61,32 @@ def many() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "under"),
-    # Samples of the exponential integrators under VP are compared with the data in test_sde_solvers.py.
+    # Samples of the exponential integrators under VP are compared with the data in
+    # test_sde_solvers.py.
     thinned(
-        [pair for pair in each(STOCHASTIC, ["vp", "rectified_flow"]) if pair[0] not in OURS or pair[1] != "vp"],
+        [
+            pair
+            for pair in each(STOCHASTIC, ["vp", "rectified_flow"])
+            if pair[0] not in OURS or pair[1] != "vp"
+        ],
         one_in=2,
     ),
 )
 def test_moments_and_modes_of_a_mixture(name: str, under: str) -> None:
-    """Mean and covariance, and the share of every half-plane: what moments do not see, each mode's weight."""
+    """Mean and covariance, and the share of every half-plane: what moments do not see, each mode's
+    weight.
+    """
     solver, process = STOCHASTIC[name], PROCESSES[under]
     if isinstance(solver, AnnealedLangevin):
         if under != "vp":
             pytest.skip("the moves are the same under every process, and many")
         solver = AnnealedLangevin(steps=20)  # 5 moves a level do not mix
-    x = sample(Mixture(process), solver=solver, grid=grid.uniform_lam(process, STEPS.get(name, 80)), seeds=range(N))
+    x = sample(
+        Mixture(process),
+        solver=solver,
+        grid=grid.uniform_lam(process, STEPS.get(name, 80)),
+        seeds=range(N),
+    )
     mean, covariance = Mixture.moments()
     moments_within(x, mean, covariance, slack=0.03)
     data = many()
@@ -72,12 +98,15 @@ def test_moments_and_modes_of_a_mixture(name: str, under: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "under"), thinned(each([name for name in STOCHASTIC if name not in NO_ORDER], sorted(PROCESSES)))
+    ("name", "under"),
+    thinned(each([name for name in STOCHASTIC if name not in NO_ORDER], sorted(PROCESSES))),
 )
 def test_the_law_on_a_gaussian_is_near_the_truth(name: str, under: str) -> None:
     """Exact, at 200 steps: no sampler is off by more than 3 % in spread under any process."""
     solver, process = STOCHASTIC[name], PROCESSES[under]
-    times = grid.uniform_lam(process, 200, nsr_max=min(50.0, 0.9 * process.level(process.t_max).nsr), nsr_min=0.02)
+    times = grid.uniform_lam(
+        process, 200, nsr_max=min(50.0, 0.9 * process.level(process.t_max).nsr), nsr_min=0.02
+    )
     plan = solver.plan(process, times)
     for std in (0.2, 1.0):
         mean, reached = law(plan, 0.7, std)
@@ -87,7 +116,9 @@ def test_the_law_on_a_gaussian_is_near_the_truth(name: str, under: str) -> None:
 
 @pytest.mark.parametrize("inner", [EulerMaruyama(), DDIM(), Heun(), DDPM()], ids=str)
 def test_the_langevin_corrector_forgets_errors_and_keeps_the_marginal(inner: GridSolver) -> None:
-    """The more it moves, the less of an error at the start is left; a start that is right stays right."""
+    """The more it moves, the less of an error at the start is left; a start that is right stays
+    right.
+    """
     process, std = EDM(), 0.5
     times = warped(process, 40, 5.0, 0.2)
     _, s, sigma = Langevin(inner).plan(process, times).grid[-1]
@@ -120,7 +151,8 @@ def test_annealed_langevin_forgets_its_start_and_its_bias_falls_with_the_step_si
     errors = []
     for step_size, steps in ((0.4, 40), (0.2, 80), (0.1, 160)):
         plan = AnnealedLangevin(steps=steps, step_size=step_size).plan(process, times, finish=False)
-        # The bias of the unadjusted moves at the last level but one: a relative excess of variance of step_size / 4.
+        # The bias of the unadjusted moves at the last level but one: a relative excess of variance
+        # of step_size / 4.
         _, s, sigma = plan.grid[-2]
         _, reached = law(plan, 0.0, std)
         exact = math.hypot(s * std, sigma)
@@ -130,7 +162,9 @@ def test_annealed_langevin_forgets_its_start_and_its_bias_falls_with_the_step_si
 
 
 def test_variance_large_is_the_forward_step_s() -> None:
-    """On consecutive entries of a table the large variance is beta; the law then has more spread than the small one's."""
+    """On consecutive entries of a table the large variance is beta; the law then has more spread
+    than the small one's.
+    """
     process = PROCESSES["from_betas"]
     times = grid.linspace(process, 1000)
     _, small = law(DDPM().plan(process, times), 0.0, 0.5)
@@ -148,10 +182,14 @@ def test_ddpm_is_ddim_at_eta_one(under: str) -> None:
 
 
 def test_gaussian_samples_follow_the_exact_law() -> None:
-    """The drawn counterpart of `law`: 8192 samples of DDPM at 12 steps, mean and spread within 4.5 standard errors."""
+    """The drawn counterpart of `law`: 8192 samples of DDPM at 12 steps, mean and spread within 4.5
+    standard errors.
+    """
     data = GaussianData(VP(), mean=0.4, std=0.5)
     times = grid.uniform_sqrt_t(VP(), 12)
     x = sample(data, solver="ddpm", grid=times, shape=(8192,), seeds=3)
     mean, std = law(DDPM().plan(VP(), times), 0.4, 0.5)
-    assert abs(float(x.mean()) - mean) < Z * std / math.sqrt(8192) + 0.01  # the start lacks the last 0.6 % of signal
+    assert (
+        abs(float(x.mean()) - mean) < Z * std / math.sqrt(8192) + 0.01
+    )  # the start lacks the last 0.6 % of signal
     assert abs(float(x.std()) / std - 1.0) < Z / math.sqrt(2 * 8192)

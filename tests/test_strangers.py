@@ -1,4 +1,6 @@
-"""What strangers did to it, and what it answers since: their networks, noises, processes, conditions and contexts."""
+"""What strangers did to it, and what it answers since: their networks, noises, processes,
+conditions and contexts.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from sdeflow import (
     sample,
     solve,
 )
-from sdeflow.solvers.runge_kutta import Euler
+from sdeflow.solvers.ode.runge_kutta import Euler
 
 TARGET = Gaussian(torch.full((2,), 0.3), std=0.5, process=VP())
 
@@ -66,7 +68,9 @@ def test_a_constant_will_do_for_s() -> None:
     times = torch.tensor([0.5, 2.0], dtype=torch.float64)
     torch.testing.assert_close(Mine().g2(times), 2 * times)
     x = sample(TARGET, Mine(), solver="rk45", n=400, seeds=0)
-    assert abs(float(x.std(0).mean()) - 0.5) < 0.04  # 0.5 / sqrt(2 * 800) is a standard error: 3.2 of them
+    assert (
+        abs(float(x.std(0).mean()) - 0.5) < 0.04
+    )  # 0.5 / sqrt(2 * 800) is a standard error: 3.2 of them
 
 
 def test_conditions_are_cut_along_with_the_batch() -> None:
@@ -82,7 +86,11 @@ def test_conditions_are_cut_along_with_the_batch() -> None:
     assert seen == [(["a", "b"], [0, 1]), (["c"], [2])]
     with pytest.raises(TypeError, match="needs the condition 'text'"):
         sample(model, nfe=1)
-    sample(Prediction(lambda x, t, /, label: x * 0, "x0", VP(), shape=(2,)), nfe=1, condition={"label": 1})
+    sample(
+        Prediction(lambda x, t, /, label: x * 0, "x0", VP(), shape=(2,)),
+        nfe=1,
+        condition={"label": 1},
+    )
 
 
 def test_a_grid_that_starts_low_or_runs_up_needs_a_state() -> None:
@@ -101,7 +109,11 @@ def test_a_grid_that_starts_low_or_runs_up_needs_a_state() -> None:
         ({"callback": 3}, TypeError, "callback"),
         ({"shape": (2.5,)}, ValueError, "whole number"),
         ({"x0": torch.zeros(1, 3), "t": 0.5}, ValueError, r"have the shape \(2,\)"),
-        ({"x0": torch.zeros(2, 2), "t": torch.full((2,), 0.5)}, TypeError, "one number for all samples"),
+        (
+            {"x0": torch.zeros(2, 2), "t": torch.full((2,), 0.5)},
+            TypeError,
+            "one number for all samples",
+        ),
         ({"solver": RK45(dense=True), "n": 4, "batch_size": 2}, ValueError, "one batch"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Targets: exact denoisers against autograd, brute force, Monte Carlo, and the invariances they must have."""
+"""Targets: exact denoisers against autograd, brute force, Monte Carlo, and the invariances they
+must have.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def make(name: str, process: Process | None = None) -> Target:
             return GaussianMixture(weights, means, cov=spd(), process=process)
         case "low-rank":
             diag = 0.02 + rand(3, D, seed=4).abs() / 10
-            return GaussianMixture(weights, means, factor=rand(3, D, 2, seed=3), diag=diag, process=process)
+            return GaussianMixture(
+                weights, means, factor=rand(3, D, 2, seed=3), diag=diag, process=process
+            )
         case "gaussian":
             return Gaussian(means[0], cov=spd(seed=5), process=process)
         case "gaussian low-rank":
@@ -87,7 +91,7 @@ def times_of(process: Process, *nsrs: float) -> list[float]:
     return [float(process.t_of_nsr(nsr)) for nsr in nsrs]
 
 
-# ------------------------------------------------------------------------------------------------- against brute force
+# ------------------------------------------------------------------------------ against brute force
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,12 +114,16 @@ def test_the_score_is_the_gradient_of_the_density_and_obeys_tweedie(name):
             (gradient,) = torch.autograd.grad(target.log_prob(x, t).sum(), x)
             score = target.score(x, t)
             torch.testing.assert_close(score, gradient, rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(process.x0_from_score(x, score, t), target(x, t), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                process.x0_from_score(x, score, t), target(x, t), rtol=1e-9, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_density_of_the_data_integrates_against_its_samples(name):
-    """E[p / m] = 1 for samples of m = (p + q)/2, q a normal: within 5.5 deviations (false alarm 4e-8)."""
+    """E[p / m] = 1 for samples of m = (p + q)/2, q a normal: within 5.5 deviations (false alarm
+    4e-8).
+    """
     target = make(name)
     wide = Gaussian(target.mean, cov=target.covariance() + torch.eye(D))
     x = torch.cat([each.sample(20_000, seed=3, dtype=torch.float64) for each in (target, wide)])
@@ -128,7 +136,9 @@ def test_the_density_of_the_data_integrates_against_its_samples(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("t", [None, 0.3])
 def test_samples_have_the_stated_moments(name, t):
-    """40 000 whitened samples: n |mean|^2 ~ chi^2(5), and second moments within 6 of their own deviations."""
+    """40 000 whitened samples: n |mean|^2 ~ chi^2(5), and second moments within 6 of their own
+    deviations.
+    """
     target = make(name, VP())
     n = 40_000
     mean, covariance = target.moments(t)
@@ -136,7 +146,10 @@ def test_samples_have_the_stated_moments(name, t):
     z = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (x - mean).mT, upper=False)
     assert float(n * z.mean(1).square().sum()) < 45  # chi^2(5): 2e-8
     products = z.unsqueeze(0) * z.unsqueeze(1)
-    assert float(((products.mean(-1) - torch.eye(D)).abs() / (products.std(-1) / math.sqrt(n))).max()) < 6
+    assert (
+        float(((products.mean(-1) - torch.eye(D)).abs() / (products.std(-1) / math.sqrt(n))).max())
+        < 6
+    )
 
 
 def test_moments_agree_with_the_components():
@@ -144,18 +157,22 @@ def test_moments_agree_with_the_components():
         target = make(name)
         weights, means, covariances = components(target)
         mean = torch.einsum("k,ki->i", weights, means)
-        second = torch.einsum("k,kij->ij", weights, covariances + means.unsqueeze(-1) * means.unsqueeze(-2))
+        second = torch.einsum(
+            "k,kij->ij", weights, covariances + means.unsqueeze(-1) * means.unsqueeze(-2)
+        )
         torch.testing.assert_close(target.mean, mean)
         torch.testing.assert_close(target.covariance(), second - mean.outer(mean))
 
 
-# ---------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 def test_float32_agrees_with_float64_at_every_level(name, process):
-    """From nsr 1e-4 to the end of time; x0 to a few roundings of the data's size, the score to a few of its own."""
+    """From nsr 1e-4 to the end of time; x0 to a few roundings of the data's size, the score to a
+    few of its own.
+    """
     target = make(name, process)
     for t in [*times_of(process, 1e-4, 1e-3, 0.02, 1.0, 30.0), process.t_max]:
         x = target.sample(32, seed=4, t=t)
@@ -163,9 +180,12 @@ def test_float32_agrees_with_float64_at_every_level(name, process):
         assert x0.dtype == score.dtype == torch.float32
         torch.testing.assert_close(x0.double(), target(x.double(), t), rtol=0, atol=2e-5)
         s, sigma = (float(c) for c in process.kernel(t))
-        # The float32 state itself is only known to eps |x|, of which the score is a multiple of up to 1/a.
+        # The float32 state itself is only known to eps |x|, of which the score is a multiple of up
+        # to 1/a.
         atol = 3e-5 / max(sigma, 1e-3 * s) ** 2
-        torch.testing.assert_close(score.double(), target.score(x.double(), t), rtol=1e-4, atol=atol)
+        torch.testing.assert_close(
+            score.double(), target.score(x.double(), t), rtol=1e-4, atol=atol
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,7 +200,9 @@ def test_no_signal_gives_the_mean_and_no_noise_the_state(name):
 
 
 def test_singular_covariances_are_projections_at_small_noise():
-    """Data on a plane: the denoiser projects on it, in float32 too, and the density says that there is none."""
+    """Data on a plane: the denoiser projects on it, in float32 too, and the density says that there
+    is none.
+    """
     plane = rand(D, 2, seed=8)
     basis, _ = torch.linalg.qr(plane)
     x = rand(6, D, seed=9)
@@ -191,7 +213,9 @@ def test_singular_covariances_are_projections_at_small_noise():
     ):
         for t in (0.0, 1e-6, 1e-4):
             torch.testing.assert_close(target(x, t), x @ basis @ basis.mT, rtol=0, atol=1e-6)
-            torch.testing.assert_close(target(x.float(), t).double(), x @ basis @ basis.mT, rtol=0, atol=5e-6)
+            torch.testing.assert_close(
+                target(x.float(), t).double(), x @ basis @ basis.mT, rtol=0, atol=5e-6
+            )
         with pytest.raises(ValueError, match="no density"):
             target.log_prob(x)
 
@@ -204,7 +228,7 @@ def test_half_precision_is_computed_in_single():
         assert torch.equal(target(x, 0.5), target(x.float(), 0.5).bfloat16())
 
 
-# --------------------------------------------------------------------------------------------- the denoiser's contract
+# -------------------------------------------------------------------------- the denoiser's contract
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -222,7 +246,9 @@ def test_the_same_level_on_another_path_is_the_same_answer(name):
             s = float(process.s(t))
             torch.testing.assert_close(other(s * x, t), x0, rtol=1e-8, atol=1e-8)
             torch.testing.assert_close(other.score(s * x, t) * s, score, rtol=1e-7, atol=1e-7)
-            torch.testing.assert_close(other.log_prob(s * x, t) + D * math.log(s), log_p, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(
+                other.log_prob(s * x, t) + D * math.log(s), log_p, rtol=1e-7, atol=1e-7
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -233,10 +259,15 @@ def test_at_equals_call_and_times_may_differ_between_samples(name):
         x = rand(len(times), D).to(dtype)
         calls = target.at(times, x)
         assert all(torch.equal(call(x), target(x, t)) for call, t in zip(calls, times, strict=True))
-        per_sample = [torch.cat([f(x[i : i + 1], t) for i, t in enumerate(times)]) for f in (target, target.score)]
+        per_sample = [
+            torch.cat([f(x[i : i + 1], t) for i, t in enumerate(times)])
+            for f in (target, target.score)
+        ]
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         torch.testing.assert_close(target(x, times), per_sample[0], rtol=0, atol=tolerance)
-        torch.testing.assert_close(target.score(x, times), per_sample[1], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            target.score(x, times), per_sample[1], rtol=tolerance, atol=tolerance
+        )
 
 
 def test_images_keep_their_shape():
@@ -249,7 +280,9 @@ def test_images_keep_their_shape():
         Gaussian(mean, factor=factor, diag=0.1),
         Gaussian(mean, cov=torch.eye(48)),
         GaussianMixture(None, data[:2], std=rand(2, *shape).abs()),
-        GaussianMixture(None, data[:2], factor=torch.stack([factor, factor]), diag=rand(2, *shape).square()),
+        GaussianMixture(
+            None, data[:2], factor=torch.stack([factor, factor]), diag=rand(2, *shape).square()
+        ),
         Empirical(data, 0.1),
     ]
     for target in targets:
@@ -276,7 +309,12 @@ def test_gradients_flow_to_the_state(name):
 
 def test_gradients_flow_to_the_parameters():
     x = rand(3, D)
-    mean, std, weights, factor = rand(2, D), torch.rand(2, D).double() + 0.5, torch.rand(2).double(), rand(2, D, 2)
+    mean, std, weights, factor = (
+        rand(2, D),
+        torch.rand(2, D).double() + 0.5,
+        torch.rand(2).double(),
+        rand(2, D, 2),
+    )
 
     def diagonal(w, m, c):
         return GaussianMixture(w, m, std=c)(x, 0.7)
@@ -295,11 +333,13 @@ def test_gradients_flow_to_the_parameters():
 def test_the_same_seed_gives_the_same_samples():
     for name in NAMES:
         target = make(name)
-        assert torch.equal(target.sample(6, seed=3), target.sample(6, seed=torch.Generator().manual_seed(3)))
+        assert torch.equal(
+            target.sample(6, seed=3), target.sample(6, seed=torch.Generator().manual_seed(3))
+        )
         assert not torch.equal(target.sample(6, seed=3), target.sample(6, seed=4))
 
 
-# ----------------------------------------------------------------------------------------------------- one at a time
+# ------------------------------------------------------------------------------------ one at a time
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
@@ -317,10 +357,14 @@ def test_transport_solves_the_probability_flow_ode(process, name):
     middle = times_of(process, 0.7)[0]
     through = target.transport(target.transport(x, start, middle), middle, end)
     torch.testing.assert_close(target.transport(x, start, end), through)
-    torch.testing.assert_close(target.transport(target.transport(x, start, middle), middle, start), x)
+    torch.testing.assert_close(
+        target.transport(target.transport(x, start, middle), middle, start), x
+    )
     # It satisfies the ODE: its derivative in time is the velocity (central difference, error h^2).
     x, h = target.transport(x, start, middle), 1e-5 * middle
-    slope = (target.transport(x, middle, middle + h) - target.transport(x, middle, middle - h)) / (2 * h)
+    slope = (target.transport(x, middle, middle + h) - target.transport(x, middle, middle - h)) / (
+        2 * h
+    )
     velocity = process.velocity_from_x0(x, target(x, middle), middle)
     torch.testing.assert_close(slope, velocity, rtol=1e-6, atol=1e-6)
     # And it carries the marginal at one time to that at the other.
@@ -352,16 +396,21 @@ def test_low_rank_equals_full():
 def test_weights_are_normalised_and_may_be_zero():
     means = rand(3, D)
     torch.testing.assert_close(
-        GaussianMixture([2.0, 3.0, 5.0], means, std=1.0).weights, torch.tensor([0.2, 0.3, 0.5]).double()
+        GaussianMixture([2.0, 3.0, 5.0], means, std=1.0).weights,
+        torch.tensor([0.2, 0.3, 0.5]).double(),
     )
     without = GaussianMixture([1.0, 0.0, 1.0], means, std=1.0)
     x = rand(4, D, seed=2)
-    torch.testing.assert_close(without(x, 1.0), GaussianMixture(None, means[[0, 2]], std=1.0)(x, 1.0))
+    torch.testing.assert_close(
+        without(x, 1.0), GaussianMixture(None, means[[0, 2]], std=1.0)(x, 1.0)
+    )
 
 
 def test_one_component_is_a_gaussian():
     mean, cov, x = rand(D), spd(), rand(4, D, seed=2)
-    torch.testing.assert_close(GaussianMixture([7.0], mean[None], cov=cov)(x, 0.5), Gaussian(mean, cov=cov)(x, 0.5))
+    torch.testing.assert_close(
+        GaussianMixture([7.0], mean[None], cov=cov)(x, 0.5), Gaussian(mean, cov=cov)(x, 0.5)
+    )
 
 
 def test_a_data_set_without_a_kernel_gives_the_nearest_datum():
@@ -389,7 +438,9 @@ def test_a_data_set_is_the_mixture_of_its_kernels():
 
 
 def test_close_data_are_told_apart_in_float32():
-    """Two images 0.01 apart in one of 3072 entries, at nsr 1e-3: float32 matrix products would lose them."""
+    """Two images 0.01 apart in one of 3072 entries, at nsr 1e-3: float32 matrix products would lose
+    them.
+    """
     image = rand(1, 3, 32, 32).float()
     data = image.repeat(2, 1, 1, 1)
     data[1, 0, 0, 0] += 0.01
@@ -411,10 +462,12 @@ def test_other_devices_sum_distances_entry_by_entry(monkeypatch):
 
 def test_integer_data_are_numbers():
     data = torch.tensor([[0, 0], [255, 255]], dtype=torch.uint8)
-    torch.testing.assert_close(Empirical(data)(torch.tensor([[10.0, 10.0]]), 1.0), torch.zeros(1, 2))
+    torch.testing.assert_close(
+        Empirical(data)(torch.tensor([[10.0, 10.0]]), 1.0), torch.zeros(1, 2)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -422,18 +475,46 @@ def test_integer_data_are_numbers():
     [
         (lambda: GaussianMixture([1.0, -1.0], rand(2, 3), std=1.0), ValueError, "non-negative"),
         (lambda: GaussianMixture([0.0, 0.0], rand(2, 3), std=1.0), ValueError, "not all zero"),
-        (lambda: GaussianMixture([1.0], rand(2, 3), std=1.0), ValueError, r"one entry a component, shape \[2\]"),
-        (lambda: GaussianMixture(None, rand(3), std=1.0), ValueError, r"means has shape \[K, \*shape\]"),
+        (
+            lambda: GaussianMixture([1.0], rand(2, 3), std=1.0),
+            ValueError,
+            r"one entry a component, shape \[2\]",
+        ),
+        (
+            lambda: GaussianMixture(None, rand(3), std=1.0),
+            ValueError,
+            r"means has shape \[K, \*shape\]",
+        ),
         (lambda: GaussianMixture(None, rand(2, 3)), TypeError, "one form of covariance"),
-        (lambda: GaussianMixture(None, rand(2, 3), std=1.0, cov=torch.eye(3)), TypeError, "one form of covariance"),
-        (lambda: GaussianMixture(None, rand(2, 3), std=1.0, diag=1.0), TypeError, "one form of covariance"),
+        (
+            lambda: GaussianMixture(None, rand(2, 3), std=1.0, cov=torch.eye(3)),
+            TypeError,
+            "one form of covariance",
+        ),
+        (
+            lambda: GaussianMixture(None, rand(2, 3), std=1.0, diag=1.0),
+            TypeError,
+            "one form of covariance",
+        ),
         (lambda: GaussianMixture(None, rand(2, 3), std=-1.0), ValueError, "std is non-negative"),
-        (lambda: GaussianMixture(None, rand(2, 3), std=[1.0, 1.0, 1.0]), ValueError, r"of shape \[2\] or \[2, 3\]"),
-        (lambda: GaussianMixture(None, rand(2, 3), cov=torch.eye(2)), ValueError, r"cov has shape \[3, 3\]"),
+        (
+            lambda: GaussianMixture(None, rand(2, 3), std=[1.0, 1.0, 1.0]),
+            ValueError,
+            r"of shape \[2\] or \[2, 3\]",
+        ),
+        (
+            lambda: GaussianMixture(None, rand(2, 3), cov=torch.eye(2)),
+            ValueError,
+            r"cov has shape \[3, 3\]",
+        ),
         (lambda: Gaussian(rand(2), cov=[[1.0, 2.0], [2.0, 1.0]]), ValueError, "eigenvalue -1"),
         (lambda: Gaussian(rand(2), cov=[[1.0, 0.5], [0.0, 1.0]]), ValueError, "not symmetric"),
         (lambda: Gaussian(rand(2), factor=rand(3, 1)), ValueError, "factor has shape"),
-        (lambda: Gaussian(rand(2), std=[1.0, math.nan]), ValueError, "std has entries that are not finite"),
+        (
+            lambda: Gaussian(rand(2), std=[1.0, math.nan]),
+            ValueError,
+            "std has entries that are not finite",
+        ),
         (lambda: Gaussian(rand(2), std=[1.0]), ValueError, r"std is a number, or of shape \[2\]"),
         (lambda: Gaussian(0.0, std=1.0), ValueError, "mean has the shape of one sample"),
         (lambda: Gaussian(rand(2), std=1.0, process=VP), TypeError, "process is the path"),
@@ -452,7 +533,12 @@ def test_bad_parameters_are_explained(build, error, match):
 def test_bad_states_are_explained():
     target = Gaussian(torch.zeros(3), std=1.0)
     for x in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3, 1)):
-        for call in (target, target.score, target.log_prob, lambda x, t: target.at(torch.ones(1).double(), x)):
+        for call in (
+            target,
+            target.score,
+            target.log_prob,
+            lambda x, t: target.at(torch.ones(1).double(), x),
+        ):
             with pytest.raises(ValueError, match=r"has shape \('B', 3\)"):
                 call(x, 1.0)
     with pytest.raises(TypeError, match="floating"):

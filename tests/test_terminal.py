@@ -1,4 +1,6 @@
-"""The step to zero noise and the end of time: every solver, every process, from one level up; finite, and exact where it can be."""
+"""The step to zero noise and the end of time: every solver, every process, from one level up;
+finite, and exact where it can be.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,25 @@ import math
 
 import pytest
 import torch
-from problems import GRID_SOLVERS, LINEAR_BETAS, PROCESSES, GaussianData, Mixture, Point, each, from_the_start, thinned
+from problems import (
+    GRID_SOLVERS,
+    LINEAR_BETAS,
+    PROCESSES,
+    GaussianData,
+    Mixture,
+    Point,
+    each,
+    from_the_start,
+    thinned,
+)
 from torch import Tensor
 
 from sdeflow import registry
-from sdeflow.denoiser import Prediction
+from sdeflow.denoisers import Prediction
 from sdeflow.errors import SolverError
 from sdeflow.grid import ON_A_TABLE
 from sdeflow.process import Cosine, Process, RectifiedFlow
-from sdeflow.sampling import sample, solve
+from sdeflow.sampling.api import sample, solve
 
 CALM = {"ddim", "ddim-eta=0.5", "ddim-eta=1", "ddpm", "langevin-ddim"}
 """Steps towards a mixture of the state and the prediction: bounded however large they are."""
@@ -53,7 +65,8 @@ ENDS = {
 
 @pytest.mark.parametrize(
     ("name", "under"),
-    # A clock is the same formula everywhere; where it has no reading as no signal is left, see the next test.
+    # A clock is the same formula everywhere; where it has no reading as no signal is left, see the
+    # next test.
     thinned(
         [
             (name, under)
@@ -87,7 +100,9 @@ def test_a_clock_without_a_reading_at_the_end_says_so(name: str, clock: str) -> 
     with pytest.raises(SolverError, match=r'no signal is left.*clock="t"'):
         sample(Mixture(RectifiedFlow()), solver=solver, nfe=solver.calls(3), seeds=0)
     # From just below it runs.
-    x = sample(Mixture(RectifiedFlow(t_max=0.99)), solver=solver, nfe=solver.calls(40), seeds=range(4))
+    x = sample(
+        Mixture(RectifiedFlow(t_max=0.99)), solver=solver, nfe=solver.calls(40), seeds=range(4)
+    )
     assert float(x.abs().max()) < 6.0
 
 
@@ -99,19 +114,24 @@ def test_every_grid_carries_every_process_to_the_end(grid: str, under: str) -> N
         pytest.skip("stands on a table")
     for solver in ("heun", "ddim", "ddpm", "euler_maruyama"):
         for nfe in (1, 3, 21):
-            point = sample(Point(process), solver=solver, nfe=nfe, grid=grid, shape=(2,), seeds=range(2))
+            point = sample(
+                Point(process), solver=solver, nfe=nfe, grid=grid, shape=(2,), seeds=range(2)
+            )
             assert torch.equal(point, torch.full_like(point, Point.value))
 
 
 @pytest.mark.parametrize("under", sorted(ENDS))
 @pytest.mark.parametrize("name", ["heun", "ddim", "ddpm"])
 def test_one_call_is_the_mean_of_the_data(name: str, under: str) -> None:
-    """From pure noise the best guess is the mean; one call returns it, up to the signal that is left at the end of time."""
+    """From pure noise the best guess is the mean; one call returns it, up to the signal that is
+    left at the end of time.
+    """
     process = ENDS[under]
     data = GaussianData(process, mean=0.4, std=0.3)
     x = sample(data, solver=name, nfe=1, shape=(1,), seeds=range(8))
     left = data.std**2 / math.hypot(
-        data.std, 1 / max(process.level(process.t_max).s / process.level(process.t_max).sigma, 1e-12)
+        data.std,
+        1 / max(process.level(process.t_max).s / process.level(process.t_max).sigma, 1e-12),
     )
     torch.testing.assert_close(x, torch.full_like(x, 0.4), rtol=0, atol=1e-6 + 8 * left)
 
@@ -148,7 +168,9 @@ def test_every_prediction_starts_at_the_end_of_time(predicts: str, under: str) -
         x = sample(denoiser, solver=solver, nfe=41, seeds=range(64), dtype=torch.float64)
         assert bool(torch.isfinite(x).all())
         assert float(x.abs().max()) < 3.0
-        exact = sample(data, solver=solver, nfe=41, shape=(1,), seeds=range(64), dtype=torch.float64)
+        exact = sample(
+            data, solver=solver, nfe=41, shape=(1,), seeds=range(64), dtype=torch.float64
+        )
         assert float((x - exact).abs().max()) < 2e-3  # the network's time is float32
 
 
@@ -156,7 +178,9 @@ def test_every_prediction_starts_at_the_end_of_time(predicts: str, under: str) -
 @pytest.mark.parametrize("under", ["vp", "rectified_flow"])
 def test_states_of_every_dtype_end_finite(under: str, dtype: torch.dtype) -> None:
     for solver in ("heun", "ddim", "ddpm", "euler_maruyama"):
-        x = sample(Point(PROCESSES[under]), solver=solver, nfe=11, shape=(2,), seeds=range(3), dtype=dtype)
+        x = sample(
+            Point(PROCESSES[under]), solver=solver, nfe=11, shape=(2,), seeds=range(3), dtype=dtype
+        )
         assert x.dtype == dtype
         assert torch.equal(x, torch.full_like(x, Point.value))
 

@@ -1,4 +1,6 @@
-"""Training: the loss, the schedule, and that a training stopped in any way goes on to the very same weights."""
+"""Training: the loss, the schedule, and that a training stopped in any way goes on to the very same
+weights.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,42 @@ from test_unet import TINY, unet
 from torch import Tensor
 
 from sdeflow import Preconditioned
+from sdeflow._utils.run_control import Log, Stop
 from sdeflow.cli import train as cli_train
 from sdeflow.errors import CheckpointError, NonFiniteError, SdeflowError
+from sdeflow.losses import EDMLoss
 from sdeflow.models.checkpoint import load, read_tensors
-from sdeflow.models.posthoc import find_snapshots, reconstruct
-from sdeflow.models.power import exponent
-from sdeflow.runs import Log, Stop
-from sdeflow.training import run as training
+from sdeflow.models.ema.posthoc import find_snapshots, reconstruct
+from sdeflow.models.ema.power import exponent
+from sdeflow.training import api as training
 from sdeflow.training import trainer
-from sdeflow.training.losses import EDMLoss
-from sdeflow.training.run import LOG, MODEL, STATE, TrainConfig, crossed, stored_config, train
+from sdeflow.training.api import LOG, MODEL, STATE, TrainConfig, crossed, stored_config, train
 
 FLAGS = [
-    *("--batch-size", "4", "--channels", "8", "--multipliers", "1,2", "--blocks", "1", "--attention", "4"),
-    *("--embedding", "16", "--head-channels", "8", "--group-size", "4", "--dropout", "0.1", "--log-steps", "1"),
+    *(
+        "--batch-size",
+        "4",
+        "--channels",
+        "8",
+        "--multipliers",
+        "1,2",
+        "--blocks",
+        "1",
+        "--attention",
+        "4",
+    ),
+    *(
+        "--embedding",
+        "16",
+        "--head-channels",
+        "8",
+        "--group-size",
+        "4",
+        "--dropout",
+        "0.1",
+        "--log-steps",
+        "1",
+    ),
     *("--sample-images", "0", "--warmup", "8", "--device", "cpu"),
 ]
 
@@ -81,7 +105,7 @@ def _no_drawing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
         monkeypatch.setattr(training, "draw_grid", lambda *a, **k: None)
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def test_loss_is_the_weighted_error_of_the_denoiser() -> None:
@@ -94,7 +118,9 @@ def test_loss_is_the_weighted_error_of_the_denoiser() -> None:
     denoiser = Preconditioned(network, d, shape=(3, 8, 8))
     error = denoiser(x0 + n.view(-1, 1, 1, 1) * eps, n, label=label) - x0
     expected = (n**2 + d**2) / (n * d) ** 2 * error.square().mean((1, 2, 3))
-    torch.testing.assert_close(loss.at(network, x0, n, eps, label).double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        loss.at(network, x0, n, eps, label).double(), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_noise_levels_are_log_normal_and_one_to_a_slice() -> None:
@@ -103,7 +129,9 @@ def test_noise_levels_are_log_normal_and_one_to_a_slice() -> None:
     draws = torch.stack([loss.nsr(64, generator).log() for _ in range(200)]).double()
     assert draws.mean() == pytest.approx(-1.0, abs=1e-3)
     assert draws.std() == pytest.approx(0.7, rel=0.01)
-    slices = (0.5 * (1 + torch.erf((draws + 1.0) / (0.7 * math.sqrt(2)))) * 64).floor().sort(1).values
+    slices = (
+        (0.5 * (1 + torch.erf((draws + 1.0) / (0.7 * math.sqrt(2)))) * 64).floor().sort(1).values
+    )
     # A draw within rounding of a slice's edge may fall on either side of it.
     assert (slices == torch.arange(64)).double().mean() > 0.95
     assert bool(draws.isfinite().all())
@@ -127,7 +155,7 @@ def test_impossible_losses_are_told(change: dict[str, float]) -> None:
         EDMLoss(**change)
 
 
-# -------------------------------------------------------------------------------------------------------- the settings
+# ------------------------------------------------------------------------------------- the settings
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -145,7 +173,9 @@ def test_configuration_survives_json() -> None:
     assert TrainConfig.from_dict(json.loads(json.dumps(c.to_dict()))) == c
 
 
-@pytest.mark.parametrize("change", [{"images": 0}, {"schedule": "magic"}, {"precision": "fp8"}, {"lr": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"images": 0}, {"schedule": "magic"}, {"precision": "fp8"}, {"lr": -1.0}]
+)
 def test_impossible_settings_are_told(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(TrainConfig(), **change)
@@ -162,23 +192,37 @@ def test_log_drops_the_future_and_a_line_cut_short(tmp_path: Path) -> None:
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 5]
 
 
-# -------------------------------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------------------- the training
 
 
 def test_training_learns_and_leaves_everything_in_its_folder(tmp_path: Path, data: Path) -> None:
-    c = replace(config(tmp_path / "run"), images=640, batch_size=16, lr=1e-2, label_dropout=0.0, model=TINY)
+    c = replace(
+        config(tmp_path / "run"), images=640, batch_size=16, lr=1e-2, label_dropout=0.0, model=TINY
+    )
     before = torch.random.get_rng_state()
     result = train(c, data, export=tmp_path / "out" / "mine.safetensors")
     assert torch.equal(before, torch.random.get_rng_state())  # the caller's generator is left alone
     assert (result.finished, result.images) == (True, 640)
     lines = log(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 41))
-    assert set(lines[0]) >= {"step", "images", "loss", "images_per_second", "lr", "grad_norm", "seconds"}
+    assert set(lines[0]) >= {
+        "step",
+        "images",
+        "loss",
+        "images_per_second",
+        "lr",
+        "grad_norm",
+        "seconds",
+    }
     first, last = (sum(line["loss"] for line in part) / 10 for part in (lines[:10], lines[-10:]))
     assert last < 0.85 * first, (first, last)
     for path in (tmp_path / "run" / MODEL, tmp_path / "out" / "mine.safetensors"):
         denoiser = load(path)
-        assert (denoiser.shape, denoiser.num_classes, denoiser.class_names) == ((3, 8, 8), 2, ("class0", "class1"))
+        assert (denoiser.shape, denoiser.num_classes, denoiser.class_names) == (
+            (3, 8, 8),
+            2,
+            ("class0", "class1"),
+        )
         assert denoiser.card["images"] == 640
         assert "| run |" in path.with_suffix(".md").read_text()
 
@@ -202,13 +246,17 @@ def test_stopped_and_resumed_gives_the_very_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "asked", property(lambda self: next(asked)))
         assert train(parts, data).images == 8
-    assert train(replace(parts, max_seconds=0.0), data, resume=True).images == 8  # a time limit of nothing does nothing
+    assert (
+        train(replace(parts, max_seconds=0.0), data, resume=True).images == 8
+    )  # a time limit of nothing does nothing
     assert train(parts, data, resume=True).finished
     assert equal(state(tmp_path / "whole"), state(tmp_path / "parts"))
 
 
 def test_killed_and_resumed_gives_the_very_same_weights(tmp_path: Path, data: Path) -> None:
-    """`kill -9` in the middle of a training through the command line; resumed here; bit for bit as if nothing had been."""
+    """`kill -9` in the middle of a training through the command line; resumed here; bit for bit as
+    if nothing had been.
+    """
     whole, killed, steps = tmp_path / "whole", tmp_path / "killed", 60
     train(config(whole, steps), data)
     command = [
@@ -225,11 +273,19 @@ def test_killed_and_resumed_gives_the_very_same_weights(tmp_path: Path, data: Pa
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*command, *FLAGS, "--save-seconds", "0.05"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+        [*command, *FLAGS, "--save-seconds", "0.05"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
     ) as process:
         deadline = time.monotonic() + 120
-        while not ((killed / STATE).exists() and (killed / LOG).exists() and len((killed / LOG).read_bytes()) > 500):
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()  # noqa: PT018
+        while not (
+            (killed / STATE).exists()
+            and (killed / LOG).exists()
+            and len((killed / LOG).read_bytes()) > 500
+        ):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     step = read_tensors(killed / STATE)[1]["step"]
@@ -265,7 +321,8 @@ def test_sigterm_saves_and_the_command_line_resumes(tmp_path: Path, data: Path) 
     ) as process:
         deadline = time.monotonic() + 120
         while not ((out / LOG).exists() and (out / LOG).stat().st_size > 0):
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()  # noqa: PT018
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.terminate()
         said, _ = process.communicate(timeout=60)
@@ -284,8 +341,12 @@ def test_a_folder_with_a_training_is_not_overwritten(tmp_path: Path, data: Path)
         train(config(tmp_path / "run", 1), data)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 2}, {"seed": 1}, {"model": replace(TINY, dropout=0.2)}])
-def test_what_would_not_be_the_same_training_is_not_resumed(tmp_path: Path, data: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 2}, {"seed": 1}, {"model": replace(TINY, dropout=0.2)}]
+)
+def test_what_would_not_be_the_same_training_is_not_resumed(
+    tmp_path: Path, data: Path, change: dict[str, Any]
+) -> None:
     train(config(tmp_path / "run", 1), data)
     before = (tmp_path / "run" / STATE).read_bytes()
     name = "dropout" if "model" in change else next(iter(change))
@@ -309,14 +370,18 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_last_good_state_stays(
     train(config(out, 2), data)
     before = (out / STATE).read_bytes()
     monkeypatch.setattr(
-        EDMLoss, "at", lambda self, network, x0, *rest: network(x0, x0[:, 0, 0, 0]).mean((1, 2, 3)) * math.nan
+        EDMLoss,
+        "at",
+        lambda self, network, x0, *rest: network(x0, x0[:, 0, 0, 0]).mean((1, 2, 3)) * math.nan,
     )
     with pytest.raises(NonFiniteError, match=r"loss is nan.*last good state is kept"):
         train(config(out, 4), data, resume=True)
     assert (out / STATE).read_bytes() == before
 
 
-def test_a_full_disk_in_the_middle_does_not_end_it(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_in_the_middle_does_not_end_it(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, original, calls = tmp_path / "run", os.fsync, []
 
     def full_at_first(descriptor: int) -> None:
@@ -354,10 +419,14 @@ def test_gradients_are_clipped_to_the_stated_norm() -> None:
 
 
 def test_training_begins_from_a_checkpoint(tmp_path: Path, data: Path) -> None:
-    """Its weights and its network, but for the dropout; the first average is of them too; going on needs it no more."""
+    """Its weights and its network, but for the dropout; the first average is of them too; going on
+    needs it no more.
+    """
     first = train(config(tmp_path / "first", 3), data)
     model = tmp_path / "first" / MODEL
-    asked = replace(config(tmp_path / "second", 2), init=str(model), lr=1e-12, model=replace(TINY, channels=16))
+    asked = replace(
+        config(tmp_path / "second", 2), init=str(model), lr=1e-12, model=replace(TINY, channels=16)
+    )
     second = train(asked, data).denoiser
     assert second.network.config == replace(first.denoiser.network.config, dropout=0.0)  # type: ignore[attr-defined]
     weights = load(model).network.state_dict()  # type: ignore[attr-defined]
@@ -365,7 +434,9 @@ def test_training_begins_from_a_checkpoint(tmp_path: Path, data: Path) -> None:
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
     assert second.card["settings"]["init"] == str(model)
     assert re.fullmatch(rf"{MODEL} \(12 images in [\d.]+ s\)", second.card["begun_from"])
-    third = train(replace(asked, out=str(tmp_path / "third"), init=str(tmp_path / "second" / MODEL)), data).denoiser
+    third = train(
+        replace(asked, out=str(tmp_path / "third"), init=str(tmp_path / "second" / MODEL)), data
+    ).denoiser
     assert f"begun from {second.card['begun_from']}" in third.card["begun_from"]
     model.unlink()
     stored = stored_config(tmp_path / "second")
@@ -378,11 +449,18 @@ def test_training_begins_from_a_checkpoint(tmp_path: Path, data: Path) -> None:
 
 
 def test_averages_count_what_a_checkpoint_has_seen(tmp_path: Path, data: Path) -> None:
-    """Its weights stand for the 12 images before: of the 16 after a step of 4 they keep (12/16)^(gamma + 1)."""
+    """Its weights stand for the 12 images before: of the 16 after a step of 4 they keep
+    (12/16)^(gamma + 1).
+    """
     train(config(tmp_path / "first", 3), data)
     model = tmp_path / "first" / MODEL
     asked = replace(
-        config(tmp_path / "second", 1), init=str(model), lr=0.1, warmup=0, schedule="constant", snapshot_images=4
+        config(tmp_path / "second", 1),
+        init=str(model),
+        lr=0.1,
+        warmup=0,
+        schedule="constant",
+        snapshot_images=4,
     )
     made = train(asked, data).denoiser
     begun, after = load(model).network.state_dict(), state(tmp_path / "second")  # type: ignore[attr-defined]
@@ -390,12 +468,16 @@ def test_averages_count_what_a_checkpoint_has_seen(tmp_path: Path, data: Path) -
     for name, old in begun.items():
         new = after[f"model.{name}"]
         assert not torch.equal(new, old), name
-        torch.testing.assert_close(after[f"power-0.1:{name}"], kept * old + (1 - kept) * new, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            after[f"power-0.1:{name}"], kept * old + (1 - kept) * new, rtol=1e-5, atol=1e-6
+        )
     assert {s.images for s in find_snapshots(tmp_path / "second")} == {16}
     assert (made.card["images"], made.card["images_before"]) == (4, 12)
     train(replace(asked, images=8), data, resume=True)
     assert {s.images for s in find_snapshots(tmp_path / "second")} == {16, 20}
-    third = replace(config(tmp_path / "third", 1), init=str(tmp_path / "second" / MODEL), snapshot_images=4)
+    third = replace(
+        config(tmp_path / "third", 1), init=str(tmp_path / "second" / MODEL), snapshot_images=4
+    )
     assert train(third, data).denoiser.card["images_before"] == 20
 
 
@@ -405,14 +487,18 @@ def test_graphs_need_a_gpu(tmp_path: Path, data: Path) -> None:
 
 
 def test_a_checkpoint_of_other_classes_is_no_beginning(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(CheckpointError, match="10 classes of 32x32 pixels, and the data are 2 of 8x8"):
+    with pytest.raises(
+        CheckpointError, match="10 classes of 32x32 pixels, and the data are 2 of 8x8"
+    ):
         train(replace(config(tmp_path, 2), init="cifar10"), data)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_replayed_step_is_the_step(tmp_path: Path, data: Path, dropout: float) -> None:
-    """Ten steps, of which seven are replays of one CUDA graph, give the weights of ten steps one after the other."""
+    """Ten steps, of which seven are replays of one CUDA graph, give the weights of ten steps one
+    after the other.
+    """
     states = []
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         for graphs in (False, True):
@@ -427,8 +513,12 @@ def test_a_replayed_step_is_the_step(tmp_path: Path, data: Path, dropout: float)
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_averages_are_stored_and_one_of_another_length_is_made_of_them(tmp_path: Path, data: Path) -> None:
-    """Stopped and resumed they are the same; the averages of a future that is no more are dropped."""
+def test_averages_are_stored_and_one_of_another_length_is_made_of_them(
+    tmp_path: Path, data: Path
+) -> None:
+    """Stopped and resumed they are the same; the averages of a future that is no more are
+    dropped.
+    """
     asked = replace(config(tmp_path / "whole", 16), snapshot_images=8)
     train(asked, data)
     parts = replace(asked, out=str(tmp_path / "parts"), images=40)
@@ -443,11 +533,14 @@ def test_averages_are_stored_and_one_of_another_length_is_made_of_them(tmp_path:
     whole, again = (state(tmp_path / name) for name in ("whole", "parts"))
     tracked = [name for name in whole if name.startswith("power-0.1:")]
     assert tracked
-    # the schedule is another until image 40, so the weights are not the same, but the averages go on with them
+    # the schedule is another until image 40, so the weights are not the same, but the averages go
+    # on with them
     assert all(again[name].isfinite().all() for name in tracked)
     made = reconstruct(tmp_path / "whole", 0.1)
     for name in tracked:
-        torch.testing.assert_close(made.parameters[name.partition(":")[2]], whole[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            made.parameters[name.partition(":")[2]], whole[name], rtol=1e-4, atol=1e-6
+        )
 
 
 def test_averages_may_begin_in_the_middle(tmp_path: Path, data: Path) -> None:
@@ -460,7 +553,9 @@ def test_averages_may_begin_in_the_middle(tmp_path: Path, data: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path, data: Path) -> None:
-    """Under torchrun: the same images a step, one log, and weights that differ by the noise that each rank draws."""
+    """Under torchrun: the same images a step, one log, and weights that differ by the noise that
+    each rank draws.
+    """
     command = [
         sys.executable,
         "-m",

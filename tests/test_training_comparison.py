@@ -1,4 +1,6 @@
-"""The comparison of trainings: EDM's network is EDM's, time is what is counted, and an interrupted training is the same one."""
+"""The comparison of trainings: EDM's network is EDM's, time is what is counted, and an interrupted
+training is the same one.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdeflow.data import Decoded, load_images
+from sdeflow._utils.run_control import Stop
 from sdeflow.errors import CheckpointError
+from sdeflow.images.datasets import Decoded, load_images
 from sdeflow.models.checkpoint import read_tensors, write_tensors
-from sdeflow.runs import Stop
-from sdeflow.training.run import LOG, STATE, TrainConfig, fit_to_data
+from sdeflow.training.api import LOG, STATE, TrainConfig, fit_to_data
 
 SMALL = ["--channels", "8", "--batch-size", "4", "--log-steps", "1"]
 
 
 @pytest.fixture(scope="module")
 def comparison(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("training_comparison")
+    return script("quality.training_comparison")
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +81,13 @@ def batch(n: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.linspace(-1, 1, n), torch.arange(n)
 
 
-# -------------------------------------------------------------------------------------------------------- EDM's network
+# ------------------------------------------------------------------------------------ EDM's network
 
 
 def test_networks_are_of_equal_size(comparison: ModuleType) -> None:
     entries = [
-        comparison.Entry(name, channels, 32, 10, 860.0, 0.02, 1e-3) for name, channels in comparison.CHANNELS.items()
+        comparison.Entry(name, channels, 32, 10, 860.0, 0.02, 1e-3)
+        for name, channels in comparison.CHANNELS.items()
     ]
     sizes = [sum(p.numel() for p in entry.build().parameters()) for entry in entries]
     assert sizes == [13_649_411, 13_957_059, 13_957_059]
@@ -98,7 +101,9 @@ def test_edm_begins_with_its_own_weights(comparison: ModuleType) -> None:
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             area = module.weight[0, 0].numel()
-            bound = math.sqrt(6 / (area * sum(module.weight.shape[:2])))  # Glorot's, over inputs and outputs
+            bound = math.sqrt(
+                6 / (area * sum(module.weight.shape[:2]))
+            )  # Glorot's, over inputs and outputs
             scale = scales.get(name.rsplit(".", 1)[-1], 1.0)
             seen.add(scale)
             assert 0.95 * scale * bound < module.weight.abs().max() <= 1.001 * scale * bound, name
@@ -113,7 +118,9 @@ def test_edm_knows_its_label(comparison: ModuleType) -> None:
     x, time, label = batch()
     none = torch.full((3,), 4)
     assert not torch.allclose(network(x, time, label), network(x, time, label + 1))
-    torch.testing.assert_close(network(x, time, none), network(x, time))  # no label is the zero vector
+    torch.testing.assert_close(
+        network(x, time, none), network(x, time)
+    )  # no label is the zero vector
     torch.testing.assert_close(network(x, time, label)[:1], network(x[:1], time[:1], label[:1]))
     # A label adds its column of the map, scaled by the root of the number of classes.
     added = network._embed(time, label) - network._embed(time, none)
@@ -135,11 +142,16 @@ def test_dropout_is_an_argument(comparison: ModuleType) -> None:
         assert torch.equal(network(x, time, label), network(x, time, label)) == same
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def trainer(
-    comparison: ModuleType, data: Path, out: Path, network: str, seconds: float = 8.0, device: str = "cpu"
+    comparison: ModuleType,
+    data: Path,
+    out: Path,
+    network: str,
+    seconds: float = 8.0,
+    device: str = "cpu",
 ) -> tuple[Any, Decoded]:
     images = load_images(data / "train", progress=False)
     config = TrainConfig(
@@ -169,7 +181,11 @@ def test_learning_rate_is_a_function_of_the_share_of_time(comparison: ModuleType
 
 @pytest.mark.parametrize("network", ["ours", "edm"])
 def test_an_interrupted_training_is_the_same(
-    comparison: ModuleType, data: Path, tmp_path: Path, network: str, monkeypatch: pytest.MonkeyPatch
+    comparison: ModuleType,
+    data: Path,
+    tmp_path: Path,
+    network: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, images = trainer(comparison, data, tmp_path / "whole", network, seconds=4.0)
     comparison.run(whole, images, Stop(None))
@@ -204,7 +220,9 @@ def test_preparing_leaves_no_trace(comparison: ModuleType, data: Path, tmp_path:
         one.advance(stream)
         one.advance(stream)
     assert prepared.seconds == plain.seconds == 2.0
-    assert all(torch.equal(value, plain._tensors()[name]) for name, value in prepared._tensors().items())
+    assert all(
+        torch.equal(value, plain._tensors()[name]) for name, value in prepared._tensors().items()
+    )
 
 
 @pytest.mark.cuda
@@ -225,7 +243,9 @@ def test_on_a_gpu_steps_are_counted_and_preparing_leaves_no_trace(
     assert not torch.equal(made._tensors()["model.head.weight"], kept["model.head.weight"])
 
 
-def test_another_training_is_not_gone_on_with(comparison: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_another_training_is_not_gone_on_with(
+    comparison: ModuleType, data: Path, tmp_path: Path
+) -> None:
     short, images = trainer(comparison, data, tmp_path, "ours", seconds=1.0)
     comparison.run(short, images, Stop(None))
     longer, _ = trainer(comparison, data, tmp_path, "ours", seconds=2.0)
@@ -237,7 +257,9 @@ def test_another_training_is_not_gone_on_with(comparison: ModuleType, data: Path
         comparison.averaged(tmp_path / STATE, torch.device("cpu"))
 
 
-def test_the_averaged_network_comes_back(comparison: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_the_averaged_network_comes_back(
+    comparison: ModuleType, data: Path, tmp_path: Path
+) -> None:
     made, images = trainer(comparison, data, tmp_path, "edm", seconds=2.0)
     comparison.run(made, images, Stop(None))
     network, entry, facts = comparison.averaged(tmp_path / STATE, torch.device("cpu"))
@@ -246,12 +268,15 @@ def test_the_averaged_network_comes_back(comparison: ModuleType, data: Path, tmp
     x, time, label = batch()
     assert torch.equal(network(x, time, label), made.ema.averaged(made.network)(x, time, label))
     assert not network.training
-    first, again = (comparison.loss_of(network, made.config, images, torch.device("cpu"), False) for _ in range(2))
+    first, again = (
+        comparison.loss_of(network, made.config, images, torch.device("cpu"), False)
+        for _ in range(2)
+    )
     assert first == again
     assert 0 < first < 10
 
 
-# ------------------------------------------------------------------------------------------------------ from end to end
+# ---------------------------------------------------------------------------------- from end to end
 
 
 def test_from_training_to_the_report(
@@ -259,7 +284,17 @@ def test_from_training_to_the_report(
 ) -> None:
     out = tmp_path / "compare"
     common = ["--data", str(data / "train"), "--out", str(out), "--seconds", "0.4", *SMALL]
-    measure = ["--test", str(data / "test"), "--evaluate", "--n", "10", "--nfe", "3", "--note", "plain colours"]
+    measure = [
+        "--test",
+        str(data / "test"),
+        "--evaluate",
+        "--n",
+        "10",
+        "--nfe",
+        "3",
+        "--note",
+        "plain colours",
+    ]
     report = ["--out", str(out), "--report", "--into", str(tmp_path / "table")]
     comparison.main([*common, "--network", "ours"])
     comparison.main([*common, "--network", "ours"])  # there is nothing left to do
@@ -301,9 +336,13 @@ def test_from_training_to_the_report(
         comparison.main(report)
 
 
-def test_what_is_missing_is_told(comparison: ModuleType, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_is_missing_is_told(
+    comparison: ModuleType, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     with pytest.raises(SystemExit):
         comparison.main(["--out", str(tmp_path), "--network", "ours", "--evaluate"])
     assert "missing: --data, --test" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="the comparison draws 10 in turn"):
-        comparison.main(["--out", str(tmp_path), "--network", "ours", "--data", str(data / "train" / "class0")])
+        comparison.main(
+            ["--out", str(tmp_path), "--network", "ours", "--data", str(data / "train" / "class0")]
+        )

@@ -1,4 +1,6 @@
-"""The UNet and its moving average: shapes, conditions, layouts, gradients, compilation without graph breaks."""
+"""The UNet and its moving average: shapes, conditions, layouts, gradients, compilation without
+graph breaks.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,11 @@ def test_every_parameter_gets_a_gradient() -> None:
     x, time, label = batch()
     network = unet()
     network(x, time, label).square().mean().backward()
-    still = [name for name, p in network.named_parameters() if p.grad is None or not bool(p.grad.any())]
-    # Adding a constant to all keys changes no softmax, but the keys are normalised first, so their bias counts too.
+    still = [
+        name for name, p in network.named_parameters() if p.grad is None or not bool(p.grad.any())
+    ]
+    # Adding a constant to all keys changes no softmax, but the keys are normalised first, so their
+    # bias counts too.
     assert still == []
 
 
@@ -106,7 +111,9 @@ def test_gradient_agrees_with_finite_differences() -> None:
     h = 1e-3  # norms compute in the input's precision; queries and keys are normalised in float32
     with torch.no_grad():
         up, down = (network(x + s * h * direction, time[:1], label[:1]).sum() for s in (1, -1))
-    torch.testing.assert_close((slope * direction).sum(), (up - down) / (2 * h), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        (slope * direction).sum(), (up - down) / (2 * h), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_both_ways_to_normalise_agree() -> None:
@@ -117,10 +124,14 @@ def test_both_ways_to_normalise_agree() -> None:
     norm.bias.data.normal_(generator=generator)
     scale, shift = torch.randn(2, 2, 8, generator=generator)
     weight, bias = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
-    torch.testing.assert_close(norm(x, scale, shift), norm._by_channel(x, weight, bias), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        norm(x, scale, shift), norm._by_channel(x, weight, bias), rtol=1e-4, atol=1e-5
+    )
     expected = torch.nn.functional.group_norm(x, 2, norm.weight, norm.bias, 1e-5)
     torch.testing.assert_close(norm(x), expected)
-    torch.testing.assert_close(norm._by_channel(x, norm.weight, norm.bias), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        norm._by_channel(x, norm.weight, norm.bias), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_memory_is_channels_last_and_bf16_is_near() -> None:
@@ -140,7 +151,8 @@ def test_it_runs_in_half_precision_with_angles_that_are_not() -> None:
     with torch.no_grad():
         whole = network(x, time, label)
         half = network.bfloat16()(x.bfloat16(), time, label)
-        # A change of the noise level that bfloat16 would round away (2^-10 of a level near 1), and must not be lost.
+        # A change of the noise level that bfloat16 would round away (2^-10 of a level near 1), and
+        # must not be lost.
         near, far = (network(x.bfloat16(), torch.tensor(t), label) for t in (1.0, 1.0 + 2.0**-9))
     assert half.dtype == torch.bfloat16
     assert float((half.float() - whole).norm() / whole.norm()) < 0.03
@@ -173,7 +185,9 @@ def test_traces_without_graph_breaks() -> None:
     x, time, label = batch()
     network = unet(replace(TINY, attention=()))
     compiled = torch.compile(network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, time, label), network(x, time, label), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        compiled(x, time, label), network(x, time, label), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -181,7 +195,9 @@ def test_compiles_and_gives_the_same_gradients() -> None:
     x, time, label = batch()
     network = unet()
     network(x, time, label).square().mean().backward()
-    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    gradients = {
+        name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None
+    }
     network.zero_grad()
     torch.compile(network, fullgraph=True)(x, time, label).square().mean().backward()
     for name, p in network.named_parameters():
@@ -189,7 +205,7 @@ def test_compiles_and_gives_the_same_gradients() -> None:
         assert (p.grad - gradients[name]).norm() <= 1e-4 * gradients[name].norm() + 1e-7, name
 
 
-# -------------------------------------------------------------------------------------------------- the moving average
+# ------------------------------------------------------------------------------- the moving average
 
 
 def test_average_forgets_half_in_a_half_life_whatever_the_batch_size() -> None:

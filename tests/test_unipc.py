@@ -16,12 +16,12 @@ from sdeflow import grid, registry
 from sdeflow.plan.instructions import Call, Combine
 from sdeflow.process import EDM, VP
 from sdeflow.reverse import Reverse
-from sdeflow.sampling import solve
-from sdeflow.solvers.adams import ExponentialAdams
+from sdeflow.sampling.api import solve
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.dpm_solver import DPMSolverPP
-from sdeflow.solvers.unipc import UniPC
-from sdeflow.solvers.weights import adams, frame_value
+from sdeflow.solvers.ode.adams import ExponentialAdams
+from sdeflow.solvers.ode.dpm_solver import DPMSolverPP
+from sdeflow.solvers.ode.unipc import UniPC
+from sdeflow.solvers.ode.weights import adams, frame_value
 
 VARIANTS = ("bh1", "bh2")
 FRAMES = ("x0", "eps")
@@ -30,7 +30,9 @@ FRAMES = ("x0", "eps")
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow"])
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("lower_final", [False, True])
-def test_unip_of_orders_one_and_three_is_exponential_adams(frame: Any, lower_final: bool, under: str) -> None:
+def test_unip_of_orders_one_and_three_is_exponential_adams(
+    frame: Any, lower_final: bool, under: str
+) -> None:
     """From the third step on; the second is UniP-2, whose coefficient is 1/2."""
     process, times = PROCESSES[under], warped(PROCESSES[under], 9)
     one = ExponentialAdams(1, frame, "lam", start_up="orders")
@@ -49,7 +51,12 @@ def test_unip_two_with_bh2_is_dpmpp_2m(under: str) -> None:
     process = PROCESSES[under]
     for times in (warped(process, 9), warped(process, 4, 900.0, 0.003)):
         same(UniPC(2, "bh2", corrector=False), DPMSolverPP(2), process, times)
-    same(UniPC(2, "bh2", "eps", corrector=False), DPMSolverPP(2, frame="eps"), process, warped(process, 9))
+    same(
+        UniPC(2, "bh2", "eps", corrector=False),
+        DPMSolverPP(2, frame="eps"),
+        process,
+        warped(process, 9),
+    )
 
 
 def test_b_matters_in_unip_two_and_unic_one_alone() -> None:
@@ -61,7 +68,10 @@ def test_b_matters_in_unip_two_and_unic_one_alone() -> None:
     ):
         one, two = (UniPC(3, v)._weights(nodes, t, t_next, process) for v in VARIANTS)  # type: ignore[arg-type]
         assert one == two
-    for nodes, t, t_next in ((levels[1::-1], levels[1], levels[2]), (levels[2:0:-1], levels[1], levels[2])):
+    for nodes, t, t_next in (
+        (levels[1::-1], levels[1], levels[2]),
+        (levels[2:0:-1], levels[1], levels[2]),
+    ):
         one, two = (UniPC(3, v)._weights(nodes, t, t_next, process) for v in VARIANTS)  # type: ignore[arg-type]
         assert one != pytest.approx(two, rel=1e-3)
         assert sum(one) == pytest.approx(sum(two), rel=1e-13)
@@ -90,7 +100,9 @@ def test_the_weights_are_those_of_the_papers_system() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("frame", FRAMES)
 def test_the_free_corrector_is_the_step_done_again(p: int, variant: Any, frame: Any) -> None:
-    """The corrected state of a plan, which has one state, is that of the loop as the paper writes it, which has two."""
+    """The corrected state of a plan, which has one state, is that of the loop as the paper writes
+    it, which has two.
+    """
     process, times = VP(), warped(VP(), 7)
     solver = UniPC(p, variant, frame)
     levels, den = process.levels(times), Reverse(Mixture(process))
@@ -109,14 +121,16 @@ def test_the_free_corrector_is_the_step_done_again(p: int, variant: Any, frame: 
     torch.testing.assert_close(ours, predicted, rtol=1e-11, atol=1e-11)
 
 
-def _step(solver: UniPC, x: Tensor, nodes: list[Any], values: list[Tensor], t: Any, t_next: Any) -> Tensor:
+def _step(
+    solver: UniPC, x: Tensor, nodes: list[Any], values: list[Tensor], t: Any, t_next: Any
+) -> Tensor:
     x = x * (t_next.sigma / t.sigma if solver.frame == "x0" else t_next.s / t.s)
     for weight, value in zip(solver._weights(nodes, t, t_next, VP()), values, strict=True):
         x = x + weight * value
     return x
 
 
-# ------------------------------------------------------------------------------------------------------------- plans
+# -------------------------------------------------------------------------------------------- plans
 
 
 @pytest.mark.parametrize("under", ["vp", "rectified_flow"])
@@ -137,18 +151,25 @@ def test_weights_stay_finite_over_any_step(variant: Any, frame: Any) -> None:
     times = torch.tensor([1000.0, 2.0, 1.9999, 1e-3], dtype=torch.float64)
     for p in (1, 2, 3):
         plan = UniPC(p, variant, frame).plan(process, times, finish=False)
-        assert all(math.isfinite(float(c)) for i in plan.instructions if isinstance(i, Combine) for _, c in i.terms)
+        assert all(
+            math.isfinite(float(c))
+            for i in plan.instructions
+            if isinstance(i, Combine)
+            for _, c in i.terms
+        )
 
 
 @pytest.mark.parametrize("nfe", [*range(1, 21), 35])
 @pytest.mark.parametrize("name", ["unipc_1", "unipc_2", "unipc_3", "unipc_3_bh1"])
 def test_every_budget_is_spent_and_stable(name: str, nfe: int) -> None:
-    solution = solve(Mixture(VP()), solver=name, nfe=nfe, grid="uniform_lam", seeds=range(8), dtype=torch.float64)
+    solution = solve(
+        Mixture(VP()), solver=name, nfe=nfe, grid="uniform_lam", seeds=range(8), dtype=torch.float64
+    )
     assert solution.nfe == nfe
     assert float(solution.x.abs().max()) < 6.0
 
 
-# ------------------------------------------------------------------------------------------------------------ orders
+# ------------------------------------------------------------------------------------------- orders
 
 
 @pytest.mark.parametrize(
@@ -168,7 +189,9 @@ def test_every_budget_is_spent_and_stable(name: str, nfe: int) -> None:
 def test_orders_where_the_start_shows(solver: GridSolver, order: int) -> None:
     process, errors = VP(), []
     for n in (160, 320):
-        times = process.t_of_lam(torch.linspace(-math.log(1.5), -math.log(0.1), n + 1, dtype=torch.float64))
+        times = process.t_of_lam(
+            torch.linspace(-math.log(1.5), -math.log(0.1), n + 1, dtype=torch.float64)
+        )
         x, exact = reference(process, float(times[0]), float(times[-1]))
         y = solver.integrate(Reverse(Mixture(process)), x, times, None, finish=False).x
         errors.append(float((y - exact).norm() / exact.norm()))
@@ -182,14 +205,19 @@ def test_the_corrector_pays(p: int) -> None:
     x, exact = reference(process, float(times[0]), float(times[-1]))
     error = [
         float(
-            (UniPC(p, corrector=c).integrate(Reverse(Mixture(process)), x, times, None, finish=False).x - exact).norm()
+            (
+                UniPC(p, corrector=c)
+                .integrate(Reverse(Mixture(process)), x, times, None, finish=False)
+                .x
+                - exact
+            ).norm()
         )
         for c in (False, True)
     ]
     assert error[1] < 0.6 * error[0]
 
 
-# --------------------------------------------------------------------------------------------------- names and values
+# --------------------------------------------------------------------------------- names and values
 
 
 def test_names_that_users_know() -> None:

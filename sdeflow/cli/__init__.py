@@ -1,7 +1,7 @@
 """The command line: a thin shell over the library's functions.
 
-Exit status: 0; 1 where something failed (a damaged checkpoint, a full disk, NaN from the network) or was interrupted; 2 where
-it was asked for what cannot be (an unknown name, an impossible budget).
+Exit status: 0; 1 where something failed (a damaged checkpoint, a full disk, NaN from the network)
+or was interrupted; 2 where it was asked for what cannot be (an unknown name, an impossible budget).
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Say which version this is.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Say which version this is.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
-    """Numerical SDE and ODE solvers for diffusion models: draw samples, train, and see what there is."""
+    """Numerical SDE and ODE solvers for diffusion models: draw samples, train, and see what there
+    is.
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

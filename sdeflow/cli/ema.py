@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sdeflow._files import check_writable, write_whole
-from sdeflow.models.posthoc import MAX_ERROR, Snapshot, fit, reconstruct, select
-from sdeflow.training.run import card_markdown
+from sdeflow._utils.files import check_writable, write_whole
+from sdeflow.models.ema.posthoc import MAX_ERROR, Snapshot, fit, reconstruct, select
+from sdeflow.training.api import card_markdown
 
 STDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 EPILOG = """
@@ -24,36 +24,50 @@ Examples:
 
 
 def ema(
-    folder: Annotated[Path, typer.Argument(help="The folder of a training that stored averages of its weights.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of a training that stored averages of its weights.")
+    ],
     std: Annotated[
         float | None,
-        typer.Option(help="The average's length: the standard deviation of its profile over the training's length."),
+        typer.Option(
+            help=(
+                "The average's length: the standard deviation of its profile over the training's"
+                " length."
+            )
+        ),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Where in the training it ends (default: the last stored average).")
+        int | None,
+        typer.Option(help="Where in the training it ends (default: the last stored average)."),
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Write the network with this average, in half precision, here.")
+        Path | None,
+        typer.Option(help="Write the network with this average, in half precision, here."),
     ] = None,
     max_error: Annotated[
-        float, typer.Option(help="Refuse an average whose profile is off by more than this fraction.")
+        float,
+        typer.Option(help="Refuse an average whose profile is off by more than this fraction."),
     ] = MAX_ERROR,
 ) -> None:
     """Choose the length of the average of a training's weights after the training."""
     if std is None:
         if export is not None:
-            raise ValueError("say with --std how long the average is to be, 0.05 to 0.15 for instance")
+            raise ValueError(
+                "say with --std how long the average is to be, 0.05 to 0.15 for instance"
+            )
         typer.echo(_listing(folder, images))
         return
     if export is None:
-        raise ValueError("say with --export where to write the network, model.safetensors for instance")
+        raise ValueError(
+            "say with --export where to write the network, model.safetensors for instance"
+        )
     check_writable(export, "model")
     made = reconstruct(folder, std, images, max_error=max_error, progress=True)
     made.save(export)
     write_whole(export.with_suffix(".md"), card_markdown(made.card).encode(), "model card")
     typer.echo(
-        f"std {std:g} after {made.images} images, of {len(made.snapshots)} stored averages; its profile is off by {made.error:.2g}"
-        f"\n{export}"
+        f"std {std:g} after {made.images} images, of {len(made.snapshots)} stored averages; its"
+        f" profile is off by {made.error:.2g}\n{export}"
     )
 
 

@@ -9,16 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from sdeflow._files import check_writable
-from sdeflow.cli.options import MACHINE, DeviceOption, QuietOption, open_model, pick_classes, pick_names
-from sdeflow.distributed import this_rank
-from sdeflow.evaluation.drawn import Sampling
-from sdeflow.evaluation.metrics import ENOUGH
-from sdeflow.evaluation.run import METRICS, Evaluation, compare
-from sdeflow.evaluation.run import evaluate as run_evaluation
-from sdeflow.execution.compiled import CompileWarning
+from sdeflow._utils.distributed import this_rank
+from sdeflow._utils.files import check_writable
+from sdeflow.cli.options import (
+    MACHINE,
+    DeviceOption,
+    QuietOption,
+    open_model,
+    pick_classes,
+    pick_names,
+)
+from sdeflow.evaluation.api import METRICS, Evaluation, compare
+from sdeflow.evaluation.api import evaluate as run_evaluation
+from sdeflow.evaluation.metrics.base import ENOUGH
+from sdeflow.evaluation.sampled import Sampling
 from sdeflow.models.checkpoint import BUNDLED
-from sdeflow.start import named_device
+from sdeflow.sampling.cuda_graphs import CompileWarning
+from sdeflow.sampling.inputs import named_device
 
 WHAT, HOW = "What", "How samples of a model are drawn"
 RESULT = "evaluation.json"
@@ -47,79 +54,125 @@ def evaluate(
     samples: Annotated[
         str | None,
         typer.Argument(
-            help="A folder of 'sdeflow generate', other pictures, or a model (a bundled one, a .safetensors file)."
+            help=(
+                "A folder of 'sdeflow generate', other pictures, or a model (a bundled one, a"
+                " .safetensors file)."
+            )
         ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="A parquet file, a folder, a hub name, or stored statistics.", rich_help_panel=WHAT),
+        typer.Option(
+            help="A parquet file, a folder, a hub name, or stored statistics.", rich_help_panel=WHAT
+        ),
     ] = None,
     metrics: Annotated[
         str, typer.Option(help=f"Of {', '.join(METRICS)}, with commas.", rich_help_panel=WHAT)
     ] = "fd_cifar,precision,recall",
     floor: Annotated[
-        str | None, typer.Option(help="Other real pictures: what they score stands beside.", rich_help_panel=WHAT)
+        str | None,
+        typer.Option(
+            help="Other real pictures: what they score stands beside.", rich_help_panel=WHAT
+        ),
     ] = None,
     compare_: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            "--compare", metavar="A B", help="The distance of two sets: statistics or pictures.", rich_help_panel=WHAT
+            "--compare",
+            metavar="A B",
+            help="The distance of two sets: statistics or pictures.",
+            rich_help_panel=WHAT,
         ),
     ] = None,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="A folder that keeps the reference's statistics, which are then read.", rich_help_panel=WHAT),
+        typer.Option(
+            help="A folder that keeps the reference's statistics, which are then read.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a reference that has splits.", rich_help_panel=WHAT)] = "train",
+    split: Annotated[
+        str, typer.Option(help="Of a reference that has splits.", rich_help_panel=WHAT)
+    ] = "train",
     k: Annotated[
-        int, typer.Option(help="Nearest neighbours of precision and recall.", min=1, rich_help_panel=WHAT)
+        int,
+        typer.Option(
+            help="Nearest neighbours of precision and recall.", min=1, rich_help_panel=WHAT
+        ),
     ] = 3,
     n: Annotated[
         int | None,
-        typer.Option("--n", "-n", help="The first so many; of a model 50000 by default.", min=2, rich_help_panel=WHAT),
+        typer.Option(
+            "--n",
+            "-n",
+            help="The first so many; of a model 50000 by default.",
+            min=2,
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     reference_n: Annotated[
-        int | None, typer.Option(help="The first so many of the reference.", min=2, rich_help_panel=WHAT)
+        int | None,
+        typer.Option(help="The first so many of the reference.", min=2, rich_help_panel=WHAT),
     ] = None,
-    nfe: Annotated[int | None, typer.Option(help="Network calls a sample.", rich_help_panel=HOW)] = None,
+    nfe: Annotated[
+        int | None, typer.Option(help="Network calls a sample.", rich_help_panel=HOW)
+    ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="A name from 'sdeflow info solvers' (default: auto).", rich_help_panel=HOW)
+        str | None,
+        typer.Option(
+            help="A name from 'sdeflow info solvers' (default: auto).", rich_help_panel=HOW
+        ),
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Names or numbers, with commas, taken in turn; 'none' for no label.", rich_help_panel=HOW),
+        typer.Option(
+            help="Names or numbers, with commas, taken in turn; 'none' for no label.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first sample (default: 0).", rich_help_panel=HOW)
     ] = None,
     half: Annotated[
-        bool, typer.Option("--half", help="Run the model's network in bfloat16.", rich_help_panel=HOW)
+        bool,
+        typer.Option("--half", help="Run the model's network in bfloat16.", rich_help_panel=HOW),
     ] = False,
     compile: Annotated[
         bool,
         typer.Option(
             "--compile",
-            help="Compile the model's network (a minute or so) and run each batch as one CUDA graph.",
+            help=(
+                "Compile the model's network (a minute or so) and run each batch as one CUDA graph."
+            ),
             rich_help_panel=HOW,
         ),
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The result, JSON (default: evaluation.json, in the samples' folder).", rich_help_panel=MACHINE
+            help="The result, JSON (default: evaluation.json, in the samples' folder).",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="The file of Inception's weights; fetched without it.", rich_help_panel=MACHINE)
+        Path | None,
+        typer.Option(
+            help="The file of Inception's weights; fetched without it.", rich_help_panel=MACHINE
+        ),
     ] = None,
     cifar_weights: Annotated[
-        Path | None, typer.Option(help="Another feature network for fd_cifar.", rich_help_panel=MACHINE)
+        Path | None,
+        typer.Option(help="Another feature network for fd_cifar.", rich_help_panel=MACHINE),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1, rich_help_panel=MACHINE)] = 256,
+    batch_size: Annotated[
+        int, typer.Option(help="ImageSource at a time.", min=1, rich_help_panel=MACHINE)
+    ] = 256,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Score pictures against a reference: Frechet distances, precision, recall, and all that they depend on, as JSON."""
+    """Score pictures against a reference: Frechet distances, precision, recall, and all that they
+    depend on, as JSON.
+    """
     rank = this_rank()
     place = named_device(device)
     if (samples is None) == (compare_ is None):
@@ -128,15 +181,33 @@ def evaluate(
     if rank.first and out is not None:
         check_writable(out, "result")
     names = pick_names(metrics)
-    files: dict[str, Any] = {"weights": weights, "cifar_weights": cifar_weights, "device": place, "progress": not quiet}
-    drawing: dict[str, Any] = {"nfe": nfe, "solver": solver, "seed": seed, "compile": compile or None}
+    files: dict[str, Any] = {
+        "weights": weights,
+        "cifar_weights": cifar_weights,
+        "device": place,
+        "progress": not quiet,
+    }
+    drawing: dict[str, Any] = {
+        "nfe": nfe,
+        "solver": solver,
+        "seed": seed,
+        "compile": compile or None,
+    }
     drawing["classes"] = None if classes is None else pick_classes(classes)
     drawing = {key: value for key, value in drawing.items() if value is not None}
     named = [*drawing, *(["half"] if half else [])]
     if compare_ is not None:
-        others = {"reference": reference, "floor": floor, "statistics": statistics, "n": n, "reference-n": reference_n}
+        others = {
+            "reference": reference,
+            "floor": floor,
+            "statistics": statistics,
+            "n": n,
+            "reference-n": reference_n,
+        }
         if named := [*(name for name, value in others.items() if value is not None), *named]:
-            raise ValueError(f"{_options(named)}: --compare takes two sets as they are; leave that out")
+            raise ValueError(
+                f"{_options(named)}: --compare takes two sets as they are; leave that out"
+            )
         given = [name for name in names if name in ("fid", "fd_cifar")]
         result = compare(*compare_, given[0] if given else "fd_cifar", split=split, **files)
     else:
@@ -148,11 +219,13 @@ def evaluate(
             sampling = Sampling(n=n or ENOUGH, batch_size=batch_size, model=samples, **drawing)
         elif not Path(samples).exists() and samples.count("/") != 1:
             raise ValueError(
-                f"{samples!r} is neither a folder or file of pictures nor a model: those are {', '.join(sorted(BUNDLED))}, "
-                "and .safetensors files that sdeflow train wrote"
+                f"{samples!r} is neither a folder or file of pictures nor a model: those are"
+                f" {', '.join(sorted(BUNDLED))}, and .safetensors files that sdeflow train wrote"
             )
         elif named:
-            raise ValueError(f"{_options(named)}: how samples are drawn is for a model; {samples} is none")
+            raise ValueError(
+                f"{_options(named)}: how samples are drawn is for a model; {samples} is none"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompileWarning)  # the summary says it
             result = run_evaluation(

@@ -1,4 +1,6 @@
-"""The command `sdeflow generate`: many pictures into a folder, on as many processes as torchrun starts."""
+"""The command `sdeflow generate`: many pictures into a folder, on as many processes as torchrun
+starts.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from typing import Annotated
 import typer
 
 from sdeflow import registry
+from sdeflow._utils.distributed import this_rank
 from sdeflow.cli.options import (
     HOW,
     MACHINE,
@@ -28,11 +31,10 @@ from sdeflow.cli.options import (
     pick_classes,
     pick_solver,
 )
-from sdeflow.distributed import this_rank
-from sdeflow.execution.compiled import CompileWarning
-from sdeflow.generate.run import SHARD_SIZE
-from sdeflow.generate.run import generate as run
-from sdeflow.start import check_device, named_device
+from sdeflow.generate.api import SHARD_SIZE
+from sdeflow.generate.api import generate as run
+from sdeflow.sampling.cuda_graphs import CompileWarning
+from sdeflow.sampling.inputs import check_device, named_device
 
 EPILOG = """
 Examples:
@@ -60,16 +62,32 @@ class Kind(StrEnum):
 
 
 def generate(
-    out: Annotated[Path, typer.Option(help="The folder for the pictures; new, or one that this command goes on with.")],
-    n: Annotated[int, typer.Option("--n", "-n", help="How many pictures the folder is to hold.", min=1)] = 50_000,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder for the pictures; new, or one that this command goes on with."
+        ),
+    ],
+    n: Annotated[
+        int, typer.Option("--n", "-n", help="How many pictures the folder is to hold.", min=1)
+    ] = 50_000,
     classes: Annotated[
         str,
         typer.Option(
-            help="Names or numbers of classes, with commas; picture i takes its turn. 'all' of them, or 'none' for no label."
+            help=(
+                "Names or numbers of classes, with commas; picture i takes its turn. 'all' of them,"
+                " or 'none' for no label."
+            )
         ),
     ] = "all",
     format: Annotated[
-        Kind, typer.Option(help="png: a file a picture; npz: arrays, a file a shard; parquet: as data sets are kept.")
+        Kind,
+        typer.Option(
+            help=(
+                "png: a file a picture; npz: arrays, a file a shard; parquet: as data sets are"
+                " kept."
+            )
+        ),
     ] = Kind.png,
     solver: SolverOption = "auto",
     nfe: NfeOption = None,
@@ -77,18 +95,25 @@ def generate(
     grid: GridOption = None,
     rtol: RtolOption = None,
     noise: NoiseOption = "seeded",
-    seed: Annotated[int, typer.Option(help="Seed of picture 0; picture i has seed + i.", rich_help_panel=HOW)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of picture 0; picture i has seed + i.", rich_help_panel=HOW)
+    ] = 0,
     model: ModelOption = "cifar10",
     shard_size: Annotated[
         int,
         typer.Option(
-            help="Pictures a shard: what is written at once, and lost by a kill.", min=1, rich_help_panel=MACHINE
+            help="ImageSource a shard: what is written at once, and lost by a kill.",
+            min=1,
+            rich_help_panel=MACHINE,
         ),
     ] = SHARD_SIZE,
     batch_size: Annotated[
         str | None,
         typer.Option(
-            help="At most so many at a time (default: 512 on a GPU, else 64); auto: what fits into memory.",
+            help=(
+                "At most so many at a time (default: 512 on a GPU, else 64); auto: what fits into"
+                " memory."
+            ),
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -102,11 +127,16 @@ def generate(
     compile: CompileOption = False,
     half: HalfOption = False,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Stop after this long; the same command goes on.", rich_help_panel=MACHINE)
+        float | None,
+        typer.Option(
+            help="Stop after this long; the same command goes on.", rich_help_panel=MACHINE
+        ),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Write many pictures into a folder: the same ones on one process or many; stops and goes on at any moment."""
+    """Write many pictures into a folder: the same ones on one process or many; stops and goes on at
+    any moment.
+    """
     method, size = pick_solver(solver, rtol), pick_batch_size(batch_size)
     along = None if process is None else registry.process(process)
     rank = this_rank()

@@ -31,7 +31,9 @@ class Topic(StrEnum):
     checkpoints = "checkpoints"
 
 
-def info(topic: Annotated[Topic | None, typer.Argument(help="One of them; all by default.")] = None) -> None:
+def info(
+    topic: Annotated[Topic | None, typer.Argument(help="One of them; all by default.")] = None,
+) -> None:
     """Tell what there is: processes, solvers, grids and checkpoints."""
     tables = {
         Topic.processes: _processes,
@@ -56,15 +58,25 @@ def _solvers() -> str:
     rows = []
     for entry in registry.SOLVERS.values():
         solver = entry.make()
-        kind = "adaptive" if solver.adaptive else "stochastic" if solver.stochastic else "deterministic"
+        kind = (
+            "adaptive"
+            if solver.adaptive
+            else "stochastic"
+            if solver.stochastic
+            else "deterministic"
+        )
         rows.append([*_names(entry), str(solver.order), kind, solver.cost, solver.source])
     table = _align(["name", "also", "order", "kind", "calls", "source"], rows)
-    return f"{table}\n\ntorchdiffeq:METHOD and torchsde:METHOD reach every method of those libraries, as in torchdiffeq:dopri8"
+    return (
+        f"{table}\n\ntorchdiffeq:METHOD and torchsde:METHOD reach every method of those libraries,"
+        " as in torchdiffeq:dopri8"
+    )
 
 
 def _grids() -> str:
     return _align(
-        ["name", "also", "what it is"], [[*_names(entry), entry.summary] for entry in registry.GRIDS.values()]
+        ["name", "also", "what it is"],
+        [[*_names(entry), entry.summary] for entry in registry.GRIDS.values()],
     )
 
 
@@ -79,7 +91,11 @@ def _checkpoints() -> str:
             "shape": denoiser.shape,
             "nsr": f"{low:g} to {high:g}",
             "classes": ", ".join(denoiser.class_names),
-            **{key: value for key, value in denoiser.card.items() if isinstance(value, str | int | float)},
+            **{
+                key: value
+                for key, value in denoiser.card.items()
+                if isinstance(value, str | int | float)
+            },
         }
         parts.append("\n".join([name, *(f"  {key:<22} {value}" for key, value in facts.items())]))
     return "\n\n".join(parts)
@@ -95,6 +111,8 @@ def _align(head: list[str], rows: list[list[str]]) -> str:
     lines = []
     for row in [head, *rows]:
         lines.append(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
+            ).rstrip()
         )
     return "\n".join(lines)

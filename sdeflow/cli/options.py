@@ -10,33 +10,51 @@ import typer
 
 from sdeflow import registry
 from sdeflow.models.checkpoint import Pretrained, load
+from sdeflow.solvers.adaptive.step_size import PerSample
 from sdeflow.solvers.base import Solver
-from sdeflow.solvers.control import PerSample
 
 HOW, MACHINE = "How", "Machine and files"
 
-SolverOption = Annotated[str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)]
+SolverOption = Annotated[
+    str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)
+]
 NfeOption = Annotated[
     int | None,
-    typer.Option(help="Network calls, exactly (default: 35; not for adaptive solvers).", rich_help_panel=HOW),
+    typer.Option(
+        help="Network calls, exactly (default: 35; not for adaptive solvers).", rich_help_panel=HOW
+    ),
 ]
 ProcessOption = Annotated[
     str | None,
-    typer.Option(help="A name from 'sdeflow info processes' (default: the model's own).", rich_help_panel=HOW),
+    typer.Option(
+        help="A name from 'sdeflow info processes' (default: the model's own).", rich_help_panel=HOW
+    ),
 ]
 GridOption = Annotated[
     str | None,
-    typer.Option(help="A name from 'sdeflow info grids' (default: what suits model and process).", rich_help_panel=HOW),
+    typer.Option(
+        help="A name from 'sdeflow info grids' (default: what suits model and process).",
+        rich_help_panel=HOW,
+    ),
 ]
 RtolOption = Annotated[
-    float | None, typer.Option(help="Tolerance of an adaptive solver (default: 1e-3).", rich_help_panel=HOW)
+    float | None,
+    typer.Option(help="Tolerance of an adaptive solver (default: 1e-3).", rich_help_panel=HOW),
 ]
-NoiseOption = Annotated[str, typer.Option(help="seeded, or brownian: the same path at every NFE.", rich_help_panel=HOW)]
+NoiseOption = Annotated[
+    str, typer.Option(help="seeded, or brownian: the same path at every NFE.", rich_help_panel=HOW)
+]
 ModelOption = Annotated[
-    str, typer.Option(help="A bundled model or a file that 'sdeflow train' wrote.", rich_help_panel=MACHINE)
+    str,
+    typer.Option(
+        help="A bundled model or a file that 'sdeflow train' wrote.", rich_help_panel=MACHINE
+    ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", rich_help_panel=MACHINE)
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", rich_help_panel=MACHINE
+    ),
 ]
 CompileOption = Annotated[
     bool,
@@ -46,17 +64,25 @@ CompileOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
-HalfOption = Annotated[bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)]
+HalfOption = Annotated[
+    bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)
+]
 
 
 def pick_solver(name: str, rtol: float | None) -> Solver:
-    """The solver of a name, with a tolerance where one is given; `ValueError` for one that takes none."""
+    """The solver of a name, with a tolerance where one is given; `ValueError` for one that takes
+    none.
+    """
     method = registry.solver(name)
     if rtol is None:
         return method
     if not isinstance(method, PerSample):
-        raise ValueError(f"--rtol is the tolerance of an adaptive solver, such as rk45; {name} takes --nfe")
+        raise ValueError(
+            f"--rtol is the tolerance of an adaptive solver, such as rk45; {name} takes --nfe"
+        )
     return replace(method, rtol=rtol, atol=rtol)
 
 
@@ -80,6 +106,8 @@ def pick_classes(text: str) -> Literal["all", "none"] | list[str]:
 
 
 def open_model(name: str, device: torch.device, half: bool, compile: bool) -> Pretrained:
-    """The model of a name or a file, in float32 or bfloat16; compiled where that serves: on a GPU."""
+    """The model of a name or a file, in float32 or bfloat16; compiled where that serves: on a
+    GPU.
+    """
     dtype = torch.bfloat16 if half else torch.float32
     return load(name, device, dtype, compile=compile and device.type == "cuda")

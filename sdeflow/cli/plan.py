@@ -1,4 +1,6 @@
-"""The command `sdeflow plan`: a solver over a grid as a table of numbers, checked, drawn and saved."""
+"""The command `sdeflow plan`: a solver over a grid as a table of numbers, checked, drawn and
+saved.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sdeflow import registry
-from sdeflow._files import check_writable
+from sdeflow._utils.files import check_writable
 from sdeflow.errors import BudgetError, SolverError
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
@@ -30,26 +32,44 @@ Examples:
 
 
 def plan(
-    solver: Annotated[str, typer.Option(help="A name from 'sdeflow info solvers' that steps over a grid.")] = "auto",
+    solver: Annotated[
+        str, typer.Option(help="A name from 'sdeflow info solvers' that steps over a grid.")
+    ] = "auto",
     process: Annotated[str, typer.Option(help="A name from 'sdeflow info processes'.")] = "edm",
     nfe: Annotated[int, typer.Option(help="Network calls, exactly.")] = 9,
     grid: Annotated[
-        str | None, typer.Option(help="A name from 'sdeflow info grids' (default: what suits solver and process).")
+        str | None,
+        typer.Option(
+            help="A name from 'sdeflow info grids' (default: what suits solver and process)."
+        ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Take the plan in this file instead; it brings its solver, process and grid.")
+        Path | None,
+        typer.Option(
+            help="Take the plan in this file instead; it brings its solver, process and grid."
+        ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Say how consistent it is, and which polynomials its steps reproduce.")
+        bool,
+        typer.Option(
+            "--check", help="Say how consistent it is, and which polynomials its steps reproduce."
+        ),
     ] = False,
     frame: Annotated[
         str, typer.Option(help="Predictions as x0, eps, v or flow, in the matrix and the picture.")
     ] = "x0",
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Print the unrolled matrix: every call's input in terms of the start.")
+        bool,
+        typer.Option(
+            "--matrix", help="Print the unrolled matrix: every call's input in terms of the start."
+        ),
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw it into this PNG; needs matplotlib.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Save it here: as safetensors if it ends so, else as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it into this PNG; needs matplotlib.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Save it here: as safetensors if it ends so, else as JSON.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not print the table.")] = False,
 ) -> None:
     """Show a solver as what is executed: a table of numbers."""
@@ -80,13 +100,16 @@ def _trace(name: str, process: Process, nfe: int, grid: str | None) -> Plan:
     method = registry.solver(name)
     if not isinstance(method, GridSolver):
         raise ValueError(
-            f"{name} chooses its steps by the state, and has no plan; sdeflow info solvers names those that have"
+            f"{name} chooses its steps by the state, and has no plan; sdeflow info solvers names"
+            " those that have"
         )
     levels = method.levels(nfe)
     laid = grid or method.default_grid or process.default_grid
     times = registry.grid_function(laid)(process, levels)
     if len(times) != levels:
-        raise BudgetError(f"the grid {laid} laid {len(times)} levels; {name} needs {levels} for nfe={nfe}")
+        raise BudgetError(
+            f"the grid {laid} laid {len(times)} levels; {name} needs {levels} for nfe={nfe}"
+        )
     try:
         return method.plan(process, times)
     except SolverError as error:  # a clock without a reading at the end of time, say

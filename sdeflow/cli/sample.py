@@ -11,7 +11,7 @@ import typer
 from torch import Tensor
 
 from sdeflow import images, registry
-from sdeflow._files import check_writable
+from sdeflow._utils.files import check_writable
 from sdeflow.cli.options import (
     HOW,
     MACHINE,
@@ -32,11 +32,11 @@ from sdeflow.cli.options import (
     pick_solver,
 )
 from sdeflow.errors import unknown
-from sdeflow.execution.compiled import CompileWarning
 from sdeflow.models.checkpoint import Pretrained
-from sdeflow.sampling import solve
+from sdeflow.sampling.api import solve
+from sdeflow.sampling.cuda_graphs import CompileWarning
+from sdeflow.sampling.inputs import named_device
 from sdeflow.solvers.base import Solution
-from sdeflow.start import named_device
 
 EPILOG = """
 Examples:
@@ -60,7 +60,10 @@ def sample(
     classes: Annotated[
         str | None,
         typer.Option(
-            help="Names or numbers of classes, with commas; taken in turn. All of them by default; 'none' for no label."
+            help=(
+                "Names or numbers of classes, with commas; taken in turn. All of them by default;"
+                " 'none' for no label."
+            )
         ),
     ] = None,
     solver: SolverOption = "auto",
@@ -69,18 +72,24 @@ def sample(
     grid: GridOption = None,
     rtol: RtolOption = None,
     noise: NoiseOption = "seeded",
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others follow.", rich_help_panel=HOW)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first picture; the others follow.", rich_help_panel=HOW)
+    ] = 0,
     model: ModelOption = "cifar10",
-    out: Annotated[Path, typer.Option(help="The picture to write, PNG.", rich_help_panel=MACHINE)] = Path(
-        "samples.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="The picture to write, PNG.", rich_help_panel=MACHINE)
+    ] = Path("samples.png"),
     gif: Annotated[
         Path | None,
-        typer.Option(help="Write the predictions of x0 over time here too, as GIF.", rich_help_panel=MACHINE),
+        typer.Option(
+            help="Write the predictions of x0 over time here too, as GIF.", rich_help_panel=MACHINE
+        ),
     ] = None,
     batch_size: Annotated[
         str | None,
-        typer.Option(help="At most so many at a time; auto: what fits into memory.", rich_help_panel=MACHINE),
+        typer.Option(
+            help="At most so many at a time; auto: what fits into memory.", rich_help_panel=MACHINE
+        ),
     ] = None,
     device: DeviceOption = "auto",
     compile: CompileOption = False,
@@ -92,7 +101,8 @@ def sample(
         if path is not None:
             if path.suffix.lower() not in ("", suffix):
                 raise ValueError(
-                    f"{option} is written as {suffix[1:].upper()}: call it {path.with_suffix(suffix)}, not {path}"
+                    f"{option} is written as {suffix[1:].upper()}: call it"
+                    f" {path.with_suffix(suffix)}, not {path}"
                 )
             check_writable(path, "picture")
     method, size = pick_solver(solver, rtol), pick_batch_size(batch_size)
@@ -101,7 +111,10 @@ def sample(
     denoiser = open_model(model, place, half, compile)
     labels, names, columns = _classes(classes, n, denoiser)
     if not quiet:
-        typer.echo(f"{model}: {n} pictures of {'x'.join(map(str, denoiser.shape or ()))} on {place}", err=True)
+        typer.echo(
+            f"{model}: {n} pictures of {'x'.join(map(str, denoiser.shape or ()))} on {place}",
+            err=True,
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompileWarning)  # the summary says it
         solution = solve(
@@ -121,14 +134,23 @@ def sample(
         typer.echo(f"written  {out}" + (f", {gif}" if gif is not None else ""))
 
 
-def _classes(classes: str | None, n: int, denoiser: Pretrained) -> tuple[Tensor | None, list[str] | None, int | None]:
+def _classes(
+    classes: str | None, n: int, denoiser: Pretrained
+) -> tuple[Tensor | None, list[str] | None, int | None]:
     """The label of every picture, its name, and the columns of the picture."""
     if not denoiser.num_classes:
         if classes not in (None, "none"):
-            raise ValueError("this model is unconditional: it knows no classes; leave --classes out")
+            raise ValueError(
+                "this model is unconditional: it knows no classes; leave --classes out"
+            )
         return None, None, None
-    known = [*denoiser.class_names, *map(str, range(len(denoiser.class_names), denoiser.num_classes))]
-    numbers = {name.lower(): i for i, name in enumerate(known)} | {str(i): i for i in range(denoiser.num_classes)}
+    known = [
+        *denoiser.class_names,
+        *map(str, range(len(denoiser.class_names), denoiser.num_classes)),
+    ]
+    numbers = {name.lower(): i for i, name in enumerate(known)} | {
+        str(i): i for i in range(denoiser.num_classes)
+    }
     if classes == "none":
         return torch.full((n,), denoiser.num_classes), None, None
     asked = known if classes is None or classes == "all" else pick_names(classes)
@@ -144,11 +166,15 @@ def _classes(classes: str | None, n: int, denoiser: Pretrained) -> tuple[Tensor 
 
 def _caption(solution: Solution) -> str:
     name, process = type(solution.solver).__name__, type(solution.process).__name__
-    return f"{name}, {process}, NFE {solution.nfe}, seeds {solution.seeds[0]} to {solution.seeds[-1]}"
+    return (
+        f"{name}, {process}, NFE {solution.nfe}, seeds {solution.seeds[0]} to {solution.seeds[-1]}"
+    )
 
 
 def _facts(solution: Solution, model: str, denoiser: Pretrained, half: bool) -> dict[str, Any]:
-    """How the pictures were made, to travel in the file; nothing that differs between two equal runs."""
+    """How the pictures were made, to travel in the file; nothing that differs between two equal
+    runs.
+    """
     return {
         "model": model, "solver": repr(solution.solver), "process": repr(solution.process), "grid": solution.grid,
         "nfe": solution.nfe, "seeds": list(solution.seeds), "noise": solution.noise, "version": solution.version,

@@ -1,5 +1,5 @@
 """Scores of pictures against a reference."""
 
-from sdeflow.evaluation.run import Evaluation, evaluate
+from sdeflow.evaluation.api import Evaluation, evaluate
 
 __all__ = ["Evaluation", "evaluate"]

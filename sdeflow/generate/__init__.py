@@ -1,5 +1,5 @@
-"""Pictures by the ten thousand."""
+"""ImageSource by the ten thousand."""
 
-from sdeflow.generate.run import Generated, generate
+from sdeflow.generate.api import GenerationResult, generate
 
-__all__ = ["Generated", "generate"]
+__all__ = ["GenerationResult", "generate"]

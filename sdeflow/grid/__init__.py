@@ -1,15 +1,16 @@
-r"""Time grids: where a solver's levels stand. Float64 on the CPU, decreasing, `n` levels from `t_max` to `t_min`.
+r"""Time grids: where a solver's levels stand. Float64 on the CPU, decreasing, `n` levels from
+`t_max` to `t_min`.
 
-Every grid is a function `grid(process, n, *, t_min=None, t_max=None, ...)`; any function of that form, or any strictly
-monotone vector of times, serves as `grid=` too and is honoured exactly. The step from the last level to zero noise is the
-solver's `finish`; no grid holds zero.
+Every grid is a function `grid(process, n, *, t_min=None, t_max=None, ...)`; any function of that
+form, or any strictly monotone vector of times, serves as `grid=` too and is honoured exactly. The
+step from the last level to zero noise is the solver's `finish`; no grid holds zero.
 
-A grid in the noise-to-signal ratio needs a finite top. Where `nsr(t_max)` is infinite, or beyond `NSR_TOP`, the grid is laid
-from `NSR_TOP` down and `t_max` itself stands in front.
+A grid in the noise-to-signal ratio needs a finite top. Where `nsr(t_max)` is infinite, or beyond
+`NSR_TOP`, the grid is laid from `NSR_TOP` down and `t_max` itself stands in front.
 """
 
-from sdeflow.grid.budget import auto
-from sdeflow.grid.clocks import (
+from sdeflow.grid.base import NSR_TOP, GridFunction
+from sdeflow.grid.continuous import (
     cosine_t,
     dense_lam,
     flow_shift,
@@ -35,9 +36,15 @@ from sdeflow.grid.discrete import (
     simple,
     trailing,
 )
-from sdeflow.grid.laying import NSR_TOP, GridFunction
 from sdeflow.grid.tables import ALIGN_YOUR_STEPS, Table, align_your_steps, table
-from sdeflow.grid.wrappers import Shifted, WithoutLast, shift_of_pixels, shift_of_tokens, shifted, without_last
+from sdeflow.grid.wrappers import (
+    Shifted,
+    WithoutLast,
+    shift_of_pixels,
+    shift_of_tokens,
+    shifted,
+    without_last,
+)
 
 ON_A_TABLE = (quadratic, leading, trailing, linspace, ddim_uniform)
 """The grids that stand on the entries of a table of betas, and need one."""
@@ -51,7 +58,6 @@ __all__ = [
     "Table",
     "WithoutLast",
     "align_your_steps",
-    "auto",
     "beta_quantiles",
     "cosine_t",
     "ddim_uniform",

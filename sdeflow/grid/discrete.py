@@ -1,4 +1,6 @@
-"""Grids on the entries of a table of betas, and the schedules of image programs that are measured in its index."""
+"""Grids on the entries of a table of betas, and the schedules of image programs that are measured
+in its index.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,25 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import GridError
-from sdeflow.grid.clocks import uniform_t
-from sdeflow.grid.laying import count, ends, falling, in_nsr, positive, ramp
+from sdeflow.grid.base import count, ends, falling, in_nsr, positive, ramp
+from sdeflow.grid.continuous import uniform_t
 from sdeflow.grid.quantiles import beta_quantile
 from sdeflow.process import FromBetas, Process
 
 
-def _table_of(process: Process, n: int, t_min: float | None, t_max: float | None) -> tuple[FromBetas, int]:
+def _table_of(
+    process: Process, n: int, t_min: float | None, t_max: float | None
+) -> tuple[FromBetas, int]:
     """The table behind a discrete grid, and how many of its entries lie at or below `t_max`."""
     if not isinstance(process, FromBetas):
         raise GridError(
-            f"this grid stands on the entries of a table of betas; {type(process).__name__} has none: "
-            "use uniform_t, or Process.from_betas"
+            f"this grid stands on the entries of a table of betas; {type(process).__name__} has"
+            " none: use uniform_t, or Process.from_betas"
         )
     if t_min is not None and t_min > process.t_min:
         raise GridError(
-            f"grids on a table run down to its first entry, t={process.t_min:g}; for t_min={t_min:g} use uniform_t"
+            f"grids on a table run down to its first entry, t={process.t_min:g}; for"
+            f" t_min={t_min:g} use uniform_t"
         )
     size = len(process.betas)
     if t_max is not None:
@@ -43,33 +48,47 @@ def leading(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Entries `j floor(N/m) + offset` of the table, counted from 0, `m = n + spare`: of these the upper `n`; never the last entry.
+    """Entries `j floor(N/m) + offset` of the table, counted from 0, `m = n + spare`: of these the
+    upper `n`; never the last entry.
 
-    Source: DDIM (Song et al., 2020); Stable Diffusion takes an offset of 1, the DPM-Solver schedulers of diffusers a spare level.
+    Source: DDIM (Song et al., 2020); Stable Diffusion takes an offset of 1, the DPM-Solver
+    schedulers of diffusers a spare level.
     """
     table, size = _table_of(process, n, t_min, t_max)
     stride = size // (n + spare) if n + spare > 0 else 0
-    if spare < 0 or stride < 1 or not 0 <= offset < max(stride, 2) or (n + spare - 1) * stride + offset >= size:
+    if (
+        spare < 0
+        or stride < 1
+        or not 0 <= offset < max(stride, 2)
+        or (n + spare - 1) * stride + offset >= size
+    ):
         raise GridError(
-            f"leading spacing with {n} and {spare} spare levels on {size} entries takes an offset from 0 to "
-            f"{max(min(stride - 1, size - 1 - (n + spare - 1) * stride), 0)}, and spare levels from 0 to {size - n}; "
-            f"got offset={offset}"
+            f"leading spacing with {n} and {spare} spare levels on {size} entries takes an offset"
+            f" from 0 to {max(min(stride - 1, size - 1 - (n + spare - 1) * stride), 0)}, and spare"
+            f" levels from 0 to {size - n}; got offset={offset}"
         )
     return table.time(torch.arange(n + spare - 1, spare - 1, -1) * stride + offset)
 
 
-def ddim_uniform(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+def ddim_uniform(
+    process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
     """Entries `j floor(N/n) + 1` of the table: `leading` with Stable Diffusion's offset.
 
-    ComfyUI's list of that name goes on beyond `n` levels where `n` does not divide the table; here it has `n`.
+    ComfyUI's list of that name goes on beyond `n` levels where `n` does not divide the table; here
+    it has `n`.
 
     Source: DDIM (Song et al., 2020), as latent diffusion counts (Rombach et al., 2022).
     """
     _, size = _table_of(process, n, t_min, t_max)
-    return leading(process, n, offset=int((n - 1) * (size // n) + 1 < size), t_min=t_min, t_max=t_max)
+    return leading(
+        process, n, offset=int((n - 1) * (size // n) + 1 < size), t_min=t_min, t_max=t_max
+    )
 
 
-def trailing(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+def trailing(
+    process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
     """Entries `round(N - j N/n) - 1`: starts at the last, right for few steps.
 
     Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed" (2023).
@@ -78,34 +97,52 @@ def trailing(process: Process, n: int, *, t_min: float | None = None, t_max: flo
     return table.time(torch.round(size - torch.arange(n, dtype=torch.float64) * size / n) - 1)
 
 
-def linspace(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+def linspace(
+    process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
     """Entries `round(linspace(N - 1, 0, n))`, both ends included. Source: improved DDPM (2021)."""
     table, size = _table_of(process, n, t_min, t_max)
     return table.time(torch.round((size - 1) * (1.0 - ramp(n))))
 
 
-def quadratic(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
-    """Entries nearest to `(N - 1) u^2`, `u` uniform from 1 to 0, no entry twice. Source: DDIM (Song et al., 2020), section D.2."""
+def quadratic(
+    process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
+    """Entries nearest to `(N - 1) u^2`, `u` uniform from 1 to 0, no entry twice. Source: DDIM (Song
+    et al., 2020), section D.2.
+    """
     table, size = _table_of(process, n, t_min, t_max)
-    up = torch.round((size - 1) * ramp(n) ** 2) if n > 1 else torch.tensor([size - 1.0], dtype=torch.float64)
+    up = (
+        torch.round((size - 1) * ramp(n) ** 2)
+        if n > 1
+        else torch.tensor([size - 1.0], dtype=torch.float64)
+    )
     # Rounding merges the smallest entries; j distinct ones below need at least index j.
     return table.time(torch.maximum(up, torch.arange(n, dtype=torch.float64)).flip(0))
 
 
-# --------------------------------------------------------------------- one step short of the end, under any process
+# ----------------------------------------------------- one step short of the end, under any process
 
 
-def _to_zero(process: Process, n: int, t_min: float | None, t_max: float | None) -> tuple[float, float]:
-    """`(end, high)` of a grid whose last step, to zero noise, is one of its steps: it ends at `t = 0`, or at a given `t_min`."""
+def _to_zero(
+    process: Process, n: int, t_min: float | None, t_max: float | None
+) -> tuple[float, float]:
+    """`(end, high)` of a grid whose last step, to zero noise, is one of its steps: it ends at
+    `t = 0`, or at a given `t_min`.
+    """
     count(n)
     low, high = ends(process, n, t_min, t_max)
     return (min(low, 0.0) if t_min is None else low), high
 
 
-def simple(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
-    """`n` equal steps in time from the start to `t = 0`, of which the solver's last is the step to zero noise: `t_max (1 - j/n)`.
+def simple(
+    process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
+    """`n` equal steps in time from the start to `t = 0`, of which the solver's last is the step to
+    zero noise: `t_max (1 - j/n)`.
 
-    On a table of betas the entries `N - 1 - floor(j N/n)`: `trailing` but for the rounding. With `t_min`, the steps end there.
+    On a table of betas the entries `N - 1 - floor(j N/n)`: `trailing` but for the rounding. With
+    `t_min`, the steps end there.
 
     Source: ComfyUI's "simple"; the grid of flow models in practice.
     """
@@ -116,7 +153,9 @@ def simple(process: Process, n: int, *, t_min: float | None = None, t_max: float
     return high + torch.arange(n, dtype=torch.float64) / n * (end - high)
 
 
-def sgm_uniform(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+def sgm_uniform(
+    process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+) -> Tensor:
     """Uniform in time to `t_min`, and without that last level: the first `n` of `n + 1`.
 
     Source: Stability AI's generative models, ComfyUI's "sgm_uniform".
@@ -134,19 +173,27 @@ def linear_quadratic(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Equal small steps in time over the first `threshold` of the way, then a parabola to `t = 0` with the same slope.
+    """Equal small steps in time over the first `threshold` of the way, then a parabola to `t = 0`
+    with the same slope.
 
-    `linear_steps` are small, by default half of `n`; the last of the `n` steps is the solver's step to zero noise. With `t_min`,
-    the steps end there.
+    `linear_steps` are small, by default half of `n`; the last of the `n` steps is the solver's step
+    to zero noise. With `t_min`, the steps end there.
 
-    Source: Polyak et al., "Movie Gen" (2024), for flows, from one network's finer grid; ComfyUI's "linear_quadratic".
+    Source: Polyak et al., "Movie Gen" (2024), for flows, from one network's finer grid; ComfyUI's
+    "linear_quadratic".
     """
     end, high = _to_zero(process, n, t_min, t_max)
     linear = n // 2 if linear_steps is None else linear_steps
     if isinstance(linear, bool) or not isinstance(linear, int) or not (0 <= linear < n or n == 1):
-        raise GridError(f"linear_quadratic with {n} levels takes 0 to {n - 1} linear steps; got {linear_steps!r}")
+        raise GridError(
+            f"linear_quadratic with {n} levels takes 0 to {n - 1} linear steps; got"
+            f" {linear_steps!r}"
+        )
     if not 0 < threshold < 1:
-        raise GridError(f"linear_quadratic needs a threshold between 0 and 1, a part of the way; got {threshold}")
+        raise GridError(
+            "linear_quadratic needs a threshold between 0 and 1, a part of the way; got"
+            f" {threshold}"
+        )
     i = torch.arange(n, dtype=torch.float64)
     slope = threshold / linear if linear else 0.0
     bend = (1.0 - slope * n) / (n - linear) ** 2
@@ -167,8 +214,9 @@ def beta_quantiles(
 ) -> Tensor:
     """Quantiles of a beta distribution, in time: fine at both ends, for `alpha` and `beta` below 1.
 
-    As ComfyUI's "beta", the first `n` of `n + 1` levels, the step to zero noise in the place of the last; not rounded to entries
-    of a table. diffusers' `use_beta_sigmas` takes them in nsr, with the last: `clock="nsr", last=True`.
+    As ComfyUI's "beta", the first `n` of `n + 1` levels, the step to zero noise in the place of the
+    last; not rounded to entries of a table. diffusers' `use_beta_sigmas` takes them in nsr, with
+    the last: `clock="nsr", last=True`.
 
     Source: Lee et al., "Beta sampling is all you need" (2024).
     """

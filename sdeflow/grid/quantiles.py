@@ -7,20 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from sdeflow._math import monotone_root
+from sdeflow._utils.math import monotone_root
 
 
 def beta_cdf(x: Tensor, a: float, b: float) -> Tensor:
     r"""The regularised incomplete beta function $I_x(a, b)$ for `x` in [0, 1], to some 1e-14.
 
     Its continued fraction by Lentz's method, on the side of the mean where it converges fast.
-    Source: Didonato & Morris, "Significant digit computation of the incomplete beta function ratios" (1992).
+    Source: Didonato & Morris, "Significant digit computation of the incomplete beta function
+    ratios" (1992).
     """
     flip = x > (a + 1.0) / (a + b + 2.0)
     z = torch.where(flip, 1.0 - x, x)
     p = torch.full_like(x, a).masked_fill(flip, b)
     q = torch.full_like(x, b).masked_fill(flip, a)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + p * z.log() + q * (-z).log1p()
+    log_front = (
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + p * z.log() + q * (-z).log1p()
+    )
     value = torch.exp(log_front) / p * _fraction(z, p, q)
     value = torch.where(z > 0, value, torch.zeros_like(value))
     return torch.where(flip, 1.0 - value, value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import GridError, unknown
-from sdeflow.grid.laying import count, ends, falling, ramp
+from sdeflow.grid.base import count, ends, falling, ramp
 from sdeflow.process import Process
 
 _CLOSE = math.log(1.02)
@@ -29,13 +29,14 @@ ALIGN_YOUR_STEPS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A grid that is a list of noise-to-signal ratios, or of times, and interpolates it where another number is asked for.
+    """A grid that is a list of noise-to-signal ratios, or of times, and interpolates it where
+    another number is asked for.
 
         solve(model, solver="dpmpp_2m", nfe=10, grid=grid.table([14.6, 3.9, 1.9, 0.96, 0.4, 0.03]))
 
-    As many levels as `values` are those values. Other numbers are read off the line through them over the index: through the
-    logarithms of nsr, or through the times. Without `last`, `n` levels are the first of `n + 1`: the step to zero noise stands
-    in the place of the last.
+    As many levels as `values` are those values. Other numbers are read off the line through them
+    over the index: through the logarithms of nsr, or through the times. Without `last`, `n` levels
+    are the first of `n + 1`: the step to zero noise stands in the place of the last.
 
     It runs between its own ends, cut to the process's. A `t_max` or `t_min` given is met exactly.
 
@@ -48,19 +49,31 @@ class Table:
 
     def __post_init__(self) -> None:
         if self.of not in ("nsr", "t"):
-            raise GridError(f'a table holds noise-to-signal ratios, of="nsr", or times, of="t"; got of={self.of!r}')
+            raise GridError(
+                'a table holds noise-to-signal ratios, of="nsr", or times, of="t"; got'
+                f" of={self.of!r}"
+            )
         given = np.asarray(self.values, dtype=np.float64)
         fine = (
-            given.ndim == 1 and len(given) > 1 and bool(np.isfinite(given).all()) and bool((np.diff(given) < 0).all())
+            given.ndim == 1
+            and len(given) > 1
+            and bool(np.isfinite(given).all())
+            and bool((np.diff(given) < 0).all())
         )
         if not fine or (self.of == "nsr" and given[-1] <= 0):
             raise GridError(
                 "a table is a list of at least two finite numbers that fall strictly"
-                + (" and are positive (zero is the solver's own last step)" if self.of == "nsr" else "")
+                + (
+                    " and are positive (zero is the solver's own last step)"
+                    if self.of == "nsr"
+                    else ""
+                )
                 + f"; got {self.values}"
             )
 
-    def __call__(self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+    def __call__(
+        self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+    ) -> Tensor:
         count(n)
         low, high = ends(process, n, t_min, t_max)
         curve = np.log(self.values) if self.of == "nsr" else np.array(self.values)
@@ -75,8 +88,8 @@ class Table:
         final = _index_of(bottom, curve) if cut_bottom else len(curve) - 1.0
         if not first < final:
             raise GridError(
-                f"none of the table, from {self.of}={self.values[0]:g} to {self.values[-1]:g}, lies within "
-                f"t={low:g} and t={high:g} of {type(process).__name__}"
+                f"none of the table, from {self.of}={self.values[0]:g} to {self.values[-1]:g}, lies"
+                f" within t={low:g} and t={high:g} of {type(process).__name__}"
             )
         index = first + ramp(n if self.last else n + 1) * (final - first)
         read = torch.from_numpy(np.interp(index.numpy(), np.arange(len(curve)), curve))
@@ -93,10 +106,14 @@ def _index_of(value: float, curve: np.ndarray) -> float:
     return float(np.interp(-value, -curve, np.arange(len(curve))))
 
 
-def table(values: Sequence[float] | Tensor, of: Literal["nsr", "t"] = "nsr", *, last: bool = True) -> Table:
-    """The grid that is a list of noise-to-signal ratios (`sigmas` of a VE model), or of times, in either order; see `Table`.
+def table(
+    values: Sequence[float] | Tensor, of: Literal["nsr", "t"] = "nsr", *, last: bool = True
+) -> Table:
+    """The grid that is a list of noise-to-signal ratios (`sigmas` of a VE model), or of times, in
+    either order; see `Table`.
 
-    A zero at the end of a list of ratios is dropped: it stands for the step to zero noise, which is the solver's `finish`.
+    A zero at the end of a list of ratios is dropped: it stands for the step to zero noise, which is
+    the solver's `finish`.
     """
     numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1).tolist()
     if len(numbers) > 1 and numbers[0] < numbers[-1]:
@@ -115,12 +132,15 @@ def align_your_steps(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """The grid that was optimised for a model of pictures: `sd15`, `sdxl`, `svd` (video) or `deepfloyd_if`.
+    """The grid that was optimised for a model of pictures: `sd15`, `sdxl`, `svd` (video) or
+    `deepfloyd_if`.
 
-    Ten levels are the published first ten of eleven, the step to zero noise in the place of the last, as diffusers and ComfyUI
-    run it; with `last=True` eleven are the eleven. Other numbers are interpolated (`Table`).
+    Ten levels are the published first ten of eleven, the step to zero noise in the place of the
+    last, as diffusers and ComfyUI run it; with `last=True` eleven are the eleven. Other numbers are
+    interpolated (`Table`).
 
-    Source: Sabour et al., "Align your steps: optimizing sampling schedules in diffusion models" (2024), table 3.
+    Source: Sabour et al., "Align your steps: optimizing sampling schedules in diffusion models"
+    (2024), table 3.
     """
     if model not in ALIGN_YOUR_STEPS:
         raise unknown("table of align_your_steps", model, ALIGN_YOUR_STEPS)

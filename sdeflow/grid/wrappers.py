@@ -1,4 +1,6 @@
-"""Grids made of grids: all levels shifted to more noise, or the last one left to the step to zero noise."""
+"""Grids made of grids: all levels shifted to more noise, or the last one left to the step to zero
+noise.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import GridError
-from sdeflow.grid.clocks import uniform_t
-from sdeflow.grid.laying import GridFunction, count, ends, falling, positive
+from sdeflow.grid.base import GridFunction, count, ends, falling, positive
+from sdeflow.grid.continuous import uniform_t
 from sdeflow.process import Process
 
 
 def _check(grid: GridFunction) -> None:
     if not callable(grid):
-        raise TypeError(f"a wrapper takes a grid function, such as sdeflow.grid.karras; got {grid!r}")
+        raise TypeError(
+            f"a wrapper takes a grid function, such as sdeflow.grid.karras; got {grid!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Shifted:
         _check(self.grid)
         positive("shifted", "shift", self.shift)
 
-    def __call__(self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+    def __call__(
+        self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+    ) -> Tensor:
         low, high = ends(process, n, t_min, t_max)
         nsr = process.nsr(torch.tensor([low, high], dtype=torch.float64))
         inner_low, inner_high = process.t_of_nsr(nsr / self.shift).tolist()
@@ -49,34 +55,42 @@ class Shifted:
 
 
 def shifted(grid: GridFunction = uniform_t, shift: float = 3.0) -> Shifted:
-    """`grid` with every noise-to-signal ratio times `shift`: `lam` less `log(shift)`, `t' = a t / (1 + (a - 1) t)` on a flow.
+    """`grid` with every noise-to-signal ratio times `shift`: `lam` less `log(shift)`,
+    `t' = a t / (1 + (a - 1) t)` on a flow.
 
         sample(model, nfe=28, grid=grid.shifted(grid.uniform_t, shift_of_tokens(4096)))
 
-    The grid is laid between the levels that the shift takes to the ends asked for, so that these are met exactly. (Where the
-    process has no such level, as below a table's first entry, the end alone is moved.)
+    The grid is laid between the levels that the shift takes to the ends asked for, so that these
+    are met exactly. (Where the process has no such level, as below a table's first entry, the end
+    alone is moved.)
 
-    Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23; Hoogeboom et al., "Simple diffusion"
-    (2023), for other paths.
+    Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23; Hoogeboom
+    et al., "Simple diffusion" (2023), for other paths.
     """
     return Shifted(grid, float(shift))
 
 
 def shift_of_tokens(
-    tokens: float, low: tuple[float, float] = (256.0, 0.5), high: tuple[float, float] = (4096.0, 1.15)
+    tokens: float,
+    low: tuple[float, float] = (256.0, 0.5),
+    high: tuple[float, float] = (4096.0, 1.15),
 ) -> float:
-    """The shift for a sequence of `tokens`: `log shift` on the line through two points `(tokens, log shift)`.
+    """The shift for a sequence of `tokens`: `log shift` on the line through two points
+    `(tokens, log shift)`.
 
     Source: FLUX.1 (Black Forest Labs, 2024), whose two points are the defaults.
     """
     positive("shift_of_tokens", "tokens", tokens)
     if low[0] == high[0]:
-        raise GridError(f"shift_of_tokens needs two different numbers of tokens; got {low} and {high}")
+        raise GridError(
+            f"shift_of_tokens needs two different numbers of tokens; got {low} and {high}"
+        )
     return math.exp(low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0]))
 
 
 def shift_of_pixels(pixels: float, reference: float) -> float:
-    """The shift that keeps the uncertainty of a picture of `reference` pixels in one of `pixels`: `sqrt(pixels / reference)`.
+    """The shift that keeps the uncertainty of a picture of `reference` pixels in one of `pixels`:
+    `sqrt(pixels / reference)`.
 
     Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23.
     """
@@ -94,12 +108,15 @@ class WithoutLast:
     def __post_init__(self) -> None:
         _check(self.grid)
 
-    def __call__(self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+    def __call__(
+        self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
+    ) -> Tensor:
         return self.grid(process, count(n) + 1, t_min=t_min, t_max=t_max)[:n]
 
 
 def without_last(grid: GridFunction) -> WithoutLast:
-    """The first `n` of `n + 1` levels of any grid: the step to zero noise takes the place of the last level.
+    """The first `n` of `n + 1` levels of any grid: the step to zero noise takes the place of the
+    last level.
 
     Source: the convention of ComfyUI's "sgm_uniform" and of flow models.
     """

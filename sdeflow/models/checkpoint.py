@@ -1,7 +1,8 @@
 """Checkpoints: safetensors files that are written whole or not at all, and that say what they are.
 
-A file holds tensors, and in its header what a reader needs (a network's configuration, class names, the facts of its training)
-with a SHA-256 of all of it, so that a damaged file is told from a good one. Nothing in it is executable.
+A file holds tensors, and in its header what a reader needs (a network's configuration, class names,
+the facts of its training) with a SHA-256 of all of it, so that a damaged file is told from a good
+one. Nothing in it is executable.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from sdeflow._files import write_whole
-from sdeflow.denoiser import Preconditioned
+from sdeflow._utils.files import write_whole
+from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, SdeflowError
-from sdeflow.models.compiling import compile_network
+from sdeflow.models.compile import compile_network
 from sdeflow.models.unet import UNet, UNetConfig
 
 BUNDLED = {"cifar10": Path(__file__).parent / "checkpoints" / "cifar10.safetensors"}
@@ -32,10 +33,11 @@ HEADER = "sdeflow"
 
 
 class Pretrained(Preconditioned):
-    """A trained network as a denoiser that knows its shape, its noise levels, its classes and where it comes from.
+    """A trained network as a denoiser that knows its shape, its noise levels, its classes and where
+    it comes from.
 
-    `card` holds the facts of its training; `num_classes` is 0 for an unconditional network, and label `num_classes` otherwise
-    means "no label".
+    `card` holds the facts of its training; `num_classes` is 0 for an unconditional network, and
+    label `num_classes` otherwise means "no label".
     """
 
     def __init__(
@@ -52,22 +54,38 @@ class Pretrained(Preconditioned):
         self.card = dict(card or {})
 
     def check_condition(self, condition: Mapping[str, Any]) -> None:
-        """Raise for a condition that is no label, or a label that is no class: whole numbers from 0 to `num_classes`."""
+        """Raise for a condition that is no label, or a label that is no class: whole numbers from 0
+        to `num_classes`.
+        """
         super().check_condition(condition)
         label = condition.get("label")
-        if label is None or (isinstance(label, Tensor) and label.is_cuda):  # to look there would wait for the device
+        if label is None or (
+            isinstance(label, Tensor) and label.is_cuda
+        ):  # to look there would wait for the device
             return
-        labels = label if isinstance(label, Tensor) else torch.as_tensor(label) if isinstance(label, int) else None
-        if labels is None or labels.is_floating_point() or bool(((labels < 0) | (labels > self.num_classes)).any()):
+        labels = (
+            label
+            if isinstance(label, Tensor)
+            else torch.as_tensor(label)
+            if isinstance(label, int)
+            else None
+        )
+        if (
+            labels is None
+            or labels.is_floating_point()
+            or bool(((labels < 0) | (labels > self.num_classes)).any())
+        ):
             names = f" ({', '.join(self.class_names)})" if self.class_names else ""
             raise ValueError(
-                f"label is a whole number, or one a sample, from 0 to {self.num_classes - 1}{names}, or {self.num_classes} for "
-                f"no label; got {label!r}"
+                "label is a whole number, or one a sample, from 0 to"
+                f" {self.num_classes - 1}{names}, or {self.num_classes} for no label; got {label!r}"
             )
 
 
 def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """SHA-256 over `facts` and the names, dtypes, shapes and bytes of `tensors`, in the order of their names."""
+    """SHA-256 over `facts` and the names, dtypes, shapes and bytes of `tensors`, in the order of
+    their names.
+    """
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -76,13 +94,18 @@ def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     return total.hexdigest()
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write `tensors` and the JSON-ready `facts` to `path`, atomically: afterwards the file is the old one or the new one.
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Write `tensors` and the JSON-ready `facts` to `path`, atomically: afterwards the file is the
+    old one or the new one.
 
-    Raises `CheckpointError` if it cannot be written (a full disk, say); the old file is then untouched.
+    Raises `CheckpointError` if it cannot be written (a full disk, say); the old file is then
+    untouched.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry: the library writes several in an arbitrary order, and the same state should make the same file.
+    # One entry: the library writes several in an arbitrary order, and the same state should make
+    # the same file.
     header = {HEADER: json.dumps({**facts, "sha256": digest(plain, dict(facts))})}
     try:
         write_whole(path, serialise(plain, header), "checkpoint")
@@ -91,7 +114,9 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], f
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and facts that `write_tensors` wrote; raises `CheckpointError` if anything is amiss."""
+    """The tensors (on the CPU) and facts that `write_tensors` wrote; raises `CheckpointError` if
+    anything is amiss.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
@@ -102,15 +127,16 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         facts = json.loads(header[HEADER]) if HEADER in header else {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged or not a safetensors file of sdeflow ({error}); fetch or train it again"
+            f"{path} is damaged or not a safetensors file of sdeflow ({error}); fetch or train it"
+            " again"
         ) from error
     stated = facts.pop("sha256", None)
     if stated is None:
         raise CheckpointError(f"{path} is a safetensors file, but not one that sdeflow wrote")
     if (found := digest(tensors, facts)) != stated:
         raise CheckpointError(
-            f"{path} is damaged: its content has SHA-256 {found[:12]}..., its header says {stated[:12]}...; "
-            "fetch or train it again"
+            f"{path} is damaged: its content has SHA-256 {found[:12]}..., its header says"
+            f" {stated[:12]}...; fetch or train it again"
         )
     return tensors, facts
 
@@ -126,14 +152,17 @@ def save_model(
     card: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write `network` for inference, in half precision: with its own parameters, or with `parameters` (an EMA's, say).
+    """Write `network` for inference, in half precision: with its own parameters, or with
+    `parameters` (an EMA's, say).
 
     Raises `CheckpointError` if a parameter is not finite in `dtype` or the file cannot be written.
     """
     source = dict(network.named_parameters()) if parameters is None else parameters
     tensors = {name: value.detach().to("cpu", dtype) for name, value in source.items()}
     if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
-        raise CheckpointError(f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}")
+        raise CheckpointError(
+            f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
+        )
     facts = {
         "format": FORMAT,
         "config": network.config.to_dict(),
@@ -146,27 +175,35 @@ def save_model(
 
 
 def load_model(
-    path: str | os.PathLike[str], device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Pretrained:
     """The denoiser in a file that `save_model` wrote, in evaluation mode, without gradients.
 
-    `device=None` is PyTorch's default device. Raises `CheckpointError` if the file is missing, damaged or of another kind.
+    `device=None` is PyTorch's default device. Raises `CheckpointError` if the file is missing,
+    damaged or of another kind.
     """
     tensors, facts = read_tensors(path)
     if facts.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} holds {facts.get('format', 'something unnamed')!r}, not a network for inference ({FORMAT}); "
-            "a training state becomes one with: sdeflow train --out FOLDER --resume --export FILE"
+            f"{path} holds {facts.get('format', 'something unnamed')!r}, not a network for"
+            f" inference ({FORMAT}); a training state becomes one with: sdeflow train --out FOLDER"
+            " --resume --export FILE"
         )
     try:
         network = UNet(UNetConfig.from_dict(facts["config"]))
         network.load_state_dict({name: value.float() for name, value in tensors.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit the configuration in its own header: {error}") from error
+        raise CheckpointError(
+            f"{path} does not fit the configuration in its own header: {error}"
+        ) from error
     place = torch.get_default_device() if device is None else torch.device(device)
     network.to(device=place, dtype=dtype).eval().requires_grad_(False)
     low, high = facts["nsr_range"]
-    return Pretrained(network, facts["sigma_data"], (low, high), facts["class_names"], facts["card"])
+    return Pretrained(
+        network, facts["sigma_data"], (low, high), facts["class_names"], facts["card"]
+    )
 
 
 def load(
@@ -180,8 +217,9 @@ def load(
 
         denoiser = sdeflow.load("cifar10", device="cuda", dtype=torch.bfloat16, compile=True)
 
-    `compile` compiles the network with `torch.compile`, at the first call with each size of batch, and says so: half a minute to
-    a minute each on a GPU, and seconds in the next process, since PyTorch keeps what it compiled (see `compile_network`).
+    `compile` compiles the network with `torch.compile`, at the first call with each size of batch,
+    and says so: half a minute to a minute each on a GPU, and seconds in the next process, since
+    PyTorch keeps what it compiled (see `compile_network`).
 
     Raises `CheckpointError` if there is none of that name, or the file is missing or damaged.
     """
@@ -190,12 +228,13 @@ def load(
         path = BUNDLED[name_or_path]
         if not path.is_file():
             raise CheckpointError(
-                f"the bundled checkpoint {name_or_path!r} is missing from this installation; install sdeflow again"
+                f"the bundled checkpoint {name_or_path!r} is missing from this installation;"
+                " install sdeflow again"
             )
     elif not path.exists():
         raise CheckpointError(
-            f"no checkpoint {str(name_or_path)!r}: it is neither a bundled one ({', '.join(sorted(BUNDLED))}) nor a file; "
-            "sdeflow train writes such files"
+            f"no checkpoint {str(name_or_path)!r}: it is neither a bundled one"
+            f" ({', '.join(sorted(BUNDLED))}) nor a file; sdeflow train writes such files"
         )
     denoiser = load_model(path, device, dtype)
     if compile:

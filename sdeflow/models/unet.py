@@ -1,12 +1,14 @@
 r"""A class-conditional UNet for images, shaped for speed on tensor cores.
 
-Residual blocks as in DDPM++ and ADM (group norm, SiLU, convolution; the embedding of noise level and class scales and shifts
-the second norm; the last convolution of a block starts at zero), attention at chosen resolutions, skip connections by
-concatenation, and resampling inside a block by averaging or repeating pixels. Everything is laid out channels-last, so that
-under bf16 autocast the convolutions are matrix products and attention sees its tokens without a copy.
+Residual blocks as in DDPM++ and ADM (group norm, SiLU, convolution; the embedding of noise level
+and class scales and shifts the second norm; the last convolution of a block starts at zero),
+attention at chosen resolutions, skip connections by concatenation, and resampling inside a block by
+averaging or repeating pixels. Everything is laid out channels-last, so that under bf16 autocast the
+convolutions are matrix products and attention sees its tokens without a copy.
 
-Source. Ho et al. 2020 (the UNet), Song et al. 2021 (DDPM++), Dhariwal and Nichol 2021 (adaptive norms),
-Karras et al. 2022, table 7 (the arrangement, the rescaled skips), Karras et al. 2024 (normalised queries and keys).
+Source. Ho et al. 2020 (the UNet), Song et al. 2021 (DDPM++), Dhariwal and Nichol 2021 (adaptive
+norms), Karras et al. 2022, table 7 (the arrangement, the rescaled skips), Karras et al. 2024
+(normalised queries and keys).
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ Layer = TypeVar("Layer", bound=nn.Module)
 class UNetConfig:
     """What a `UNet` looks like; a plain value that survives JSON.
 
-    Level i works on squares of `size / 2^i` pixels with `channels * multipliers[i]` channels. A level whose resolution in pixels
-    is in `attention` has attention in each block; the middle always has. `num_classes = 0` is an unconditional network;
-    otherwise label `num_classes` means "no label". `group_size` is how many channels share a mean and a variance.
-    Raises `ValueError` where the numbers do not fit together.
+    Level i works on squares of `size / 2^i` pixels with `channels * multipliers[i]` channels. A
+    level whose resolution in pixels is in `attention` has attention in each block; the middle
+    always has. `num_classes = 0` is an unconditional network; otherwise label `num_classes` means
+    "no label". `group_size` is how many channels share a mean and a variance. Raises `ValueError`
+    where the numbers do not fit together.
     """
 
     size: int = 32
@@ -48,15 +51,28 @@ class UNetConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention", tuple(self.attention))
-        for name in ("size", "in_channels", "channels", "blocks", "embedding", "head_channels", "group_size"):
+        for name in (
+            "size",
+            "in_channels",
+            "channels",
+            "blocks",
+            "embedding",
+            "head_channels",
+            "group_size",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"UNetConfig: {name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"UNetConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(
-                f"UNetConfig: multipliers must be positive whole numbers, one a level, got {self.multipliers}"
+                "UNetConfig: multipliers must be positive whole numbers, one a level, got"
+                f" {self.multipliers}"
             )
         if self.num_classes < 0:
-            raise ValueError(f"UNetConfig: num_classes must be 0 (unconditional) or more, got {self.num_classes}")
+            raise ValueError(
+                f"UNetConfig: num_classes must be 0 (unconditional) or more, got {self.num_classes}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"UNetConfig: dropout must be in [0, 1), got {self.dropout}")
         if self.size % self.stride:
@@ -65,13 +81,21 @@ class UNetConfig:
                 f"{len(self.multipliers) - 1} times; use another size or fewer multipliers"
             )
         if self.channels % self.group_size:
-            raise ValueError(f"UNetConfig: channels={self.channels} must be a multiple of group_size={self.group_size}")
+            raise ValueError(
+                f"UNetConfig: channels={self.channels} must be a multiple of"
+                f" group_size={self.group_size}"
+            )
         resolutions = [self.size >> level for level in range(len(self.multipliers))]
-        heads = {self.channels * m for m, r in zip(self.multipliers, resolutions, strict=True) if r in self.attention}
+        heads = {
+            self.channels * m
+            for m, r in zip(self.multipliers, resolutions, strict=True)
+            if r in self.attention
+        }
         heads.add(self.channels * self.multipliers[-1])
         if odd := [c for c in sorted(heads) if c % self.head_channels]:
             raise ValueError(
-                f"UNetConfig: attention over {odd} channels cannot be cut in heads of {self.head_channels}"
+                f"UNetConfig: attention over {odd} channels cannot be cut in heads of"
+                f" {self.head_channels}"
             )
 
     @property
@@ -93,15 +117,19 @@ class UNetConfig:
         """The configuration that `to_dict` wrote; raises `ValueError` on names it does not know."""
         known = {f.name for f in fields(cls)}
         if strange := sorted(set(values) - known):
-            raise ValueError(f"UNetConfig has no {', '.join(strange)}; it has {', '.join(sorted(known))}")
+            raise ValueError(
+                f"UNetConfig has no {', '.join(strange)}; it has {', '.join(sorted(known))}"
+            )
         return cls(**values)
 
 
 class AdaptiveNorm(nn.Module):
-    r"""Group normalisation with an affine map that may depend on the sample: $y = (x - \mu)/\rho \cdot a + b$.
+    r"""Group normalisation with an affine map that may depend on the sample:
+    $y = (x - \mu)/\rho \cdot a + b$.
 
-    `scale` and `shift` are [B, C] and multiply and add to the learned affine map. Compiled, mean and variance come from sums
-    over pixels for each channel, which read channels-last memory in its own order; eagerly, PyTorch's own kernel is best.
+    `scale` and `shift` are [B, C] and multiply and add to the learned affine map. Compiled, mean
+    and variance come from sums over pixels for each channel, which read channels-last memory in its
+    own order; eagerly, PyTorch's own kernel is best.
     """
 
     def __init__(self, channels: int, group_size: int, eps: float = 1e-5) -> None:
@@ -110,7 +138,9 @@ class AdaptiveNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         """Normalise `x` [B, C, H, W]."""
         weight: Tensor = self.weight
         bias: Tensor = self.bias
@@ -122,7 +152,9 @@ class AdaptiveNorm(nn.Module):
         if scale is None:
             return F.group_norm(x, self.groups, weight, bias, self.eps)
         y = F.group_norm(x, self.groups, eps=self.eps)
-        return torch.addcmul(bias[:, :, None, None].to(y.dtype), y, weight[:, :, None, None].to(y.dtype))
+        return torch.addcmul(
+            bias[:, :, None, None].to(y.dtype), y, weight[:, :, None, None].to(y.dtype)
+        )
 
     def _by_channel(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         b, c = x.shape[:2]
@@ -136,7 +168,9 @@ class AdaptiveNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, with queries and keys of unit size so that its logits stay bounded in bf16."""
+    """Self-attention over pixels, with queries and keys of unit size so that its logits stay
+    bounded in bf16.
+    """
 
     def __init__(self, channels: int, head_channels: int, group_size: int) -> None:
         super().__init__()
@@ -149,7 +183,12 @@ class Attention(nn.Module):
         """Mix the pixels of `x` [B, C, H, W]."""
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # channels-last: a view
-        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(tokens)
+            .view(b, h * w, 3, self.heads, c // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         q, k = (F.rms_norm(y.float(), (y.shape[-1],), eps=1e-6).to(v.dtype) for y in (q, k))
         y = F.scaled_dot_product_attention(q, k, v)
         y = self.out(y.transpose(1, 2).reshape(b, h * w, c))
@@ -159,11 +198,17 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A residual block: norm, SiLU, convolution, twice; the embedding enters at the second norm.
 
-    `resample` is "none", "down" (average of 2x2 pixels) or "up" (each pixel repeated), on both branches.
+    `resample` is "none", "down" (average of 2x2 pixels) or "up" (each pixel repeated), on both
+    branches.
     """
 
     def __init__(
-        self, config: UNetConfig, in_channels: int, out_channels: int, resample: str = "none", attention: bool = False
+        self,
+        config: UNetConfig,
+        in_channels: int,
+        out_channels: int,
+        resample: str = "none",
+        attention: bool = False,
     ) -> None:
         super().__init__()
         self.resample, self.dropout = resample, config.dropout
@@ -173,7 +218,9 @@ class Block(nn.Module):
         self.norm1 = AdaptiveNorm(out_channels, config.group_size)
         self.conv1 = _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.attention = Attention(out_channels, config.head_channels, config.group_size) if attention else None
+        self.attention = (
+            Attention(out_channels, config.head_channels, config.group_size) if attention else None
+        )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`x` [B, C, H, W] and `embedding` [B, E] to [B, C', H', W']."""
@@ -196,11 +243,13 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """A UNet for images: `unet(x, time, label=None)` with `x` [B, C, H, W], `time` 0-d or [B], `label` int64 [B].
+    """A UNet for images: `unet(x, time, label=None)` with `x` [B, C, H, W], `time` 0-d or [B],
+    `label` int64 [B].
 
-    `time` is any number of order one that tells the noise level, such as `log(nsr) / 4` (see `Preconditioned`); `label=None`
-    means the null class everywhere. The output has the shape of `x`. Parameters are float32; run it under autocast for bf16.
-    Raises `ValueError` if a label reaches an unconditional network or the image cannot be halved often enough.
+    `time` is any number of order one that tells the noise level, such as `log(nsr) / 4` (see
+    `Preconditioned`); `label=None` means the null class everywhere. The output has the shape of
+    `x`. Parameters are float32; run it under autocast for bf16. Raises `ValueError` if a label
+    reaches an unconditional network or the image cannot be halved often enough.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -208,7 +257,9 @@ class UNet(nn.Module):
         self.config = config
         self.embed0 = nn.Linear(2 * (config.embedding // 2), config.embedding)
         self.embed1 = nn.Linear(config.embedding, config.embedding)
-        self.label = nn.Embedding(config.num_classes + 1, config.embedding) if config.num_classes else None
+        self.label = (
+            nn.Embedding(config.num_classes + 1, config.embedding) if config.num_classes else None
+        )
 
         width = config.channels
         self.stem = nn.Conv2d(config.in_channels, width, 3, padding=1)
@@ -220,7 +271,9 @@ class UNet(nn.Module):
                 self.encoder.append(Block(config, width, width, "down"))
                 skips.append(width)
             for _ in range(config.blocks):
-                self.encoder.append(Block(config, width, config.channels * multiplier, attention=attends))
+                self.encoder.append(
+                    Block(config, width, config.channels * multiplier, attention=attends)
+                )
                 width = config.channels * multiplier
                 skips.append(width)
         self.middle.append(Block(config, width, width, attention=True))
@@ -228,7 +281,11 @@ class UNet(nn.Module):
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             attends = config.size >> level in config.attention
             for _ in range(config.blocks + 1):
-                self.decoder.append(Block(config, width + skips.pop(), config.channels * multiplier, attention=attends))
+                self.decoder.append(
+                    Block(
+                        config, width + skips.pop(), config.channels * multiplier, attention=attends
+                    )
+                )
                 width = config.channels * multiplier
             if level:
                 self.decoder.append(Block(config, width, width, "up"))
@@ -245,8 +302,8 @@ class UNet(nn.Module):
         """The network's raw output at `x`; see the class."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % self.config.stride:
             raise ValueError(
-                f"UNet takes [B, {self.config.in_channels}, H, W] with H and W multiples of {self.config.stride}, "
-                f"got {tuple(x.shape)}"
+                f"UNet takes [B, {self.config.in_channels}, H, W] with H and W multiples of"
+                f" {self.config.stride}, got {tuple(x.shape)}"
             )
         embedding = self._embed(time, label)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -257,15 +314,20 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, embedding)
         for block in self.decoder:
-            x = block(x if block.resample == "up" else torch.cat([x, skips.pop()], dim=1), embedding)
+            x = block(
+                x if block.resample == "up" else torch.cat([x, skips.pop()], dim=1), embedding
+            )
         return self.head(F.silu(self.norm(x)))
 
     def _embed(self, time: Tensor, label: Tensor | int | None) -> Tensor:
-        """The embedding of noise level and class, a row a sample, or one row where all share them."""
+        """The embedding of noise level and class, a row a sample, or one row where all share
+        them.
+        """
         if time.ndim and time.stride(0) == 0:  # expanded: one level for all
             time = time[:1]
-        # Angular frequencies from 1/2 to 32 over log(nsr)/4, which spans about 2.6: every scale of that axis that matters. In
-        # float32 whatever the weights are in: in bfloat16 the angles would be off by a tenth of a radian and more.
+        # Angular frequencies from 1/2 to 32 over log(nsr)/4, which spans about 2.6: every scale of
+        # that axis that matters. In float32 whatever the weights are in: in bfloat16 the angles
+        # would be off by a tenth of a radian and more.
         half = self.config.embedding // 2
         frequencies = torch.exp2(torch.linspace(-1.0, 5.0, half, device=time.device))
         angles = time.float().reshape(-1, 1) * frequencies
@@ -277,7 +339,9 @@ class UNet(nn.Module):
             index = torch.full((1,), label, device=time.device) if isinstance(label, int) else label
             embedding = embedding + self.label(index)
         elif label is not None:
-            raise ValueError("this UNet is unconditional (num_classes=0) and takes no label; leave label out")
+            raise ValueError(
+                "this UNet is unconditional (num_classes=0) and takes no label; leave label out"
+            )
         return F.silu(embedding)
 
 

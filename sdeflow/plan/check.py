@@ -1,19 +1,22 @@
-r"""What can be said of a plan from its numbers alone: is it consistent, and which polynomials do its steps reproduce?
+r"""What can be said of a plan from its numbers alone: is it consistent, and which polynomials do
+its steps reproduce?
 
-**Consistency.** Data of a single point: every prediction is right, and each call's input should hold `s` of the point and `sigma`
-of noise. Gaussian data: the prediction is known too, and with it the variance at every call; what is off there is the
-error of the steps themselves.
+**Consistency.** Data of a single point: every prediction is right, and each call's input should
+hold `s` of the point and `sigma` of noise. Gaussian data: the prediction is known too, and with it
+the variance at every call; what is off there is the error of the steps themselves.
 
-**Order.** The ODE is $d(x/\rho) = F\,dq$ for a function $F$ of the prediction (`sdeflow.solvers.weights` has the table of them).
-A step from one call to another is $x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$, and of order $p$ only if it is right wherever
-$F$ is a polynomial of degree less than $p$ in some clock $c$:
+**Order.** The ODE is $d(x/\rho) = F\,dq$ for a function $F$ of the prediction
+(`sdeflow.solvers.ode.weights` has the table of them). A step from one call to another is
+$x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$, and of order $p$ only if it is right wherever $F$ is
+a polynomial of degree less than $p$ in some clock $c$:
 
 $$\sum_j b_j\, u_j^m = \rho_+ \int_q^{q_+} u^m\,dq, \qquad u = \frac{c - c_0}{c_+ - c_0}, \qquad m = 0, \dots, p - 1.$$
 
-For multistep methods that is all there is to it, with one remark: a step that the next prediction corrects leads to a call as
-predicted, and is counted so. A Runge-Kutta step needs more, that its stages be good enough; and a published method may meet a
-condition up to terms of higher order only, which shows here as a defect (`PlanReport.defects`). Where a plan draws noise, the mean
-of the reverse SDE is asked for, whose rate of noise is read from what a step keeps of the state.
+For multistep methods that is all there is to it, with one remark: a step that the next prediction
+corrects leads to a call as predicted, and is counted so. A Runge-Kutta step needs more, that its
+stages be good enough; and a published method may meet a condition up to terms of higher order only,
+which shows here as a defect (`PlanReport.defects`). Where a plan draws noise, the mean of the
+reverse SDE is asked for, whose rate of noise is read from what a step keeps of the state.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow import _math
+from sdeflow._utils import math as _math
 from sdeflow.errors import unknown
-from sdeflow.plan.unroll import FRAMES, Unrolled, small
+from sdeflow.plan.unroll import FRAMES, Unrolled, format_magnitude
 from sdeflow.process import Process
 
 DEGREES = 6  # polynomials of degree 0 to 5
@@ -44,10 +47,11 @@ class PlanReport:
     - `signal`: the error of the share of `x0`, on data of one point.
     - `noise`: the relative error of the noise's standard deviation there.
     - `gaussian`: the relative error of the standard deviation on data `N(0, std^2)`.
-    - `degrees`: the degree up to which polynomials of `frame` in `clock` are reproduced by the step that leads to the row; -1
-      where not even constants are, None where no step leads there (the first call, several at one level, no signal).
-    - `defects`: `[rows, 6]`, the relative error on the monomials; NaN where there is no step. A method that holds its last
-      prediction is wrong by 1 on all but the constant.
+    - `degrees`: the degree up to which polynomials of `frame` in `clock` are reproduced by the step
+      that leads to the row; -1 where not even constants are, None where no step leads there (the
+      first call, several at one level, no signal).
+    - `defects`: `[rows, 6]`, the relative error on the monomials; NaN where there is no step. A
+      method that holds its last prediction is wrong by 1 on all but the constant.
     - `stages`: which rows are stages within a step.
     - `ties`: other pairs of frame and clock that are reproduced as well.
     """
@@ -79,7 +83,11 @@ class PlanReport:
     @property
     def steps(self) -> tuple[int, ...]:
         """The degrees of the steps from level to level, without the stages within them."""
-        return tuple(d for d, stage in zip(self.degrees, self.stages, strict=True) if d is not None and not stage)
+        return tuple(
+            d
+            for d, stage in zip(self.degrees, self.stages, strict=True)
+            if d is not None and not stage
+        )
 
     @property
     def degree(self) -> int | None:
@@ -91,7 +99,10 @@ class PlanReport:
     def starts_with(self) -> int:
         """Steps at the start that reproduce less than most do."""
         degree = self.degree
-        return next((n for n, d in enumerate(self.steps) if degree is not None and d >= degree), len(self.steps))
+        return next(
+            (n for n, d in enumerate(self.steps) if degree is not None and d >= degree),
+            len(self.steps),
+        )
 
     @property
     def function(self) -> str:
@@ -100,23 +111,39 @@ class PlanReport:
 
     def __str__(self) -> str:
         """The findings in words, and the numbers as a table."""
-        lines = [self.title, *self._words(), "", f"{'call':>4}  {'t':>10}  {'nsr':>10}  {'signal':>8}  {'noise':>8}  "]
+        lines = [
+            self.title,
+            *self._words(),
+            "",
+            f"{'call':>4}  {'t':>10}  {'nsr':>10}  {'signal':>8}  {'noise':>8}  ",
+        ]
         lines[-1] += f"{f'N(0,{self.std:g}²)':>9}  {'degree':<8}  next"
         for k, degree in enumerate(self.degrees):
             name = "end" if k == len(self.degrees) - 1 else str(k)
             shown = "" if degree is None else "none" if degree < 0 else str(degree)
-            after = "" if degree is None or degree + 1 >= DEGREES else small(float(self.defects[k, degree + 1]))
+            after = (
+                ""
+                if degree is None or degree + 1 >= DEGREES
+                else format_magnitude(float(self.defects[k, degree + 1]))
+            )
             what = f"{shown + ' stage' * bool(self.stages[k] and shown):<10}{after}"
-            numbers = "  ".join(f"{small(float(c[k])):>8}" for c in (self.signal, self.noise))
+            numbers = "  ".join(
+                f"{format_magnitude(float(c[k])):>8}" for c in (self.signal, self.noise)
+            )
             row = f"{name:>4}  {float(self.t[k]):>10.5g}  {float(self.nsr[k]):>10.5g}  {numbers}  "
-            lines.append((row + f"{small(float(self.gaussian[k])):>9}  {what}").rstrip())
+            lines.append((row + f"{format_magnitude(float(self.gaussian[k])):>9}  {what}").rstrip())
         return "\n".join(lines)
 
     def _words(self) -> list[str]:
-        signal, noise = (small(float(column.abs().max())) for column in (self.signal, self.noise))
+        signal, noise = (
+            format_magnitude(float(column.abs().max())) for column in (self.signal, self.noise)
+        )
         point = "exact in every call" if self.consistent else f"its share is off by up to {signal}"
         spread = "exact" if self.exact_noise else f"off by up to {noise}"
-        off, end = (small(float(number)) for number in (self.gaussian.abs().max(), self.gaussian[-1].abs()))
+        off, end = (
+            format_magnitude(float(number))
+            for number in (self.gaussian.abs().max(), self.gaussian[-1].abs())
+        )
         lines = [
             f"a point     {point}; its noise is {spread}",
             f"a Gaussian  of std {self.std:g}: std off by up to {off}, at the end by {end}",
@@ -126,13 +153,19 @@ class PlanReport:
             return [*lines, "order       no step to measure"]
         nearly = _nearly(self.defects, self.stages)
         if degree < 0:
-            text = f"most steps do not reproduce even a constant; of {self.function} they are off by {nearly:.1%}"
+            text = (
+                f"most steps do not reproduce even a constant; of {self.function} they are off by"
+                f" {nearly:.1%}"
+            )
             return [*lines, f"order       {text} in the median"]
         ties = f" (and {len(self.ties)} other pairs of frame and clock)" if self.ties else ""
         start = f", after {self.starts_with} of less at the start" if self.starts_with else ""
         lines.append(f"order       degree {degree} of {self.function} in most steps{start}{ties}")
         return (
-            [*lines, f"            and nearly of the next degree: off by {nearly:.1%} in the median"]
+            [
+                *lines,
+                f"            and nearly of the next degree: off by {nearly:.1%} in the median",
+            ]
             if nearly < 0.3
             else lines
         )
@@ -152,10 +185,14 @@ def check(
         if value is not None and value not in known:
             raise unknown(kind, value, known)
     if process is None and "t" in (clock, _own_clock(frame)):
-        raise ValueError("what a plan reproduces in its time t depends on the process between its calls: pass process=")
+        raise ValueError(
+            "what a plan reproduces in its time t depends on the process between its calls: pass"
+            " process="
+        )
     if not std > 0.0:
         raise ValueError(
-            f"std is the standard deviation of Gaussian data, above 0; a point is checked anyway; got {std}"
+            "std is the standard deviation of Gaussian data, above 0; a point is checked anyway;"
+            f" got {std}"
         )
     found: list[tuple[str, str, Tensor]] = []
     nodes = _Nodes(rows, process)
@@ -168,7 +205,9 @@ def check(
                 continue
             found.append((f, c, nodes.defects(f, c)))
     if not found:
-        raise ValueError(f"the frame {frame} is checked in the clock {_own_clock(frame)} alone; got {clock}")
+        raise ValueError(
+            f"the frame {frame} is checked in the clock {_own_clock(frame)} alone; got {clock}"
+        )
     stages = _stages(rows, times)
     scored = [(f, c, d, _score(d, stages)) for f, c, d in found]
     f, c, defects, best = max(scored, key=lambda entry: entry[3])  # the first of equals
@@ -188,34 +227,52 @@ def _own_clock(frame: str | None) -> str | None:
 
 
 def _stages(rows: Unrolled, times: set[float]) -> tuple[bool, ...]:
-    """Whether each row is a stage: off the grid's levels, or followed by another at its own level."""
+    """Whether each row is a stage: off the grid's levels, or followed by another at its own
+    level.
+    """
     t = rows.t.tolist()
     on = [time in times for time in t[:-1]]
     if not any(on[1:]):  # a plan that leaves its grid, as churn does
         return (False,) * len(t)
-    return (*(not here or time == after for here, time, after in zip(on, t[:-1], t[1:], strict=True)), False)
+    return (
+        *(not here or time == after for here, time, after in zip(on, t[:-1], t[1:], strict=True)),
+        False,
+    )
 
 
 def _score(defects: Tensor, stages: tuple[bool, ...]) -> tuple[int, float]:
     """How much a pair explains: first what is reproduced, then how nearly the next degree is."""
-    total = sum(d + 1 for d, stage in zip(_degrees(defects), stages, strict=True) if d is not None and not stage)
+    total = sum(
+        d + 1
+        for d, stage in zip(_degrees(defects), stages, strict=True)
+        if d is not None and not stage
+    )
     return total, -round(_nearly(defects, stages), 3)
 
 
 def _nearly(defects: Tensor, stages: tuple[bool, ...]) -> float:
     """The median relative error on the first monomial that is not reproduced; 1 at most."""
     steps = zip(defects.tolist(), _degrees(defects), stages, strict=True)
-    errors = sorted(min(row[d + 1], 1.0) for row, d, stage in steps if d is not None and not stage and d + 1 < DEGREES)
+    errors = sorted(
+        min(row[d + 1], 1.0)
+        for row, d, stage in steps
+        if d is not None and not stage and d + 1 < DEGREES
+    )
     return errors[len(errors) // 2] if errors else 1.0
 
 
 def _degrees(defects: Tensor) -> tuple[int | None, ...]:
     steps = ~defects[:, 0].isnan()
-    return tuple(n - 1 if step else None for n, step in zip(_reproduced(defects), steps.tolist(), strict=True))
+    return tuple(
+        n - 1 if step else None
+        for n, step in zip(_reproduced(defects), steps.tolist(), strict=True)
+    )
 
 
 class _Nodes:
-    """The rows of a plan, the start in front of them, and the pairs of rows between which a step may lead."""
+    """The rows of a plan, the start in front of them, and the pairs of rows between which a step
+    may lead.
+    """
 
     def __init__(self, rows: Unrolled, process: Process | None):
         self.process = process
@@ -226,7 +283,8 @@ class _Nodes:
             for k, column in enumerate((self.rows.t, self.rows.s, self.rows.sigma))
         )
         self.lam = self.s.log() - self.sigma.log()
-        # A step from where no signal is left is measured in the angle; what a stochastic one keeps says nothing there.
+        # A step from where no signal is left is measured in the angle; what a stochastic one keeps
+        # says nothing there.
         usable = self.sigma > 0.0 if not rows.draws.shape[1] else torch.isfinite(self.lam)
         count = len(self.t)
         pairs = [
@@ -235,10 +293,14 @@ class _Nodes:
             for i in range(max(0, k - WINDOW), k)
             if usable[i] and usable[k] and self.lam[i] != self.lam[k]
         ]
-        self.i, self.k = (torch.tensor([pair[n] for pair in pairs], dtype=torch.long) for n in (0, 1))
+        self.i, self.k = (
+            torch.tensor([pair[n] for pair in pairs], dtype=torch.long) for n in (0, 1)
+        )
 
     def defects(self, frame: str, clock: str) -> Tensor:
-        """`[rows, DEGREES]`, of the best step to each row: relative errors on `u^m`, NaN where there is no step."""
+        """`[rows, DEGREES]`, of the best step to each row: relative errors on `u^m`, NaN where
+        there is no step.
+        """
         count = len(self.t) - 1
         none = torch.full((count, DEGREES), torch.nan, dtype=torch.float64)
         n = self.rows.nfe
@@ -259,14 +321,20 @@ class _Nodes:
             turn = -(theta[k] - theta[i])[:, None] / (torch.sin(between) * torch.cos(between))
             mass = torch.where(ends, gauss * turn * density(at), mass)
         kept = rho[k] / rho[i]
-        linear = (start[k] - kept * start[i]).abs() / (start[k].abs() + (kept * start[i]).abs() + 1e-300)
-        if self.rows.draws.shape[1] and frame == "x0":  # the rate of noise is read from what a step keeps
+        linear = (start[k] - kept * start[i]).abs() / (
+            start[k].abs() + (kept * start[i]).abs() + 1e-300
+        )
+        if (
+            self.rows.draws.shape[1] and frame == "x0"
+        ):  # the rate of noise is read from what a step keeps
             kept = start[k] / start[i]
             length = -torch.log(kept * self.s[i] / self.s[k])
             rate = length / (self.lam[k] - self.lam[i])
             left = (self.lam[k, None] - at) * rate[:, None]
             mass = gauss * length[:, None] * torch.exp(-left) * self.s[k, None]
-            linear = torch.where(torch.isfinite(length) & (length * (self.lam[k] - self.lam[i]) > 0), 0.0, torch.inf)
+            linear = torch.where(
+                torch.isfinite(length) & (length * (self.lam[k] - self.lam[i]) > 0), 0.0, torch.inf
+            )
         else:
             mass = mass * rho[k, None]
         b = weights[k] - kept[:, None] * weights[i]
@@ -288,13 +356,17 @@ class _Nodes:
         table = torch.where(table.isfinite(), table, torch.inf)
         best: dict[int, tuple[int, int]] = {}
         for pair, (row, right) in enumerate(zip((k - 1).tolist(), _reproduced(table), strict=True)):
-            best[row] = max(best.get(row, (0, 0)), (right, pair))  # of equals the nearest, which comes last
+            best[row] = max(
+                best.get(row, (0, 0)), (right, pair)
+            )  # of equals the nearest, which comes last
         for row, (_, pair) in best.items():
             none[row] = table[pair]
         return none
 
     def _table(self, frame: str) -> tuple[Tensor, Tensor]:
-        """The weights of the start and of the predictions in a frame, with the row of the start in front."""
+        """The weights of the start and of the predictions in a frame, with the row of the start in
+        front.
+        """
         n = self.rows.nfe
         s, sigma = self.rows.s[:n], self.rows.sigma[:n]
         if frame == "slope":  # -nsr eps = x0 - x / s

@@ -1,8 +1,10 @@
-"""Plans as files: JSON to read, or safetensors to lie beside a checkpoint; written whole or not at all, read with care.
+"""Plans as files: JSON to read, or safetensors to lie beside a checkpoint; written whole or not at
+all, read with care.
 
-Both hold the same dictionary (`Plan.to_dict`). In the safetensors form the numbers are float64 tensors, `coefficients`, `times`,
-`levels`, `draws` and `grid`, and the header holds the rest: the instructions without their numbers, solver, process, version, and
-a SHA-256 of everything. Nothing in either is executable.
+Both hold the same dictionary (`Plan.to_dict`). In the safetensors form the numbers are float64
+tensors, `coefficients`, `times`, `levels`, `draws` and `grid`, and the header holds the rest: the
+instructions without their numbers, solver, process, version, and a SHA-256 of everything. Nothing
+in either is executable.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from sdeflow._files import write_whole
+from sdeflow._utils.files import write_whole
 from sdeflow.errors import CheckpointError, SdeflowError
 
 FORMAT = "sdeflow-plan-1"
@@ -29,7 +31,9 @@ SUFFIX = ".safetensors"
 
 
 def write_plan(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
-    """Write a plan's dictionary to `path`: safetensors where that is its ending, else JSON; whole or not at all."""
+    """Write a plan's dictionary to `path`: safetensors where that is its ending, else JSON; whole
+    or not at all.
+    """
     if Path(path).suffix == SUFFIX:
         content = _to_tensors(data)
     else:
@@ -51,11 +55,14 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read the plan {path} ({error.strerror or error})") from error
     try:
-        # A safetensors file begins with the length of its header, eight bytes, the last of which are zero.
+        # A safetensors file begins with the length of its header, eight bytes, the last of which
+        # are zero.
         return _from_tensors(content) if content[6:9] == b"\0\0{" else json.loads(content)
     except (SafetensorError, KeyError, TypeError, IndexError, ValueError, StopIteration) as error:
         reason = str(error) or type(error).__name__
-        raise CheckpointError(f"{path} is not a plan saved by sdeflow, or damaged: {reason}") from error
+        raise CheckpointError(
+            f"{path} is not a plan saved by sdeflow, or damaged: {reason}"
+        ) from error
 
 
 def _to_tensors(data: dict[str, Any]) -> bytes:
@@ -96,11 +103,16 @@ def _from_tensors(content: bytes) -> dict[str, Any]:
     header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
     facts = json.loads(header.get(HEADER, "{}"))
     if facts.get("format") != FORMAT:
-        raise ValueError(f"a safetensors file that holds {facts.get('format', 'something else')!r}, not {FORMAT!r}")
+        raise ValueError(
+            f"a safetensors file that holds {facts.get('format', 'something else')!r}, not"
+            f" {FORMAT!r}"
+        )
     tensors = parse(content)
     stated = facts.pop("sha256", "")
     if stated != (found := _digest(tensors, facts)):
-        raise ValueError(f"its content has SHA-256 {found[:12]}..., its header says {stated[:12]}...")
+        raise ValueError(
+            f"its content has SHA-256 {found[:12]}..., its header says {stated[:12]}..."
+        )
     coefficients = iter(tensors["coefficients"].tolist())
     calls = iter(torch.cat([tensors["times"].unsqueeze(1), tensors["levels"]], 1).tolist())
     draws = iter(tensors["draws"].tolist())
@@ -108,11 +120,15 @@ def _from_tensors(content: bytes) -> dict[str, Any]:
     for row in facts["instructions"]:
         match row[0]:
             case "combine":
-                rows.append([row[0], row[1], [[register, next(coefficients)] for register in row[2]]])
+                rows.append(
+                    [row[0], row[1], [[register, next(coefficients)] for register in row[2]]]
+                )
             case "call":
                 rows.append([*row, *next(calls)])
             case "draw":
-                rows.append([*row, *(None if math.isnan(number) else number for number in next(draws))])
+                rows.append(
+                    [*row, *(None if math.isnan(number) else number for number in next(draws))]
+                )
             case _:
                 rows.append(row)
     return {**facts, "grid": tensors["grid"].tolist(), "instructions": rows}

@@ -1,16 +1,20 @@
-"""What a plan is made of: draws, linear combinations, network calls, and marks where a state is recorded."""
+"""What a plan is made of: draws, linear combinations, network calls, and marks where a state is
+recorded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdeflow._math import Scalar
+from sdeflow._utils.math import Scalar
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """`out := z`, a standard normal: the Brownian increment between two noise-to-signal ratios, or an independent draw."""
+    """`out := z`, a standard normal: the Brownian increment between two noise-to-signal ratios, or
+    an independent draw.
+    """
 
     out: int
     nsr: float | None = None
@@ -27,7 +31,9 @@ class Combine:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`out := denoiser(register, t)`; `s` and `sigma` say what a consistent input holds of signal and noise."""
+    """`out := denoiser(register, t)`; `s` and `sigma` say what a consistent input holds of signal
+    and noise.
+    """
 
     out: int
     input: int

@@ -1,15 +1,18 @@
-r"""Plans: a solver's steps over a grid, traced once into a table of numbers, and the one loop that executes it.
+r"""Plans: a solver's steps over a grid, traced once into a table of numbers, and the one loop that
+executes it.
 
-A step of a fixed-grid solver is written as in its textbook, with `+`, `-` and `*` on the state, the network's outputs
-and the noise. Run on symbolic operands (`Operand`) instead of tensors, the same step leaves a list of instructions:
+A step of a fixed-grid solver is written as in its textbook, with `+`, `-` and `*` on the state, the
+network's outputs and the noise. Run on symbolic operands (`Operand`) instead of tensors, the same
+step leaves a list of instructions:
 
     Draw(z, levels)      z := a standard normal
     Combine(y, terms)    y := sum_k c_k r_k, one linear combination of registers
     Call(F, x, level)    F := denoiser(x, t)
 
-with every coefficient a float64 number. What a solve does is then data: it can be printed, saved, checked, compared,
-and run with the process long gone. Values that one combination alone uses are merged into it, and registers are
-assigned by liveness, so that a call costs its network and one combination into a preallocated buffer.
+with every coefficient a float64 number. What a solve does is then data: it can be printed, saved,
+checked, compared, and run with the process long gone. Values that one combination alone uses are
+merged into it, and registers are assigned by liveness, so that a call costs its network and one
+combination into a preallocated buffer.
 """
 
 from __future__ import annotations
@@ -24,26 +27,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow._math import Scalar, value_of
+from sdeflow._utils.math import Scalar, value_of
 from sdeflow._version import __version__
 from sdeflow.errors import CheckpointError, SolverError
-from sdeflow.execution.execute import OnCall, execute, outliving
 from sdeflow.noise import Noise
 from sdeflow.plan.check import PlanReport, check
+from sdeflow.plan.execute import OnCall, execute, outliving
 from sdeflow.plan.files import FORMAT, read_plan, write_plan
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
+from sdeflow.plan.plot import plot_unrolled
 from sdeflow.plan.unroll import Difference, Unrolled, difference, unroll
-from sdeflow.plot import plot_unrolled
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A solve as a table: `nfe` network calls, each with its time and the combination that makes its input.
+    """A solve as a table: `nfe` network calls, each with its time and the combination that makes
+    its input.
 
-    `grid` holds `(t, s, sigma)` of every level; the state at its first level enters in register 0 and the result is in
-    register `result`. `finished` says that it ends with the denoised prediction, at zero noise.
+    `grid` holds `(t, s, sigma)` of every level; the state at its first level enters in register 0
+    and the result is in register `result`. `finished` says that it ends with the denoised
+    prediction, at zero noise.
     """
 
     instructions: tuple[Instruction, ...]
@@ -58,8 +63,12 @@ class Plan:
     _outlive: frozenset[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_calls", tuple(i for i in self.instructions if isinstance(i, Call)))
-        object.__setattr__(self, "_tensors", any(isinstance(number, Tensor) for number in self._numbers()))
+        object.__setattr__(
+            self, "_calls", tuple(i for i in self.instructions if isinstance(i, Call))
+        )
+        object.__setattr__(
+            self, "_tensors", any(isinstance(number, Tensor) for number in self._numbers())
+        )
         object.__setattr__(self, "_outlive", outliving(self.instructions))
 
     @property
@@ -99,40 +108,52 @@ class Plan:
     @property
     def differentiable(self) -> bool:
         """Whether gradients flow through a coefficient or a time."""
-        return self._tensors and any(isinstance(n, Tensor) and n.requires_grad for n in self._numbers())
+        return self._tensors and any(
+            isinstance(n, Tensor) and n.requires_grad for n in self._numbers()
+        )
 
     def _numbers(self) -> list[Scalar]:
-        return [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [c.t for c in self._calls]
+        return [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [
+            c.t for c in self._calls
+        ]
 
     def with_numbers(self, coefficients: Tensor | None = None, times: Tensor | None = None) -> Plan:
-        """The same table with other coefficients and call times; gradients flow through them where they require it.
+        """The same table with other coefficients and call times; gradients flow through them where
+        they require it.
 
         `consistency` goes on measuring against the `s` and `sigma` of the times that were traced.
         """
         if coefficients is not None and coefficients.shape != self.coefficients.shape:
             raise ValueError(
-                f"this plan has {len(self.coefficients)} coefficients; got shape {tuple(coefficients.shape)}"
+                f"this plan has {len(self.coefficients)} coefficients; got shape"
+                f" {tuple(coefficients.shape)}"
             )
         if times is not None and times.shape != (self.nfe,):
-            raise ValueError(f"this plan makes {self.nfe} calls; got times of shape {tuple(times.shape)}")
+            raise ValueError(
+                f"this plan makes {self.nfe} calls; got times of shape {tuple(times.shape)}"
+            )
         c = iter(_scalars(coefficients if coefficients is not None else self.coefficients))
         t = iter(_scalars(times if times is not None else self.times))
         changed: list[Instruction] = []
         for i in self.instructions:
             if isinstance(i, Combine):
-                changed.append(Combine(i.out, tuple((register, next(c)) for register, _ in i.terms)))
+                changed.append(
+                    Combine(i.out, tuple((register, next(c)) for register, _ in i.terms))
+                )
             else:
                 changed.append(replace(i, t=next(t)) if isinstance(i, Call) else i)
         return replace(self, instructions=tuple(changed))
 
-    # ------------------------------------------------------------------------------------------------------- checking
+    # ------------------------------------------------------------------------------------- checking
 
     def consistency(self) -> dict[str, float]:
-        """How exactly the table treats the simplest data, a single point `x0`, for which every prediction is `x0`.
+        """How exactly the table treats the simplest data, a single point `x0`, for which every
+        prediction is `x0`.
 
-        `signal`: the largest error of the coefficient of `x0` in a call's input, against `s`; zero in a consistent plan.
-        `noise`: the largest relative error of the input's noise, against `sigma`; zero for ODE and exact-variance steps.
-        `result`: the error of the coefficient of `x0` in a finished result, against 1.
+        `signal`: the largest error of the coefficient of `x0` in a call's input, against `s`; zero
+        in a consistent plan. `noise`: the largest relative error of the input's noise, against
+        `sigma`; zero for ODE and exact-variance steps. `result`: the error of the coefficient of
+        `x0` in a finished result, against 1.
         """
         signal, noise, result = 0.0, 0.0, 0.0
         _, s, sigma = self.grid[0]
@@ -160,45 +181,76 @@ class Plan:
         return {"signal": signal, "noise": noise, "result": result}
 
     def unrolled(self, frame: str = "x0") -> Unrolled:
-        """Every call's input and the result as a linear function of the start, the predictions before it and the noise.
+        """Every call's input and the result as a linear function of the start, the predictions
+        before it and the noise.
 
-        `frame` says as which function the predictions are taken: `"x0"`, `"eps"`, `"v"` or `"flow"`. Gradients flow through it.
+        `frame` says as which function the predictions are taken: `"x0"`, `"eps"`, `"v"` or
+        `"flow"`. Gradients flow through it.
         """
         return unroll(self.instructions, self.result, self.grid, self.finished).in_frame(frame)
 
     def matrix(self, frame: str = "x0") -> Tensor:
-        """`unrolled(frame)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and the result."""
+        """`unrolled(frame)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and
+        the result.
+        """
         return self.unrolled(frame).matrix
 
     def check(
-        self, process: Process | None = None, *, frame: str | None = None, clock: str | None = None, std: float = 0.5
+        self,
+        process: Process | None = None,
+        *,
+        frame: str | None = None,
+        clock: str | None = None,
+        std: float = 0.5,
     ) -> PlanReport:
-        """Consistency at every call, and the polynomials that each step reproduces: see `sdeflow.plan.check`; print it.
+        """Consistency at every call, and the polynomials that each step reproduces: see
+        `sdeflow.plan.check`; print it.
 
-        `frame` (`"x0"`, `"eps"`, `"v"`, `"flow"`, `"slope"` for `d(x/s)/dlam`, `"velocity"` for `dx/dt`) and `clock` (`"lam"`,
-        `"nsr"`, `"angle"`, `"t"`) say polynomials of what, in what; by default the pair of which most are reproduced. What
-        concerns the time `t` needs the `process`. `std` is that of the Gaussian data. Errors: `ValueError` for another process.
+        `frame` (`"x0"`, `"eps"`, `"v"`, `"flow"`, `"slope"` for `d(x/s)/dlam`, `"velocity"` for
+        `dx/dt`) and `clock` (`"lam"`, `"nsr"`, `"angle"`, `"t"`) say polynomials of what, in what;
+        by default the pair of which most are reproduced. What concerns the time `t` needs the
+        `process`. `std` is that of the Gaussian data. Errors: `ValueError` for another process.
         """
         if process is not None:
-            for level, mine in zip(process.levels([t for t, _, _ in self.grid]), self.grid, strict=True):
+            for level, mine in zip(
+                process.levels([t for t, _, _ in self.grid]), self.grid, strict=True
+            ):
                 if max(abs(level.s - mine[1]), abs(level.sigma - mine[2])) > 1e-9 * (1.0 + mine[2]):
-                    raise ValueError(f"this plan was traced under {self.process}; {process!r} differs at t={mine[0]:g}")
-        return check(self.unrolled(), self._head(), {t for t, _, _ in self.grid}, process, frame, clock, std)
+                    raise ValueError(
+                        f"this plan was traced under {self.process}; {process!r} differs at"
+                        f" t={mine[0]:g}"
+                    )
+        return check(
+            self.unrolled(), self._head(), {t for t, _, _ in self.grid}, process, frame, clock, std
+        )
 
     def compare(self, other: Plan) -> Difference:
-        """How far two plans are from being one method, whatever their registers; `compare(other).close()` says whether."""
+        """How far two plans are from being one method, whatever their registers;
+        `compare(other).close()` says whether.
+        """
         drawn = tuple(
             [(math.inf if i.nsr is None else i.nsr, math.inf if i.nsr_next is None else i.nsr_next)
              for i in plan.instructions if isinstance(i, Draw)]
             for plan in (self, other)
         )  # fmt: skip
-        return difference(self.unrolled(), other.unrolled(), (drawn[0], drawn[1]), self.finished == other.finished)
+        return difference(
+            self.unrolled(), other.unrolled(), (drawn[0], drawn[1]), self.finished == other.finished
+        )
 
     def allclose(self, other: Plan, rtol: float = 1e-12, atol: float = 1e-14) -> bool:
-        """Whether two plans are the same instructions with the same numbers to rounding; `compare` looks past registers."""
-        if (self._skeleton(), self.result, self.finished) != (other._skeleton(), other.result, other.finished):
+        """Whether two plans are the same instructions with the same numbers to rounding; `compare`
+        looks past registers.
+        """
+        if (self._skeleton(), self.result, self.finished) != (
+            other._skeleton(),
+            other.result,
+            other.finished,
+        ):
             return False
-        return all(torch.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(self._all(), other._all(), strict=True))
+        return all(
+            torch.allclose(a, b, rtol=rtol, atol=atol)
+            for a, b in zip(self._all(), other._all(), strict=True)
+        )
 
     def _skeleton(self) -> list[Any]:
         """The instructions without their numbers."""
@@ -216,20 +268,31 @@ class Plan:
         return skeleton
 
     def _all(self) -> list[Tensor]:
-        """Every number of the instructions: coefficients, times, and the levels of calls and draws."""
+        """Every number of the instructions: coefficients, times, and the levels of calls and
+        draws.
+        """
         levels = [n for call in self._calls for n in (call.s, call.sigma)]
-        draws = [n for i in self.instructions if isinstance(i, Draw) and i.nsr is not None for n in (i.nsr, i.nsr_next)]
+        draws = [
+            n
+            for i in self.instructions
+            if isinstance(i, Draw) and i.nsr is not None
+            for n in (i.nsr, i.nsr_next)
+        ]
         return [self.coefficients, self.times, _vector(levels), _vector(draws)]
 
-    # --------------------------------------------------------------------------------------------- printing and storing
+    # ------------------------------------------------------------------------- printing and storing
 
     def _head(self) -> str:
         """What it is, in a line."""
-        head = f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} -> {self.grid[-1][0]:g}"
+        head = (
+            f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} ->"
+            f" {self.grid[-1][0]:g}"
+        )
         return head + (" -> zero noise" if self.finished else "")
 
     def plot(self, path: str | os.PathLike[str] | None = None, frame: str = "x0") -> Any:
-        """The plan as a `matplotlib` figure (heat map of `matrix(frame)`, levels, weights); as PNG in `path` too if given.
+        """The plan as a `matplotlib` figure (heat map of `matrix(frame)`, levels, weights); as PNG
+        in `path` too if given.
 
         Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
         """
@@ -249,7 +312,9 @@ class Plan:
                 case Draw():
                     names[i.out] = "z"
                 case Combine():
-                    terms = " ".join(f"{value_of(c):+.6g}·{names.get(r, f'r{r}')}" for r, c in i.terms)
+                    terms = " ".join(
+                        f"{value_of(c):+.6g}·{names.get(r, f'r{r}')}" for r, c in i.terms
+                    )
                     names[i.out] = "x" if i.out == 0 else f"r{i.out}"
                     pending.append(f"{names[i.out]} = {terms}")
                 case Call():
@@ -259,7 +324,8 @@ class Plan:
                     names[i.out] = f"F{number}"
                     number, pending = number + 1, []
         lines.append(
-            f"{'end':>4}  {'':>10}  {'':>10}  {'; '.join(pending) or names.get(self.result, f'r{self.result}')}"
+            f"{'end':>4}  {'':>10}  {'':>10} "
+            f" {'; '.join(pending) or names.get(self.result, f'r{self.result}')}"
         )
         return "\n".join(lines)
 
@@ -273,23 +339,35 @@ class Plan:
                 case Combine():
                     rows.append(["combine", i.out, [[r, value_of(c)] for r, c in i.terms]])
                 case Call():
-                    rows.append(["call", i.out, i.input, value_of(i.t), value_of(i.s), value_of(i.sigma)])
+                    rows.append(
+                        ["call", i.out, i.input, value_of(i.t), value_of(i.s), value_of(i.sigma)]
+                    )
                 case Record():
                     rows.append(["record", i.index, i.input])
         keys = ("registers", "result", "grid", "finished", "solver", "process")
-        facts = {"format": FORMAT, "version": __version__, **{key: getattr(self, key) for key in keys}}
+        facts = {
+            "format": FORMAT,
+            "version": __version__,
+            **{key: getattr(self, key) for key in keys},
+        }
         return {**facts, "instructions": rows}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         """The plan that `to_dict` described; `ValueError` for anything else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"this is not a plan saved by sdeflow (its format should be {FORMAT!r})")
+            raise ValueError(
+                f"this is not a plan saved by sdeflow (its format should be {FORMAT!r})"
+            )
         try:
             instructions = tuple(map(_instruction, data["instructions"]))
             grid = tuple((float(t), float(s), float(sigma)) for t, s, sigma in data["grid"])
             registers, result = int(data["registers"]), int(data["result"])
-            finished, solver, process = bool(data["finished"]), str(data["solver"]), str(data["process"])
+            finished, solver, process = (
+                bool(data["finished"]),
+                str(data["solver"]),
+                str(data["process"]),
+            )
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"this is not a plan saved by sdeflow, or damaged: {type(error).__name__} {error}"
@@ -300,19 +378,25 @@ class Plan:
         return cls(instructions, registers, result, grid, finished, solver, process)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan, whole or not at all: as safetensors if `path` ends so, else as JSON; floats survive both exactly."""
+        """Write the plan, whole or not at all: as safetensors if `path` ends so, else as JSON;
+        floats survive both exactly.
+        """
         write_plan(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan written by `save`; `CheckpointError`, a `ValueError`, for a file that is missing, damaged or none."""
+        """Read a plan written by `save`; `CheckpointError`, a `ValueError`, for a file that is
+        missing, damaged or none.
+        """
         data = read_plan(path)
         try:
             return cls.from_dict(data)
         except ValueError as error:
-            raise CheckpointError(f"{path} is not a plan saved by sdeflow, or damaged: {error}") from error
+            raise CheckpointError(
+                f"{path} is not a plan saved by sdeflow, or damaged: {error}"
+            ) from error
 
-    # ------------------------------------------------------------------------------------------------------- execution
+    # ------------------------------------------------------------------------------------ execution
 
     def execute(
         self,
@@ -322,21 +406,36 @@ class Plan:
         on_call: OnCall | None = None,
         networks: Sequence[Callable[[Tensor], Tensor]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run the table on the state `x` (`[B, ...]`, left as it is); returns the result and the recorded states.
+        """Run the table on the state `x` (`[B, ...]`, left as it is); returns the result and the
+        recorded states.
 
-        On a device nothing here waits for it. Where gradients flow, combinations make new tensors instead of writing
-        into buffers. `on_call(k, call, input, x0)` is called after each network call; what it keeps, it must clone. A
-        network may return its own input, or one tensor at every call; one that alternates between several must clone.
-        `networks` are the denoisers at the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
+        On a device nothing here waits for it. Where gradients flow, combinations make new tensors
+        instead of writing into buffers. `on_call(k, call, input, x0)` is called after each network
+        call; what it keeps, it must clone. A network may return its own input, or one tensor at
+        every call; one that alternates between several must clone. `networks` are the denoisers at
+        the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())
             return plain.execute(reverse, x, noise, on_call, networks)
         if self.draws and noise is None:
-            raise SolverError(f"{self.solver or 'this plan'} draws noise: give it a source of noise")
+            raise SolverError(
+                f"{self.solver or 'this plan'} draws noise: give it a source of noise"
+            )
         if networks is None:
-            networks = reverse.calls(self.times if self._tensors else self._times, x) if self.nfe else ()
-        done = execute(self.instructions, self.registers, self.result, networks, x, noise, self._outlive, on_call)
+            networks = (
+                reverse.calls(self.times if self._tensors else self._times, x) if self.nfe else ()
+            )
+        done = execute(
+            self.instructions,
+            self.registers,
+            self.result,
+            networks,
+            x,
+            noise,
+            self._outlive,
+            on_call,
+        )
         reverse.nfe += self.nfe
         return done
 
@@ -351,7 +450,11 @@ def _instruction(row: Any) -> Instruction:
         return Combine(int(out), tuple((int(r), float(c)) for r, c in terms))
     if kind == "draw":
         out, nsr, nsr_next = numbers
-        return Draw(int(out), None if nsr is None else float(nsr), None if nsr_next is None else float(nsr_next))
+        return Draw(
+            int(out),
+            None if nsr is None else float(nsr),
+            None if nsr_next is None else float(nsr_next),
+        )
     if kind == "call":
         out, given, t, s, sigma = numbers
         return Call(int(out), int(given), float(t), float(s), float(sigma))

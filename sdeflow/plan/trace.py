@@ -1,4 +1,6 @@
-"""Tracing: a step run on symbolic operands instead of tensors leaves the list of instructions of a plan."""
+"""Tracing: a step run on symbolic operands instead of tensors leaves the list of instructions of a
+plan.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from sdeflow._math import Scalar, value_of
+from sdeflow._utils.math import Scalar, value_of
 from sdeflow.errors import SolverError
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.process import Level, Process
@@ -15,7 +17,9 @@ from sdeflow.reverse import Reverse
 
 
 class Operand:
-    """A linear combination of values that a trace has seen; what a step computes with in place of tensors."""
+    """A linear combination of values that a trace has seen; what a step computes with in place of
+    tensors.
+    """
 
     __slots__ = ("terms",)
 
@@ -38,7 +42,10 @@ class Operand:
 
     def __mul__(self, factor: Scalar) -> Operand:
         if isinstance(factor, Operand):
-            raise SolverError("a step multiplied two states: steps of a plan are linear; override integrate instead")
+            raise SolverError(
+                "a step multiplied two states: steps of a plan are linear; override integrate"
+                " instead"
+            )
         return Operand({value: c * factor for value, c in self.terms.items()})
 
     __rmul__ = __mul__
@@ -48,12 +55,15 @@ class Operand:
 
     def __bool__(self) -> bool:
         raise SolverError(
-            "a step asked for the value of a state: steps of a plan cannot depend on it; override integrate instead"
+            "a step asked for the value of a state: steps of a plan cannot depend on it; override"
+            " integrate instead"
         )
 
 
 class Trace(Reverse):
-    """A recorder that stands in for the reverse process and the noise while a solver's steps run symbolically."""
+    """A recorder that stands in for the reverse process and the noise while a solver's steps run
+    symbolically.
+    """
 
     def __init__(self, process: Process):
         self.process = process
@@ -64,17 +74,20 @@ class Trace(Reverse):
         self.values = 1  # value 0 is the state that the solve starts from
 
     def value(self, operand: Operand) -> int:
-        """The value that holds `operand`, computed now if none does; the operand then refers to it."""
+        """The value that holds `operand`, computed now if none does; the operand then refers to
+        it.
+        """
         terms = {v: c for v, c in operand.terms.items() if not (isinstance(c, float) and c == 0.0)}
         if len(terms) == 1:
-            (value, c) = next(iter(terms.items()))
+            value, c = next(iter(terms.items()))
             if isinstance(c, float) and c == 1.0:
                 operand.terms = terms
                 return value
         for c in terms.values():
             if isinstance(c, float) and not math.isfinite(c):
                 raise SolverError(
-                    f"a step has a coefficient of {c}: the method is not defined on this grid (zero noise, or no signal left?)"
+                    f"a step has a coefficient of {c}: the method is not defined on this grid (zero"
+                    " noise, or no signal left?)"
                 )
         if not terms:
             raise SolverError("a step made a state of nothing: all its coefficients are zero")
@@ -97,17 +110,19 @@ class Trace(Reverse):
     def draw(self, t: Level | None = None, t_next: Level | None = None) -> Operand:
         """A standard normal: between two levels, or independent."""
         out = self._new()
-        between = (None, None) if t is None or t_next is None else (value_of(t.nsr), value_of(t_next.nsr))
+        between = (
+            (None, None) if t is None or t_next is None else (value_of(t.nsr), value_of(t_next.nsr))
+        )
         self.instructions.append(Draw(out, *between))
         return Operand({out: 1.0})
 
-    def keep(self, state: Any) -> Any:
+    def materialise(self, state: Any) -> Any:
         """`state`, nested tuples of operands, with every operand held by one value."""
         if isinstance(state, Operand):
             self.value(state)
         elif isinstance(state, tuple | list):
             for entry in state:
-                self.keep(entry)
+                self.materialise(entry)
         return state
 
     def record(self, index: int, x: Operand) -> None:
@@ -115,8 +130,11 @@ class Trace(Reverse):
         self.instructions.append(Record(index, self.value(x)))
 
 
-def optimise(instructions: Iterable[Instruction], result: int) -> tuple[tuple[Instruction, ...], int, int]:
-    """Merge values used by one combination alone into it, drop what nobody uses, and assign registers by liveness.
+def optimise(
+    instructions: Iterable[Instruction], result: int
+) -> tuple[tuple[Instruction, ...], int, int]:
+    """Merge values used by one combination alone into it, drop what nobody uses, and assign
+    registers by liveness.
 
     Returns the instructions, the number of registers and the register of the result.
     """
@@ -159,13 +177,16 @@ def _alive(instructions: list[Instruction], result: int) -> list[Instruction]:
     return kept[::-1]
 
 
-def _assign(instructions: list[Instruction], result: int) -> tuple[tuple[Instruction, ...], int, int]:
+def _assign(
+    instructions: list[Instruction], result: int
+) -> tuple[tuple[Instruction, ...], int, int]:
     last = {value: n for n, i in enumerate(instructions) for value in reads(i)}
     last[result] = len(instructions)
     place = {0: 0}
     free: list[int] = []
     count = 1
-    # Registers that combinations write own a buffer; those of outputs and draws only refer to what they are given.
+    # Registers that combinations write own a buffer; those of outputs and draws only refer to what
+    # they are given.
     owning = {0}
     done: list[Instruction] = []
 
@@ -184,7 +205,8 @@ def _assign(instructions: list[Instruction], result: int) -> tuple[tuple[Instruc
         dying = [value for value in dict.fromkeys(reads(i)) if last[value] == n and value in place]
         match i:
             case Combine():
-                # Write over an owned operand that dies here, which then comes first; else into a free buffer.
+                # Write over an owned operand that dies here, which then comes first; else into a
+                # free buffer.
                 own = [value for value in dying if place[value] in owning]
                 terms = i.terms
                 if own:

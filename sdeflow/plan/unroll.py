@@ -1,12 +1,14 @@
-r"""Plans unrolled: every call's input, and the result, as one linear function of what goes into a solve.
+r"""Plans unrolled: every call's input, and the result, as one linear function of what goes into a
+solve.
 
-A plan is linear in the state it starts from, the network's predictions and the noise, so that the input of call `k` is
+A plan is linear in the state it starts from, the network's predictions and the noise, so that the
+input of call `k` is
 
 $$x_k = a_k x + \sum_{j<k} B_{kj} F_j + \sum_d C_{kd} z_d,$$
 
-with the predictions $F_j$ of $x_0$. The table of these numbers is what the method is, whatever its registers and buffers;
-it can be measured, drawn, compared and fitted. In another frame (`Unrolled.in_frame`) it is the same method with
-$\varepsilon$, say, in the place of $x_0$.
+with the predictions $F_j$ of $x_0$. The table of these numbers is what the method is, whatever its
+registers and buffers; it can be measured, drawn, compared and fitted. In another frame
+(`Unrolled.in_frame`) it is the same method with $\varepsilon$, say, in the place of $x_0$.
 """
 
 from __future__ import annotations
@@ -18,21 +20,25 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sdeflow._math import Scalar
+from sdeflow._utils.math import Scalar
 from sdeflow.errors import unknown
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction
 
 FRAMES = ("x0", "eps", "v", "flow")
-"""The functions of a prediction in which a table can be written, see `sdeflow.solvers.weights`."""
+"""The functions of a prediction in which a table can be written, see
+`sdeflow.solvers.ode.weights`.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Unrolled:
-    """`x_k = start_k x + sum_j predictions_kj F_j + sum_d draws_kd z_d`; float64, a row a call, and the last row the result.
+    """`x_k = start_k x + sum_j predictions_kj F_j + sum_d draws_kd z_d`; float64, a row a call, and
+    the last row the result.
 
-    `start` is `[rows]`, `predictions` `[rows, nfe]` (strictly lower triangular in the rows of calls) and `draws`
-    `[rows, draws]`; `t`, `s`, `sigma` (`[rows]`) are the level of each row, 0, 1 and 0 at the end of a finished solve, and
-    `origin` is `(t, s, sigma)` of the start. Gradients flow through the numbers of the plan that require them.
+    `start` is `[rows]`, `predictions` `[rows, nfe]` (strictly lower triangular in the rows of
+    calls) and `draws` `[rows, draws]`; `t`, `s`, `sigma` (`[rows]`) are the level of each row, 0, 1
+    and 0 at the end of a finished solve, and `origin` is `(t, s, sigma)` of the start. Gradients
+    flow through the numbers of the plan that require them.
     """
 
     start: Tensor
@@ -52,7 +58,9 @@ class Unrolled:
 
     @property
     def matrix(self) -> Tensor:
-        """All weights as one matrix, `[rows, 1 + nfe + draws]`: of the start, of the predictions, of the noise."""
+        """All weights as one matrix, `[rows, 1 + nfe + draws]`: of the start, of the predictions,
+        of the noise.
+        """
         return torch.cat([self.start.unsqueeze(1), self.predictions, self.draws], 1)
 
     @property
@@ -77,16 +85,19 @@ class Unrolled:
 
     @property
     def signal(self) -> Tensor:
-        """What each row holds of `x0` where every prediction is `x0` and the start is `s x0`; `s` in a consistent plan."""
+        """What each row holds of `x0` where every prediction is `x0` and the start is `s x0`; `s`
+        in a consistent plan.
+        """
         plain = self._plain or self
         return plain.start * self.origin[1] + plain.predictions.sum(1)
 
     def spread(self, std: float = 0.0) -> Tensor:
-        r"""The standard deviation of each row on data $N(0, \mathrm{std}^2)$, from the exact law at the start.
+        r"""The standard deviation of each row on data $N(0, \mathrm{std}^2)$, from the exact law at
+        the start.
 
-        There the prediction is $\frac{s\,\mathrm{std}^2}{s^2 \mathrm{std}^2 + \sigma^2} x$, and the exact law at a level has the
-        standard deviation $\sqrt{s^2 \mathrm{std}^2 + \sigma^2}$. `std=0` is data of a single point, in which all that spreads is
-        the noise.
+        There the prediction is $\frac{s\,\mathrm{std}^2}{s^2 \mathrm{std}^2 + \sigma^2} x$, and the
+        exact law at a level has the standard deviation $\sqrt{s^2 \mathrm{std}^2 + \sigma^2}$.
+        `std=0` is data of a single point, in which all that spreads is the noise.
         """
         plain, n = self._plain or self, self.nfe
         gain = self.s[:n] * std**2 / (self.s[:n] ** 2 * std**2 + self.sigma[:n] ** 2)
@@ -98,12 +109,21 @@ class Unrolled:
         """The same without gradients, in the frame x0."""
         plain = self._plain or self
         start, predictions, draws, t, s, sigma = (
-            column.detach() for column in (plain.start, plain.predictions, plain.draws, plain.t, plain.s, plain.sigma)
+            column.detach()
+            for column in (
+                plain.start,
+                plain.predictions,
+                plain.draws,
+                plain.t,
+                plain.s,
+                plain.sigma,
+            )
         )
         return Unrolled(start, predictions, draws, t, s, sigma, self.origin)
 
     def in_frame(self, frame: str) -> Unrolled:
-        """The same method with `F_j` another function of the prediction: `"eps"`, `"v"` or `"flow"`, from the frame `"x0"`.
+        """The same method with `F_j` another function of the prediction: `"eps"`, `"v"` or
+        `"flow"`, from the frame `"x0"`.
 
         `ValueError` where a call has no signal (`s = 0`) and the frame eps needs it.
         """
@@ -114,22 +134,35 @@ class Unrolled:
         plain = self._plain or self
         if frame == "x0":
             return plain
-        return plain.with_predictions(*_prediction(frame, self.s[: self.nfe], self.sigma[: self.nfe]), frame)
+        return plain.with_predictions(
+            *_prediction(frame, self.s[: self.nfe], self.sigma[: self.nfe]), frame
+        )
 
     def with_predictions(self, of_state: Tensor, of_value: Tensor, frame: str) -> Unrolled:
-        """The same method with other functions `F_j` of the predictions, `x0 = of_state x + of_value F_j` at call `j`."""
+        """The same method with other functions `F_j` of the predictions,
+        `x0 = of_state x + of_value F_j` at call `j`.
+        """
         if self.frame != "x0":
             raise ValueError(f"a table is turned from the frame x0, not from {self.frame}")
         rows, n = self._eliminated(of_state, of_value), self.nfe
         return replace(
-            self, start=rows[:, 0], predictions=rows[:, 1 : n + 1], draws=rows[:, n + 1 :], frame=frame, _plain=self
+            self,
+            start=rows[:, 0],
+            predictions=rows[:, 1 : n + 1],
+            draws=rows[:, n + 1 :],
+            frame=frame,
+            _plain=self,
         )
 
     def _eliminated(self, of_state: Tensor, of_value: Tensor) -> Tensor:
-        """The matrix with `of_state x + of_value F` in the place of every prediction, as the inputs follow one another."""
+        """The matrix with `of_state x + of_value F` in the place of every prediction, as the inputs
+        follow one another.
+        """
         n = self.nfe
         system = torch.eye(n, dtype=torch.float64) - self.predictions[:n] * of_state
-        given = torch.cat([self.start[:n, None], self.predictions[:n] * of_value, self.draws[:n]], 1)
+        given = torch.cat(
+            [self.start[:n, None], self.predictions[:n] * of_value, self.draws[:n]], 1
+        )
         inputs = torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True)
         last = torch.cat([self.start[n:, None], self.predictions[n:] * of_value, self.draws[n:]], 1)
         return torch.cat([inputs, last + (self.predictions[n:] * of_state) @ inputs])
@@ -139,7 +172,9 @@ def _prediction(frame: str, s: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """`(a, b)` with `x0 = a x + b F`, of a frame."""
     if frame == "eps":
         if bool((s == 0.0).any()):
-            raise ValueError("no x0 follows from eps where no signal is left (s = 0): take another frame")
+            raise ValueError(
+                "no x0 follows from eps where no signal is left (s = 0): take another frame"
+            )
         return 1.0 / s, -sigma / s
     if frame == "flow":
         return 1.0 / (s + sigma), -sigma / (s + sigma)
@@ -148,7 +183,10 @@ def _prediction(frame: str, s: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unroll(
-    instructions: Sequence[Instruction], result: int, grid: Sequence[tuple[float, float, float]], finished: bool
+    instructions: Sequence[Instruction],
+    result: int,
+    grid: Sequence[tuple[float, float, float]],
+    finished: bool,
 ) -> Unrolled:
     """The instructions of a plan, unrolled; `grid` holds `(t, s, sigma)` of its levels."""
     nfe = sum(isinstance(i, Call) for i in instructions)
@@ -172,7 +210,9 @@ def unroll(
     matrix = torch.stack([*rows, held[result]])
     levels.append((0.0, 1.0, 0.0) if finished else grid[-1])
     t, s, sigma = (as_vector(column) for column in zip(*levels, strict=True))
-    return Unrolled(matrix[:, 0], matrix[:, 1 : nfe + 1], matrix[:, nfe + 1 :], t, s, sigma, grid[0])
+    return Unrolled(
+        matrix[:, 0], matrix[:, 1 : nfe + 1], matrix[:, nfe + 1 :], t, s, sigma, grid[0]
+    )
 
 
 def _combination(i: Combine, held: dict[int, Tensor]) -> Tensor:
@@ -191,10 +231,11 @@ def as_vector(numbers: Sequence[Scalar]) -> Tensor:
 class Difference:
     """How two plans differ as methods, whatever their registers: `Plan.compare`; print it.
 
-    `nfe` and `draws` are those of the one and the other. `weights` is the largest absolute difference of the unrolled matrices,
-    the largest entry of which is `scale`; `times`, `levels` and `intervals` are those of the calls' times, of their `s` and
-    `sigma`, and of the noise-to-signal ratios between which noise is drawn. All are infinite where the numbers cannot be laid
-    side by side. `ends` says whether both end at zero noise, or both do not.
+    `nfe` and `draws` are those of the one and the other. `weights` is the largest absolute
+    difference of the unrolled matrices, the largest entry of which is `scale`; `times`, `levels`
+    and `intervals` are those of the calls' times, of their `s` and `sigma`, and of the
+    noise-to-signal ratios between which noise is drawn. All are infinite where the numbers cannot
+    be laid side by side. `ends` says whether both end at zero noise, or both do not.
     """
 
     nfe: tuple[int, int]
@@ -214,19 +255,29 @@ class Difference:
     def __str__(self) -> str:
         """The differences in words."""
         if self.nfe[0] != self.nfe[1] or self.draws[0] != self.draws[1]:
-            a, b = (f"{nfe} calls and {draws} draws" for nfe, draws in zip(self.nfe, self.draws, strict=True))
+            a, b = (
+                f"{nfe} calls and {draws} draws"
+                for nfe, draws in zip(self.nfe, self.draws, strict=True)
+            )
             return f"not to be laid side by side: {a}, against {b}"
         end = "" if self.ends else "; one ends at zero noise and the other does not"
         return (
-            f"weights differ by up to {small(self.weights)} (the largest is {self.scale:.3g}), times by {small(self.times)}, "
-            f"levels by {small(self.levels)}, intervals of noise by {small(self.intervals)}{end}"
+            f"weights differ by up to {format_magnitude(self.weights)} (the largest is"
+            f" {self.scale:.3g}), times by {format_magnitude(self.times)}, levels by"
+            f" {format_magnitude(self.levels)}, intervals of noise by"
+            f" {format_magnitude(self.intervals)}{end}"
         )
 
 
 def difference(
-    a: Unrolled, b: Unrolled, drawn: tuple[list[tuple[float, float]], list[tuple[float, float]]], ends: bool
+    a: Unrolled,
+    b: Unrolled,
+    drawn: tuple[list[tuple[float, float]], list[tuple[float, float]]],
+    ends: bool,
 ) -> Difference:
-    """How the unrolled plan `b` differs from `a`; `drawn` are the noise-to-signal ratios of their draws."""
+    """How the unrolled plan `b` differs from `a`; `drawn` are the noise-to-signal ratios of their
+    draws.
+    """
     nfe, draws = (a.nfe, b.nfe), (a.draws.shape[1], b.draws.shape[1])
     scale = max(float(rows.matrix.detach().abs().max()) for rows in (a, b))
     if a.matrix.shape != b.matrix.shape:
@@ -239,10 +290,16 @@ def difference(
     levels = largest(torch.stack([a.s, a.sigma]), torch.stack([b.s, b.sigma]))
     start = max(abs(p - q) for p, q in zip(a.origin, b.origin, strict=True))
     p, q = (torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2) for pairs in drawn)
-    gaps = (largest(a.matrix, b.matrix), scale, largest(a.t, b.t), max(levels, start), largest(p, q))
+    gaps = (
+        largest(a.matrix, b.matrix),
+        scale,
+        largest(a.t, b.t),
+        max(levels, start),
+        largest(p, q),
+    )
     return Difference(nfe, draws, *gaps, ends)
 
 
-def small(number: float) -> str:
+def format_magnitude(number: float) -> str:
     """A number of which the size is of interest."""
     return "0" if number == 0.0 else f"{number:.0e}" if math.isfinite(number) else "-"

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sdeflow._math import value_of
-from sdeflow.denoiser import Denoiser
+from sdeflow._utils.math import value_of
+from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
-from sdeflow.execution.execute import OnCall
-from sdeflow.grid.laying import GridFunction
+from sdeflow.grid.base import GridFunction
 from sdeflow.noise import Noise
+from sdeflow.plan.execute import OnCall
 from sdeflow.plan.plan import Plan
 from sdeflow.plan.trace import Operand, Trace, optimise
 from sdeflow.process import Level, Process
@@ -30,8 +30,9 @@ from sdeflow.reverse import Reverse
 class Solution:
     """A solve, with everything about how it was made.
 
-    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch, `network_calls` forwards of the network in all.
-    `trajectory` (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there on request.
+    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch, `network_calls` forwards
+    of the network in all. `trajectory` (`[levels, n, *shape]`, the result last) and `x0s`
+    (`[nfe, n, *shape]`) are there on request.
     """
 
     x: Tensor
@@ -57,27 +58,36 @@ class Solution:
     def __str__(self) -> str:
         """How it was made, in a few lines."""
         lines = [
-            f"{tuple(self.x.shape)} {self.dtype} on {self.device} in {self.seconds:.2f} s, sdeflow {self.version}",
+            (
+                f"{tuple(self.x.shape)} {self.dtype} on {self.device} in {self.seconds:.2f} s,"
+                f" sdeflow {self.version}"
+            ),
             f"solver   {self.solver}",
             f"process  {self.process}",
             f"NFE      {self.nfe} ({self.network_calls} network calls)",
         ]
         if self.times is not None and len(self.times):
             lines.append(
-                f"times    {len(self.times)} levels, {float(self.times[0]):g} -> {float(self.times[-1]):g} ({self.grid})"
+                f"times    {len(self.times)} levels, {float(self.times[0]):g} ->"
+                f" {float(self.times[-1]):g} ({self.grid})"
             )
         if self.seeds:
             shown = ", ".join(map(str, self.seeds[:4])) + (", ..." if len(self.seeds) > 4 else "")
             lines.append(f"noise    {self.noise}, seeds {shown}")
-        lines += [f"{key:<8} {value}" for key, value in self.statistics.items() if not isinstance(value, Tensor)]
+        lines += [
+            f"{key:<8} {value}"
+            for key, value in self.statistics.items()
+            if not isinstance(value, Tensor)
+        ]
         return "\n".join(lines)
 
 
 class Solver(ABC):
-    """A method for the reverse SDE or the probability-flow ODE; a frozen dataclass whose fields are its parameters.
+    """A method for the reverse SDE or the probability-flow ODE; a frozen dataclass whose fields are
+    its parameters.
 
-    `order` is its order of convergence (weak order where `stochastic`), on grids that are not uniform too; `source` the
-    paper; `cost` the network calls a step, in words.
+    `order` is its order of convergence (weak order where `stochastic`), on grids that are not
+    uniform too; `source` the paper; `cost` the network calls a step, in words.
     """
 
     order: ClassVar[int]
@@ -90,13 +100,15 @@ class Solver(ABC):
     source: ClassVar[str]
     cost: ClassVar[str] = "1 a step"
 
-    def suited(self, denoiser: Denoiser) -> Solver:
+    def for_denoiser(self, denoiser: Denoiser) -> Solver:
         """This solver, or the form of it that goes with a denoiser; `sample` and `solve` ask."""
         return self
 
     @abstractmethod
     def levels(self, nfe: int, *, finish: bool = True) -> int:
-        """Grid levels with which the solver spends exactly `nfe` calls; `BudgetError` names the nearest budgets."""
+        """Grid levels with which the solver spends exactly `nfe` calls; `BudgetError` names the
+        nearest budgets.
+        """
 
     @abstractmethod
     def integrate(
@@ -110,24 +122,32 @@ class Solver(ABC):
         record: bool = False,
         on_call: OnCall | None = None,
     ) -> Solution:
-        """Take the state `x` at `times[0]` along `times` (float64, `[levels]`), and to zero noise if `finish`.
+        """Take the state `x` at `times[0]` along `times` (float64, `[levels]`), and to zero noise
+        if `finish`.
 
         `record` keeps the state at every level in `Solution.trajectory`.
         """
 
 
 class GridSolver(Solver):
-    """A solver that steps from level to level of a grid: one `step`, traced over the grid into a plan and executed."""
+    """A solver that steps from level to level of a grid: one `step`, traced over the grid into a
+    plan and executed.
+    """
 
     calls_per_step: ClassVar[int] = 1
 
     def start(self, steps: int) -> Any:
-        """The state of a fresh solve of so many steps: nested tuples of operands and numbers, or None."""
+        """The state of a fresh solve of so many steps: nested tuples of operands and numbers, or
+        None.
+        """
         return None
 
     @abstractmethod
-    def step(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> tuple[Any, Any]:
-        """`(x_next, state)`: the textbook's step from level `t` to `t_next`, with `+`, `-`, `*` on what is not a number.
+    def step(
+        self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
+    ) -> tuple[Any, Any]:
+        """`(x_next, state)`: the textbook's step from level `t` to `t_next`, with `+`, `-`, `*` on
+        what is not a number.
 
         `noise(t, t_next)` is a standard normal for the interval, `noise()` an independent one.
         """
@@ -137,7 +157,9 @@ class GridSolver(Solver):
         return reverse(x, t)
 
     def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        """Times between the levels at which `step` will need the process, so that they are computed in the same pass."""
+        """Times between the levels at which `step` will need the process, so that they are computed
+        in the same pass.
+        """
         return None
 
     def calls(self, levels: int, *, finish: bool = True) -> int:
@@ -158,18 +180,26 @@ class GridSolver(Solver):
         if cost != nfe:
             near = f"{below} and {cost}" if below else f"{cost}"
             raise BudgetError(
-                f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can {'are' if below else 'is'} {near}"
+                f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can"
+                f" {'are' if below else 'is'} {near}"
             )
         return levels
 
-    # -------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def plan(
-        self, process: Process, times: Tensor | Sequence[float], *, finish: bool = True, record: bool = False
+        self,
+        process: Process,
+        times: Tensor | Sequence[float],
+        *,
+        finish: bool = True,
+        record: bool = False,
     ) -> Plan:
         """The solver traced over `times` of `process`: see `sdeflow.plan.plan.Plan`."""
         if not isinstance(process, Process):
-            raise TypeError(f"a plan is traced over times of a Process, such as VP(); got {process!r}")
+            raise TypeError(
+                f"a plan is traced over times of a Process, such as VP(); got {process!r}"
+            )
         times = check_times(times)
         self._check_direction(times, finish)
         # Only plain values can be keys: others may have changed since.
@@ -195,18 +225,21 @@ class GridSolver(Solver):
             if record:
                 trace.record(index, x)
             x, state = self.step(trace, x, t, t_next, trace.draw, state)
-            trace.keep((x, state))
+            trace.materialise((x, state))
         if record:
             trace.record(len(levels) - 1, x)
         if finish:
             x = self.finish(trace, x, levels[-1], trace.draw, state)
         instructions, registers, result = optimise(trace.instructions, trace.value(x))
-        grid = tuple((value_of(level.t), value_of(level.s), value_of(level.sigma)) for level in levels)
+        grid = tuple(
+            (value_of(level.t), value_of(level.s), value_of(level.sigma)) for level in levels
+        )
         return Plan(instructions, registers, result, grid, finish, repr(self), repr(process))
 
     def _levels(self, reverse: Reverse, times: Tensor) -> list[Level]:
         """The levels of the grid; those of `extra_times` are prepared in the same pass."""
-        # Where gradients flow, levels within a step are computed there; here their infinities would only make NaN of zeros.
+        # Where gradients flow, levels within a step are computed there; here their infinities would
+        # only make NaN of zeros.
         extra = None if times.requires_grad else self.extra_times(reverse.process, times)
         if extra is None or extra.numel() == 0:
             return check_levels(reverse.prepare(times), reverse.process)
@@ -228,9 +261,17 @@ class GridSolver(Solver):
         return run_plan(plan, reverse, x, noise, on_call)
 
     def textbook(
-        self, reverse: Reverse, x: Tensor, times: Tensor, noise: Noise | None, *, finish: bool = True
+        self,
+        reverse: Reverse,
+        x: Tensor,
+        times: Tensor,
+        noise: Noise | None,
+        *,
+        finish: bool = True,
     ) -> Tensor:
-        """The same solve with the steps run on tensors, as they are written: what a plan is tested against."""
+        """The same solve with the steps run on tensors, as they are written: what a plan is tested
+        against.
+        """
         times = check_times(times)
         self._check_direction(times, finish)
         levels = self._levels(reverse, times)
@@ -239,7 +280,11 @@ class GridSolver(Solver):
         def draw(t: Level | None = None, t_next: Level | None = None) -> Tensor:
             if noise is None:
                 raise SolverError(f"{type(self).__name__} draws noise: give it a source of noise")
-            between = (None, None) if t is None or t_next is None else (value_of(t.nsr), value_of(t_next.nsr))
+            between = (
+                (None, None)
+                if t is None or t_next is None
+                else (value_of(t.nsr), value_of(t_next.nsr))
+            )
             return noise.draw(*between).to(x)
 
         for t, t_next in pairwise(levels):
@@ -252,16 +297,25 @@ class GridSolver(Solver):
             raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
         if upward and not self.reversible:
             raise GridError(
-                f"{type(self).__name__} only runs from noise to data; encode with a solver of the ODE, such as Heun"
+                f"{type(self).__name__} only runs from noise to data; encode with a solver of the"
+                " ODE, such as Heun"
             )
 
 
-def run_plan(plan: Plan, reverse: Reverse, x: Tensor, noise: Noise | None, on_call: OnCall | None = None) -> Solution:
+def run_plan(
+    plan: Plan, reverse: Reverse, x: Tensor, noise: Noise | None, on_call: OnCall | None = None
+) -> Solution:
     """Execute a plan and say so in a `Solution`."""
     result, recorded = plan.execute(reverse, x, noise, on_call)
-    trajectory = torch.stack([*recorded, result] if plan.finished else recorded) if recorded else None
+    trajectory = (
+        torch.stack([*recorded, result] if plan.finished else recorded) if recorded else None
+    )
     return Solution(
-        result, plan.nfe, plan=plan, trajectory=trajectory, statistics={"draws": plan.draws, "buffers": plan.buffers}
+        result,
+        plan.nfe,
+        plan=plan,
+        trajectory=trajectory,
+        statistics={"draws": plan.draws, "buffers": plan.buffers},
     )
 
 
@@ -270,7 +324,8 @@ _PLANS_LOCK = threading.Lock()
 
 
 def _plain(value: Any) -> bool:
-    """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen dataclasses of them.
+    """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen
+    dataclasses of them.
 
     What a user wrote may read anything, a global in a notebook say, and is traced anew each time.
     """
@@ -279,27 +334,39 @@ def _plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_plain, value))
     kind = type(value)
-    parameters = vars(kind).get("__dataclass_params__")  # of the class itself: a subclass may hold more than its fields
+    parameters = vars(kind).get(
+        "__dataclass_params__"
+    )  # of the class itself: a subclass may hold more than its fields
     ours = kind.__module__.startswith("sdeflow.") and parameters is not None and parameters.frozen
-    return ours and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare)
+    return ours and all(
+        _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare
+    )
 
 
 def check_levels(levels: list[Level], process: Process) -> list[Level]:
-    """`levels`, or a `GridError` where one lies outside of what `process` describes, or holds no noise."""
+    """`levels`, or a `GridError` where one lies outside of what `process` describes, or holds no
+    noise.
+    """
     for level in levels:
         if not (level.s >= 0.0 and level.sigma > 0.0 and level.t >= min(0.0, process.t_min)):
-            what = "no noise is left there" if level.sigma == 0.0 else "the process does not reach there"
+            what = (
+                "no noise is left there"
+                if level.sigma == 0.0
+                else "the process does not reach there"
+            )
             raise GridError(
-                f"the grid has a level at t={value_of(level.t):g}, where s={value_of(level.s):g} and "
-                f"sigma={value_of(level.sigma):g}: {what}. {type(process).__name__} runs from t_min={process.t_min:g} to "
-                f"t_max={process.t_max:g}; the step to zero noise is taken from the last level of the grid by finish=True, "
-                "and is no level itself"
+                f"the grid has a level at t={value_of(level.t):g}, where s={value_of(level.s):g}"
+                f" and sigma={value_of(level.sigma):g}: {what}. {type(process).__name__} runs from"
+                f" t_min={process.t_min:g} to t_max={process.t_max:g}; the step to zero noise is"
+                " taken from the last level of the grid by finish=True, and is no level itself"
             )
     return levels
 
 
 def check_times(times: Tensor | Sequence[float]) -> Tensor:
-    """`times` as a float64 vector on the CPU, strictly monotone and finite, or a `GridError` that says where it is not."""
+    """`times` as a float64 vector on the CPU, strictly monotone and finite, or a `GridError` that
+    says where it is not.
+    """
     grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     if grid.ndim != 1 or len(grid) < 1:
         raise GridError(f"a grid is a vector of at least one time; got shape {tuple(grid.shape)}")
@@ -310,7 +377,8 @@ def check_times(times: Tensor | Sequence[float]) -> Tensor:
     if bool(wrong.any()):
         i = int(wrong.nonzero()[0])
         raise GridError(
-            f"a grid runs strictly one way, from noise to data (decreasing) or from data to noise (increasing); "
-            f"times[{i}]={float(grid[i]):.6g} is followed by times[{i + 1}]={float(grid[i + 1]):.6g}"
+            "a grid runs strictly one way, from noise to data (decreasing) or from data to noise"
+            f" (increasing); times[{i}]={float(grid[i]):.6g} is followed by"
+            f" times[{i + 1}]={float(grid[i + 1]):.6g}"
         )
     return grid

@@ -7,24 +7,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sdeflow.losses import EDMLoss
 from sdeflow.models import UNetConfig
-from sdeflow.training.losses import EDMLoss
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train, on what, for how long; a plain value that is stored with the training's state.
 
-    Lengths are counted in training images, so that they do not change with the batch size. `batch_size` is over all processes;
-    `lr` rises over `warmup` images and then decays to zero at `images` (`schedule` "cosine" or "linear"; "constant" does not
-    decay). `ema` is the half-life of the average; every `snapshot_images` images (0 = never) averages with power profiles of
-    the relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length. `init` is a checkpoint
-    (bundled, or a file) from whose weights a new training begins; the network is then like that one, but for its dropout, and
-    the profiles of those averages begin where the checkpoint's training did, its weights standing for all of it. `precision`
-    "auto" is bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and `graphs=None` replays each step there
-    as one CUDA graph. `save_seconds` and `sample_images` say how often the state is saved and a grid drawn (0 = only at the
-    end), `log_steps` how often the log gets a line. `max_seconds` ends this invocation, not the training: its state is saved
-    and `resume` goes on. Raises `ValueError` for numbers out of range.
+    Lengths are counted in training images, so that they do not change with the batch size.
+    `batch_size` is over all processes; `lr` rises over `warmup` images and then decays to zero at
+    `images` (`schedule` "cosine" or "linear"; "constant" does not decay). `ema` is the half-life of
+    the average; every `snapshot_images` images (0 = never) averages with power profiles of the
+    relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length.
+    `init` is a checkpoint (bundled, or a file) from whose weights a new training begins; the
+    network is then like that one, but for its dropout, and the profiles of those averages begin
+    where the checkpoint's training did, its weights standing for all of it. `precision` "auto" is
+    bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and `graphs=None` replays
+    each step there as one CUDA graph. `save_seconds` and `sample_images` say how often the state is
+    saved and a grid drawn (0 = only at the end), `log_steps` how often the log gets a line.
+    `max_seconds` ends this invocation, not the training: its state is saved and `resume` goes on.
+    Raises `ValueError` for numbers out of range.
     """
 
     data: str = "uoft-cs/cifar10"
@@ -72,7 +75,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"TrainConfig: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                    f"TrainConfig: {name} must be one of {', '.join(choices)}, got"
+                    f" {getattr(self, name)!r}"
                 )
 
     @property
@@ -91,7 +95,11 @@ class TrainConfig:
         seen = (step + 0.5) * self.batch_size
         rise = min(1.0, seen / self.warmup) if self.warmup else 1.0
         rest = min(1.0, max(0.0, seen - self.warmup) / max(1, self.images - self.warmup))
-        fall = {"cosine": 0.5 + 0.5 * math.cos(math.pi * rest), "linear": 1 - rest, "constant": 1.0}[self.schedule]
+        fall = {
+            "cosine": 0.5 + 0.5 * math.cos(math.pi * rest),
+            "linear": 1 - rest,
+            "constant": 1.0,
+        }[self.schedule]
         return self.lr * rise * fall
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The state of a training and its step; `sdeflow.training.run` drives it."""
+"""The state of a training and its step; `sdeflow.training.api` drives it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow import distributed
-from sdeflow.data import Stream, mix, prepared
+from sdeflow._utils import distributed
 from sdeflow.errors import CheckpointError, NonFiniteError
+from sdeflow.images.datasets import Stream, mix, prepared
 from sdeflow.models import EMA, UNet
 from sdeflow.models.checkpoint import Pretrained, read_tensors, write_tensors
-from sdeflow.models.power import PowerEMA
+from sdeflow.models.ema.power import PowerEMA
 from sdeflow.training.config import TrainConfig
-from sdeflow.training.step import GraphedStep, Work
+from sdeflow.training.cuda_graph import GraphedStep, Work
 
 STATE_FORMAT = "sdeflow-training-1"
 FIXED = (
@@ -40,20 +40,27 @@ FIXED = (
 
 
 class Gradients:
-    """All gradients in one flat buffer, laid out as their parameters are: one all-reduce, one norm, one scaling."""
+    """All gradients in one flat buffer, laid out as their parameters are: one all-reduce, one norm,
+    one scaling.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        sizes = [-(-p.numel() // 32) * 32 for p in self.parameters]  # each begins at a multiple of 128 bytes
+        sizes = [
+            -(-p.numel() // 32) * 32 for p in self.parameters
+        ]  # each begins at a multiple of 128 bytes
         self.flat = torch.zeros(sum(sizes), device=self.parameters[0].device)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.views = [
-            self.flat.as_strided(p.shape, p.stride(), start) for p, start in zip(self.parameters, starts, strict=True)
+            self.flat.as_strided(p.shape, p.stride(), start)
+            for p, start in zip(self.parameters, starts, strict=True)
         ]
 
     @torch.no_grad()
     def collect(self, clip: float) -> Tensor:
-        """Average the gradients over processes, scale them down to norm `clip` if they are larger; their norm before that."""
+        """Average the gradients over processes, scale them down to norm `clip` if they are larger;
+        their norm before that.
+        """
         for parameter in self.parameters:
             if parameter.grad is None:  # a part of the network that this batch did not use
                 parameter.grad = torch.zeros_like(parameter)
@@ -67,10 +74,16 @@ class Gradients:
 
 
 class Trainer:
-    """The state of a training and its step: network, average, optimizer and the number of steps done."""
+    """The state of a training and its step: network, average, optimizer and the number of steps
+    done.
+    """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, rank: distributed.Rank, init: Pretrained | None = None
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        rank: distributed.Rank,
+        init: Pretrained | None = None,
     ) -> None:
         self.config, self.device, self.rank, self.step, self.seconds = config, device, rank, 0, 0.0
         self.runs: list[dict[str, Any]] = []
@@ -81,13 +94,17 @@ class Trainer:
         if init is not None:
             self.network.load_state_dict(init.network.state_dict())  # type: ignore[attr-defined]
         self.ema = EMA(self.network, config.ema, config.ema_warmup)
-        self.averages = [PowerEMA(self.network, std) for std in config.snapshot_stds if config.snapshot_images]
+        self.averages = [
+            PowerEMA(self.network, std) for std in config.snapshot_stds if config.snapshot_images
+        ]
         self.gradients = Gradients(self.network)
         self.generator = torch.Generator(device)
         gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
-            torch.tensor(config.lr, device=device) if gpu else config.lr,  # where a graph can read it
+            (
+                torch.tensor(config.lr, device=device) if gpu else config.lr
+            ),  # where a graph can read it
             (config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             fused=gpu,
@@ -106,11 +123,14 @@ class Trainer:
         self.precision = "bf16" if bf16 else "float32"
         self.compiled = config.compile if config.compile is not None else gpu
         self.forward: Callable[..., Tensor] = (
-            torch.compile(self.network, fullgraph=True, dynamic=False) if self.compiled else self.network
+            torch.compile(self.network, fullgraph=True, dynamic=False)
+            if self.compiled
+            else self.network
         )
         if config.graphs and not gpu:
             raise ValueError(
-                f"graphs=True (--graphs) replays steps as CUDA graphs, and this training is on {device}; leave it out"
+                "graphs=True (--graphs) replays steps as CUDA graphs, and this training is on"
+                f" {device}; leave it out"
             )
         graphed = gpu and config.graphs is not False
         self.work: Work = GraphedStep(self._work, self.generator) if graphed else self._work
@@ -126,7 +146,9 @@ class Trainer:
 
     @property
     def seen(self) -> int:
-        """How many images the weights have seen, those before this training included: the time of the averages' profiles."""
+        """How many images the weights have seen, those before this training included: the time of
+        the averages' profiles.
+        """
         return self.before + self.images
 
     def advance(self, stream: Stream) -> tuple[Tensor, Tensor]:
@@ -148,11 +170,15 @@ class Trainer:
         return loss, norm
 
     def release(self) -> None:
-        """Let the recorded step go: NCCL may wait for the graphs that hold its sums when a group ends."""
+        """Let the recorded step go: NCCL may wait for the graphs that hold its sums when a group
+        ends.
+        """
         self.work = self._work
 
     def _work(self, pixels: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a step does on the device, and nothing else: it may be recorded, and then this code runs no more."""
+        """What a step does on the device, and nothing else: it may be recorded, and then this code
+        runs no more.
+        """
         x0 = prepared(pixels, self.generator if self.config.flip else None)
         with self.autocast():
             loss = self.config.loss(self.forward, x0, label, self.generator).mean()
@@ -168,16 +194,24 @@ class Trainer:
             f"ema.{n}": p for n, p in self.ema.state_dict().items()
         }
         for average in self.averages:
-            parts |= {f"power-{average.std:g}:{name}": p for name, p in average.state_dict().items()}
+            parts |= {
+                f"power-{average.std:g}:{name}": p for name, p in average.state_dict().items()
+            }
         for key in ("exp_avg", "exp_avg_sq"):
             parts |= {f"{key}.{name}": self.optimizer.state[p][key] for name, p in named.items()}
         return parts
 
     def save(self, path: Path) -> None:
-        """Write all of it, atomically; refuses (`NonFiniteError`) to replace a good state by one that is not finite."""
-        norm = torch.stack(torch._foreach_norm([p.detach() for p in self.network.parameters()])).sum()
+        """Write all of it, atomically; refuses (`NonFiniteError`) to replace a good state by one
+        that is not finite.
+        """
+        norm = torch.stack(
+            torch._foreach_norm([p.detach() for p in self.network.parameters()])
+        ).sum()
         if not math.isfinite(norm.item()):
-            raise NonFiniteError(f"not saved: the network's parameters are not finite after step {self.step}")
+            raise NonFiniteError(
+                f"not saved: the network's parameters are not finite after step {self.step}"
+            )
         facts = {
             "format": STATE_FORMAT,
             "config": self.config.to_dict(),
@@ -191,32 +225,48 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote; raises `CheckpointError` if it is damaged or of another training."""
+        """Go on from what `save` wrote; raises `CheckpointError` if it is damaged or of another
+        training.
+        """
         tensors, facts = read_state(path)
         stored = TrainConfig.from_dict(facts["config"])
         for name in FIXED:
             old, new = getattr(stored, name), getattr(self.config, name)
             if name == "model" and old != new:  # name the one that differs
                 old, new = (
-                    {k: v for k, v in a.to_dict().items() if v != b.to_dict()[k]} for a, b in ((old, new), (new, old))
+                    {k: v for k, v in a.to_dict().items() if v != b.to_dict()[k]}
+                    for a, b in ((old, new), (new, old))
                 )
             if old != new:
                 raise CheckpointError(
-                    f"{path} was trained with {name}={old}, not {new}, and going on would not continue it; "
-                    "leave that option out, or start afresh in another folder"
+                    f"{path} was trained with {name}={old}, not {new}, and going on would not"
+                    " continue it; leave that option out, or start afresh in another folder"
                 )
         own = self._tensors()
-        # Averages may be asked for, or no more, at any time: one that begins now begins with the weights of now.
-        if {n for n in own if not n.startswith("power-")} != {n for n in tensors if not n.startswith("power-")}:
-            raise CheckpointError(f"{path} holds another network's tensors; start afresh in another folder")
+        # Averages may be asked for, or no more, at any time: one that begins now begins with the
+        # weights of now.
+        if {n for n in own if not n.startswith("power-")} != {
+            n for n in tensors if not n.startswith("power-")
+        }:
+            raise CheckpointError(
+                f"{path} holds another network's tensors; start afresh in another folder"
+            )
         for name, value in own.items():
-            value.copy_(tensors[name] if name in tensors else tensors[f"model.{name.partition(':')[2]}"])
-        self.step, self.seconds, self.runs = int(facts["step"]), float(facts["seconds"]), list(facts["runs"])
+            value.copy_(
+                tensors[name] if name in tensors else tensors[f"model.{name.partition(':')[2]}"]
+            )
+        self.step, self.seconds, self.runs = (
+            int(facts["step"]),
+            float(facts["seconds"]),
+            list(facts["runs"]),
+        )
         self.begun_from, self.before = str(facts.get("begun_from", "")), int(facts.get("before", 0))
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step)
 
-    def denoiser(self, class_names: tuple[str, ...] = (), card: Mapping[str, Any] | None = None) -> Pretrained:
+    def denoiser(
+        self, class_names: tuple[str, ...] = (), card: Mapping[str, Any] | None = None
+    ) -> Pretrained:
         """The averaged network as a denoiser."""
         network = self.ema.averaged(self.network)
         assert isinstance(network, UNet)
@@ -224,10 +274,15 @@ class Trainer:
 
 
 def told(name: str, init: Pretrained) -> str:
-    """Where a training begins, in words: the checkpoint, and what it had seen, its own beginning included."""
+    """Where a training begins, in words: the checkpoint, and what it had seen, its own beginning
+    included.
+    """
     card = init.card
     before = f", begun from {card['begun_from']}" if card.get("begun_from") else ""
-    return f"{Path(name).name} ({card.get('images', 'unknown')} images in {card.get('seconds', 'unknown')} s{before})"
+    return (
+        f"{Path(name).name} ({card.get('images', 'unknown')} images in"
+        f" {card.get('seconds', 'unknown')} s{before})"
+    )
 
 
 def seen_by(init: Pretrained) -> int:
@@ -239,5 +294,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts of a training's state; raises `CheckpointError` if it is not one."""
     tensors, facts = read_tensors(path)
     if facts.get("format") != STATE_FORMAT:
-        raise CheckpointError(f"{path} is not the state of a training, but {facts.get('format', 'something else')!r}")
+        raise CheckpointError(
+            f"{path} is not the state of a training, but {facts.get('format', 'something else')!r}"
+        )
     return tensors, facts

@@ -1,6 +1,8 @@
-"""Published implementations that do not do what their papers, or their names, say: runs that show it, and what ours do instead.
+"""Published implementations that do not do what their papers, or their names, say: runs that show
+it, and what ours do instead.
 
-`RUNS` has the peers' runs, stored as those of `cases.py` are; `test_deviations.py` measures them and ours side by side.
+`RUNS` has the peers' runs, stored as those of `cases.py` are; `test_deviations.py` measures them
+and ours side by side.
 """
 
 from __future__ import annotations
@@ -16,9 +18,15 @@ from setting import Asked, uneven
 from torch import Tensor
 
 QUADRATIC = (0.3, -0.2, 0.5)
-"""A prediction that is a parabola in lam: methods that interpolate three predictions there are exact on it."""
+"""A prediction that is a parabola in lam: methods that interpolate three predictions there are
+exact on it.
+"""
 COUNTS = (40, 80, 160)
-ORDER_3: dict[str, Any] = {"solver_order": 3, "lower_order_final": False, "final_sigmas_type": "sigma_min"}
+ORDER_3: dict[str, Any] = {
+    "solver_order": 3,
+    "lower_order_final": False,
+    "final_sigmas_type": "sigma_min",
+}
 
 
 def short(steps: int, parts: int) -> Tensor:
@@ -48,7 +56,12 @@ def _runs() -> dict[str, tuple[str, Callable[[], Tensor]]]:
                                               polynomial=QUADRATIC)[1],
             )  # fmt: skip
             for key, algorithm in (("3m", "dpmsolver++"), ("3m-diffusers-sde", "sde-dpmsolver++")):
-                settings = {**ORDER_3, "algorithm_type": algorithm, "finish": False, "polynomial": QUADRATIC}
+                settings = {
+                    **ORDER_3,
+                    "algorithm_type": algorithm,
+                    "finish": False,
+                    "polynomial": QUADRATIC,
+                }
                 add(
                     f"{key}/{parts}/{steps}", "diffusers",
                     lambda grid=grid, settings=settings: _still(
@@ -64,9 +77,17 @@ def _runs() -> dict[str, tuple[str, Callable[[], Tensor]]]:
     for grid_ in ("even", "uneven"):
         add(f"adams/{grid_}", "torchdiffeq", lambda grid_=grid_: _adams(grid_))
     for spacing, n in (("linspace", 12), ("trailing", 12), ("trailing", 48), ("leading", 12)):
-        add(f"ddim-{spacing}/{n}", "diffusers", lambda n=n, spacing=spacing: _ddim_levels(n, spacing))
+        add(
+            f"ddim-{spacing}/{n}",
+            "diffusers",
+            lambda n=n, spacing=spacing: _ddim_levels(n, spacing),
+        )
     for bh in ("bh1", "bh2"):
-        add(f"unipc-{bh}", "diffusers", lambda bh=bh: _run("UniPCMultistepScheduler", 6, {"solver_type": bh}))
+        add(
+            f"unipc-{bh}",
+            "diffusers",
+            lambda bh=bh: _run("UniPCMultistepScheduler", 6, {"solver_type": bh}),
+        )
     add("deis3-float32", "diffusers", _deis_float32)
     add("flow-shift/8", "diffusers", lambda: _shifted(8))
     add("sa-karras/8", "diffusers", lambda: _sa_levels(8))
@@ -78,15 +99,20 @@ def _run(scheduler: str, n: int, given: dict[str, Any]) -> Tensor:
 
 
 def _ddim_levels(n: int, spacing: str) -> Tensor:
-    """Where each step of DDIM leads, and where the network is asked next: the noise's share sigma, `[2, n - 1]`.
+    """Where each step of DDIM leads, and where the network is asked next: the noise's share sigma,
+    `[2, n - 1]`.
 
-    With a prediction of zero a state is noise alone, and its size after a step is the sigma of the level that it was taken to.
+    With a prediction of zero a state is noise alone, and its size after a step is the sigma of the
+    level that it was taken to.
     """
     from diffusers import DDIMScheduler
     from problems import LINEAR_BETAS
 
     made = DDIMScheduler(
-        trained_betas=LINEAR_BETAS.numpy(), timestep_spacing=spacing, clip_sample=False, prediction_type="sample"
+        trained_betas=LINEAR_BETAS.numpy(),
+        timestep_spacing=spacing,
+        clip_sample=False,
+        prediction_type="sample",
     )
     made.alphas_cumprod = torch.cumprod(1.0 - LINEAR_BETAS, 0)
     made.set_timesteps(n)
@@ -108,24 +134,34 @@ def _adams(grid: str) -> Tensor:
     """`dx/dt = 3 t^2`, on which a method of order 3 is exact; it ends at 1."""
     from torchdiffeq import odeint
 
-    return odeint(lambda t, x: 3.0 * t**2, torch.zeros(1, dtype=torch.float64), clock(grid), method="explicit_adams")[
-        -1
-    ]
+    return odeint(
+        lambda t, x: 3.0 * t**2,
+        torch.zeros(1, dtype=torch.float64),
+        clock(grid),
+        method="explicit_adams",
+    )[-1]
 
 
 def _deis_float32() -> Tensor:
-    """The weights of a step of DEIS's third order at 50 steps of the karras grid, as it takes them in float32; and the levels."""
+    """The weights of a step of DEIS's third order at 50 steps of the karras grid, as it takes them
+    in float32; and the levels.
+    """
     from diffusers import DEISMultistepScheduler
     from problems import LINEAR_BETAS
 
     made = DEISMultistepScheduler(
-        trained_betas=LINEAR_BETAS.numpy(), solver_order=3, prediction_type="epsilon", use_karras_sigmas=True
+        trained_betas=LINEAR_BETAS.numpy(),
+        solver_order=3,
+        prediction_type="epsilon",
+        use_karras_sigmas=True,
     )
     made.set_timesteps(50)
     made.set_begin_index(0)
     made._step_index = 30
     weights = []
-    for j in range(3):  # the step is linear: its weights are what it makes of one prediction at a time
+    for j in range(
+        3
+    ):  # the step is linear: its weights are what it makes of one prediction at a time
         outputs = [torch.zeros(1), torch.zeros(1), torch.zeros(1)]
         outputs[2 - j] = torch.ones(1)
         weights.append(made.multistep_deis_third_order_update(outputs, sample=torch.zeros(1)))

@@ -1,6 +1,8 @@
-"""Runs the published implementations of `cases.py` and stores where they end: `python tests/parity/make.py`.
+"""Runs the published implementations of `cases.py` and stores where they end:
+`python tests/parity/make.py`.
 
-It needs the packages at the versions of `pins.toml`; `pip install --no-deps` them, lest they bring another torch.
+It needs the packages at the versions of `pins.toml`; `pip install --no-deps` them, lest they bring
+another torch.
 """
 
 from __future__ import annotations
@@ -21,9 +23,13 @@ from setting import PINS, RECORDS  # noqa: E402
 
 
 def main() -> None:
-    missing = [f"{name}=={version}" for name, version in PINS["packages"].items() if not installed(name)]
+    missing = [
+        f"{name}=={version}" for name, version in PINS["packages"].items() if not installed(name)
+    ]
     if missing:
-        raise SystemExit(f"install {' '.join(missing)} with pip install --no-deps, and run this again")
+        raise SystemExit(
+            f"install {' '.join(missing)} with pip install --no-deps, and run this again"
+        )
     tensors, calls = {}, {}
     for case in SAME:
         for key, steps, native in case.runs():
@@ -35,7 +41,9 @@ def main() -> None:
                 tensors[f"{key}/times"] = times.contiguous()
     for key, (_, run) in {**RUNS, **GRIDS}.items():
         tensors[key] = run().contiguous()
-    save_file(tensors, RECORDS, {"calls": json.dumps(calls), "packages": json.dumps(PINS["packages"])})
+    save_file(
+        tensors, RECORDS, {"calls": json.dumps(calls), "packages": json.dumps(PINS["packages"])}
+    )
     print(f"{len(calls)} runs of {len(SAME)} settings, {RECORDS.stat().st_size / 1000:.0f} kB")
 
 

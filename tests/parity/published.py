@@ -1,8 +1,9 @@
-"""The published implementations, each run through its own interface in float64, at the levels and with the noises of `setting`.
+"""The published implementations, each run through its own interface in float64, at the levels and
+with the noises of `setting`.
 
-A run takes a case's settings and returns `(times, x / s, calls)`: the levels that the peer used, as times of the case's process;
-where it ended; and how often it asked for a prediction. `times` given are put in place of the peer's table; else they are read
-from it.
+A run takes a case's settings and returns `(times, x / s, calls)`: the levels that the peer used, as
+times of the case's process; where it ended; and how often it asked for a prediction. `times` given
+are put in place of the peer's table; else they are read from it.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ def wide(module: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, float64 in (("torch", torch.float64), ("np", np.float64)):
             if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, _Wide(getattr(module, name), float64)))
+                stack.enter_context(
+                    mock.patch.object(module, name, _Wide(getattr(module, name), float64))
+                )
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------- k-diffusion
+# -------------------------------------------------------------------------------------- k-diffusion
 
 
 def on_path(times: Tensor, r: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -84,7 +87,9 @@ def k_diffusion(
     process: str, times: Tensor, sampler: str, *, finish: bool = True, noise: str = "order", polynomial: tuple[float, ...] = (),
     **options: Any,
 ) -> Run:  # fmt: skip
-    """A sampler over noise levels, which are the times of `edm`; `sample_dpm_fast` and `_adaptive` take the two ends alone."""
+    """A sampler over noise levels, which are the times of `edm`; `sample_dpm_fast` and `_adaptive`
+    take the two ends alone.
+    """
     k, asked = k_sampling(), Asked(polynomial=polynomial)
     if noise == "order":
         options["noise_sampler"] = lambda *_: asked.noise()
@@ -110,17 +115,19 @@ def k_diffusion(
     return times, x, asked.calls
 
 
-# ------------------------------------------------------------------------------------------------------------ diffusers
+# ---------------------------------------------------------------------------------------- diffusers
 
 
 def diffusers(
     process: str, times: Tensor | None, scheduler: str, *, n: int = 0, finish: bool = True, output: str = "sample",
     step: dict[str, Any] | None = None, polynomial: tuple[float, ...] = (), stop: int | None = None, **options: Any,
 ) -> Run:  # fmt: skip
-    """A scheduler's loop. Its levels are its own (`times=None`, `n` steps) or those given, in place of its `sigmas`.
+    """A scheduler's loop. Its levels are its own (`times=None`, `n` steps) or those given, in place
+    of its `sigmas`.
 
-    `finish`: the levels given are followed by 0. `stop`: leave out so many of its last steps. `output`: what it is told that
-    the network predicts. Each step gets the exact prediction at the level that the scheduler's own coefficients assume.
+    `finish`: the levels given are followed by 0. `stop`: leave out so many of its last steps.
+    `output`: what it is told that the network predicts. Each step gets the exact prediction at the
+    level that the scheduler's own coefficients assume.
     """
     module = importlib.import_module(f"diffusers.schedulers.{_FILES[scheduler]}")
     kind, asked = getattr(module, scheduler), Asked(process, polynomial=polynomial)
@@ -179,7 +186,12 @@ _FILES = {
     "SASolverScheduler": "scheduling_sasolver",
     "UniPCMultistepScheduler": "scheduling_unipc_multistep",
 }
-_TWICE = ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
+_TWICE = (
+    "HeunDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
 """Schedulers with two calls a step, whose tables hold each level twice."""
 
 
@@ -193,7 +205,9 @@ def _give(made: Any, process: str, times: Tensor, finish: bool) -> None:
     elif name == "KDPM2DiscreteScheduler":
         between = sigmas.log().lerp(sigmas.roll(1).log(), 0.5).exp()
         made.sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2), sigmas[-1:]])
-        made.sigmas_interpol = torch.cat([between[:1], between[1:].repeat_interleave(2), between[-1:]])
+        made.sigmas_interpol = torch.cat(
+            [between[:1], between[1:].repeat_interleave(2), between[-1:]]
+        )
     elif name in _TWICE:
         inner = sigmas[1:-1].repeat_interleave(2) if finish else sigmas[1:].repeat_interleave(2)
         made.sigmas = torch.cat([sigmas[:1], inner, sigmas[-1:]])
@@ -246,7 +260,9 @@ def _used(made: Any, steps: list[Any], levels: list[Tensor], process: str, finis
 
 def _after(made: Any, i: int, steps: list[Any], process: str) -> Tensor:
     """The level after the last step that was taken."""
-    if type(made).__name__ == "IPNDMScheduler" or (hasattr(made, "step_index") and hasattr(made, "sigmas")):
+    if type(made).__name__ == "IPNDMScheduler" or (
+        hasattr(made, "step_index") and hasattr(made, "sigmas")
+    ):
         return _level(made, i, None, process)
     ratio = made.config.num_train_timesteps // made.num_inference_steps
     return _of_table(made, int(steps[-1]) - ratio, process)
@@ -271,7 +287,7 @@ def _output(asked: Asked, process: str, x: Tensor, level: Tensor, output: str) -
     return (x0 - skip * z) / gain
 
 
-# ---------------------------------------------------------------------------------------------------------------- azula
+# -------------------------------------------------------------------------------------------- azula
 
 
 def azula(process: str, times: Tensor, sampler: str, **options: Any) -> Run:
@@ -293,7 +309,7 @@ def azula(process: str, times: Tensor, sampler: str, **options: Any) -> Run:
     return times, x / path_.kernel(times[-1])[0], asked.calls
 
 
-# ------------------------------------------------------------------------------------------ torchdiffeq, flow_matching
+# ----------------------------------------------------------------------- torchdiffeq, flow_matching
 
 
 def _velocity(process: str, asked: Asked) -> Callable[[Tensor, Tensor], Tensor]:
@@ -313,7 +329,9 @@ def _velocity(process: str, asked: Asked) -> Callable[[Tensor, Tensor], Tensor]:
 def torchdiffeq(process: str, times: Tensor, method: str, **options: Any) -> Run:
     """The probability-flow ODE in the process's own time."""
     module, asked = importlib.import_module("torchdiffeq"), Asked(process)
-    x = module.odeint(_velocity(process, asked), start(process, times[0]), times, method=method, **options)[-1]
+    x = module.odeint(
+        _velocity(process, asked), start(process, times[0]), times, method=method, **options
+    )[-1]
     return times, x / kernel(process, times[-1])[0], asked.calls
 
 
@@ -323,7 +341,9 @@ def flow_matching(process: str, times: Tensor, method: str) -> Run:
     velocity = _velocity(process, asked)
     solver = module.ODESolver(velocity_model=lambda x, t: -velocity(1.0 - t, x))
     with doubles():
-        x = solver.sample(x_init=start(process, times[0]), step_size=None, method=method, time_grid=1.0 - times)
+        x = solver.sample(
+            x_init=start(process, times[0]), step_size=None, method=method, time_grid=1.0 - times
+        )
     return times, x / kernel(process, times[-1])[0], asked.calls
 
 

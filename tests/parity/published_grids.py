@@ -1,4 +1,6 @@
-"""The grids of k-diffusion and diffusers, by their own code: noise-to-signal ratios, or entries of a table."""
+"""The grids of k-diffusion and diffusers, by their own code: noise-to-signal ratios, or entries of
+a table.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the published implementations and ours are given alike: the exact denoiser of a mixture, a start, noises and grids."""
+"""What the published implementations and ours are given alike: the exact denoiser of a mixture, a
+start, noises and grids.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ RECORDS = HERE / "records.safetensors"
 
 @dataclass(frozen=True)
 class Sphere(Process):
-    """Variance preserving, with the noise-to-signal ratio as its time, so that a level is a peer's to the last bit."""
+    """Variance preserving, with the noise-to-signal ratio as its time, so that a level is a peer's
+    to the last bit.
+    """
 
     t_min: float = 1e-3
     t_max: float = 200.0
@@ -43,7 +47,9 @@ PROCESSES: dict[str, Process] = {
     "sphere": Sphere(),  # s^2 + sigma^2 = 1, and the time is sigma / s
     "flow": RectifiedFlow(),  # s + sigma = 1, and the time is sigma
     "vp": VP(),
-    "betas": Process.from_betas(LINEAR_BETAS),  # the table itself, whose entry i is the time (i + 1) / 1000
+    "betas": Process.from_betas(
+        LINEAR_BETAS
+    ),  # the table itself, whose entry i is the time (i + 1) / 1000
 }
 
 
@@ -52,7 +58,9 @@ def kernel(process: str, times: Tensor) -> tuple[Tensor, Tensor]:
     return PROCESSES[process].kernel(times)
 
 
-def uneven(process: str, steps: int, nsr: float | None = None, nsr_next: float | None = None) -> Tensor:
+def uneven(
+    process: str, steps: int, nsr: float | None = None, nsr_next: float | None = None
+) -> Tensor:
     """A grid that is smooth and uneven in `lam`, as times of a process."""
     a, b = nsr or PINS["problem"]["nsr_first"], nsr_next or PINS["problem"]["nsr_last"]
     u = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
@@ -65,7 +73,9 @@ def _draws() -> tuple[Tensor, Tensor]:
     pins = PINS["problem"]
     rng = np.random.default_rng(pins["seed"])
     data = Mixture.draw(pins["batch"], pins["seed"])
-    return torch.from_numpy(data), torch.from_numpy(rng.standard_normal((pins["noises"], pins["batch"], 2)))
+    return torch.from_numpy(data), torch.from_numpy(
+        rng.standard_normal((pins["noises"], pins["batch"], 2))
+    )
 
 
 DATA, NOISES = _draws()
@@ -79,7 +89,9 @@ def start(process: str, time: Tensor | float) -> Tensor:
 
 @dataclass
 class Asked:
-    """The denoiser as the peers call it, for `x = s z`; it counts its calls, and takes no level but those it is told."""
+    """The denoiser as the peers call it, for `x = s z`; it counts its calls, and takes no level but
+    those it is told.
+    """
 
     process: str = "edm"
     calls: int = 0
@@ -112,7 +124,9 @@ class InOrder(Noise):
         super().__init__(range(PINS["problem"]["batch"]), (2,), dtype=torch.float64)
         self.drawn = 1
 
-    def draw(self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None) -> Tensor:
+    def draw(
+        self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         self.drawn += 1
         return NOISES[self.drawn - 1].clone()
 

@@ -1,4 +1,5 @@
-"""Adaptive solvers choose their own steps: they agree with scipy and torchdiffeq in coefficients, and in results to the tolerance.
+"""Adaptive solvers choose their own steps: they agree with scipy and torchdiffeq in coefficients,
+and in results to the tolerance.
 
 And Euler-Maruyama, with torchsde on its own even grid.
 """
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from sdeflow import registry
 from sdeflow.reverse import Reverse
-from sdeflow.solvers import tableaus
+from sdeflow.solvers.ode import tableaus
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [(tableaus.DORMAND_PRINCE, scipy.integrate.RK45), (tableaus.BOGACKI_SHAMPINE, scipy.integrate.RK23)],
+    [
+        (tableaus.DORMAND_PRINCE, scipy.integrate.RK45),
+        (tableaus.BOGACKI_SHAMPINE, scipy.integrate.RK23),
+    ],
 )
 def test_the_tableau_is_scipys(ours: tableaus.Tableau, theirs: type) -> None:
     n = len(theirs.C)
@@ -50,11 +54,17 @@ def test_the_tableau_is_torchdiffeqs() -> None:
 
 
 @pytest.mark.parametrize("process", ["vp", "flow"])
-@pytest.mark.parametrize(("solver", "method", "rtol"), [("rk45", "dopri5", 1e-8), ("rk23", "bosh3", 1e-5)])
-def test_it_agrees_with_torchdiffeq_to_the_tolerance(process: str, solver: str, method: str, rtol: float) -> None:
+@pytest.mark.parametrize(
+    ("solver", "method", "rtol"), [("rk45", "dopri5", 1e-8), ("rk23", "bosh3", 1e-5)]
+)
+def test_it_agrees_with_torchdiffeq_to_the_tolerance(
+    process: str, solver: str, method: str, rtol: float
+) -> None:
     path, times = PROCESSES[process], uneven(process, 1)
     made = registry.SOLVERS[solver].make(rtol=rtol, atol=rtol / 100)
-    x = made.integrate(Reverse(Mixture(path)), start(process, times[0]), times, None, finish=False).x
+    x = made.integrate(
+        Reverse(Mixture(path)), start(process, times[0]), times, None, finish=False
+    ).x
     x = x / path.level(float(times[-1])).s
     theirs: Tensor = torchdiffeq(process, times, method, rtol=rtol, atol=rtol / 100)[1]
     torch.testing.assert_close(x, theirs, rtol=200 * rtol, atol=200 * rtol)
@@ -67,7 +77,9 @@ class _Increments(torchsde.BaseBrownian):
         super().__init__()
         self._drawn = 1
 
-    def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Tensor:
+    def __call__(
+        self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False
+    ) -> Tensor:
         self._drawn += 1
         return NOISES[self._drawn - 1] * math.sqrt(float(tb) - float(ta))
 
@@ -99,9 +111,14 @@ def test_euler_maruyama_is_torchsdes_euler(process: str) -> None:
 
     x = start(process, times[0])
     ours = (
-        registry.SOLVERS["euler_maruyama"].make().integrate(Reverse(Mixture(path)), x, times, InOrder(), finish=False).x
+        registry.SOLVERS["euler_maruyama"]
+        .make()
+        .integrate(Reverse(Mixture(path)), x, times, InOrder(), finish=False)
+        .x
     )
     dt = float(times[0] - times[1])
     taus = torch.tensor([0.0, top - float(times[-1])], dtype=torch.float64)
-    theirs = torchsde.sdeint(Backwards(), x, taus, bm=_Increments(), method="euler", dt=dt * (1 + 1e-12))[-1]
+    theirs = torchsde.sdeint(
+        Backwards(), x, taus, bm=_Increments(), method="euler", dt=dt * (1 + 1e-12)
+    )[-1]
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,6 @@
-"""Where a published implementation is wrong: what it does, by its stored results, live where installed; and that ours is right."""
+"""Where a published implementation is wrong: what it does, by its stored results, live where
+installed; and that ours is right.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,16 @@ from torch import Tensor
 
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
-from sdeflow.solvers.weights import adams
+from sdeflow.solvers.ode.weights import adams
 
 
 @pytest.mark.parametrize("key", list(RUNS))
 def test_the_peer_still_does_so(key: str) -> None:
     peer, run = RUNS[key]
     if not installed(peer):
-        pytest.skip(f"{peer} is not installed at the pinned version; the stored result stands for it")
+        pytest.skip(
+            f"{peer} is not installed at the pinned version; the stored result stands for it"
+        )
     torch.testing.assert_close(run(), RESULTS[key], rtol=1e-11, atol=1e-11, equal_nan=True)
 
 
@@ -40,7 +44,9 @@ class Parabola(Problem):
 
 
 def exact_step(process: Process, x: Tensor, t: float, t_next: float, rate: float = 0.0) -> Tensor:
-    """Where a step of the reverse SDE, without its noise, takes `x / s` on a parabola: its linear part and one integral."""
+    """Where a step of the reverse SDE, without its noise, takes `x / s` on a parabola: its linear
+    part and one integral.
+    """
     a, b = process.level(t), process.level(t_next)
     T = 1.0 + rate
 
@@ -52,7 +58,9 @@ def exact_step(process: Process, x: Tensor, t: float, t_next: float, rate: float
 
 
 def last_step_error(run: Callable[[int, int], Tensor], process: str, rate: float) -> list[float]:
-    """How far the third step of a grid is from exact, given the state after two, for steps of 1, 1/2 and 1/4 of a length."""
+    """How far the third step of a grid is from exact, given the state after two, for steps of 1,
+    1/2 and 1/4 of a length.
+    """
     errors = []
     for parts in (1, 2, 4):
         grid = short(3, parts)
@@ -68,7 +76,9 @@ def of_ours(process: str, solver: str, given: dict[str, Any]) -> Callable[[int, 
         times = short(steps, parts)
         made = ours(solver, given)
         noise = None if not made.stochastic else _Silence()
-        x = made.integrate(Reverse(Parabola(path)), start(process, times[0]), times, noise, finish=False).x
+        x = made.integrate(
+            Reverse(Parabola(path)), start(process, times[0]), times, noise, finish=False
+        ).x
         return x / path.level(float(times[-1])).s
 
     return run
@@ -85,14 +95,17 @@ class _Silence(InOrder):
         # Half the weight of the second derivative: an error of h^3 a step.
         ("3m_sde", "edm", "dpmpp_3m_sde", 0.0, 3.0),
         ("3m", "sphere", "dpmpp_3m_sde", 0.0, 3.0),
-        # -1/2 where k-diffusion, the paper's appendix and the ODE's branch have +1/2: an error of h^2, global order 1.
+        # -1/2 where k-diffusion, the paper's appendix and the ODE's branch have +1/2: an error of
+        # h^2, global order 1.
         ("3m-diffusers-sde", "sphere", "dpmpp_3m_sde", 1.0, 2.0),
     ],
 )
 def test_three_predictions_are_not_interpolated_by_the_peers_3m(
     key: str, process: str, solver: str, rate: float, power: float
 ) -> None:
-    theirs = last_step_error(lambda parts, steps: RESULTS[f"deviation/{key}/{parts}/{steps}"], process, rate)
+    theirs = last_step_error(
+        lambda parts, steps: RESULTS[f"deviation/{key}/{parts}/{steps}"], process, rate
+    )
     assert slopes(theirs)[-1] == pytest.approx(power, abs=0.35)
     exact = last_step_error(of_ours(process, solver, {"eta": rate, "exact": True}), process, rate)
     assert max(exact) < 1e-13
@@ -111,14 +124,18 @@ def errors_of(process: str, run: Callable[[int], Tensor]) -> list[float]:
 
 @functools.lru_cache
 def _end(lam: float, lam_next: float) -> Tensor:
-    """Where the probability-flow ODE takes the start of these tests, as `x / s`; scipy's DOP853 in lam."""
+    """Where the probability-flow ODE takes the start of these tests, as `x / s`; scipy's DOP853 in
+    lam.
+    """
     z = start("edm", math.exp(-lam)).numpy()
 
     def slope(lam: float, z: np.ndarray) -> np.ndarray:
         z = z.reshape(4, 2)
         return (_mixture_numpy(z, math.exp(-lam)) - z).ravel()
 
-    end = solve_ivp(slope, (lam, lam_next), z.ravel(), method="DOP853", rtol=1e-11, atol=1e-11).y[:, -1]
+    end = solve_ivp(slope, (lam, lam_next), z.ravel(), method="DOP853", rtol=1e-11, atol=1e-11).y[
+        :, -1
+    ]
     return torch.from_numpy(end.reshape(4, 2))
 
 
@@ -127,7 +144,11 @@ def ours_at(process: str, solver: str, given: dict[str, Any]) -> Callable[[int],
 
     def run(n: int) -> Tensor:
         times = uneven(process, n)
-        x = ours(solver, given).integrate(Reverse(Mixture(path)), start(process, times[0]), times, None, finish=False).x
+        x = (
+            ours(solver, given)
+            .integrate(Reverse(Mixture(path)), start(process, times[0]), times, None, finish=False)
+            .x
+        )
         return x / path.level(float(times[-1])).s
 
     return run
@@ -137,7 +158,10 @@ def ours_at(process: str, solver: str, given: dict[str, Any]) -> Callable[[int],
 def test_azulas_reab_is_of_order_1(p: int) -> None:
     theirs = errors_of("sphere", lambda n: RESULTS[f"deviation/reab{p}/{n}"])
     right = errors_of(
-        "sphere", ours_at("sphere", "adams", {"p": p, "frame": "v", "clock": "lam", "start_up": "singlestep"})
+        "sphere",
+        ours_at(
+            "sphere", "adams", {"p": p, "frame": "v", "clock": "lam", "start_up": "singlestep"}
+        ),
     )
     assert slopes(theirs)[-1] == pytest.approx(1.0, abs=0.25)
     assert slopes(right)[-1] > p - 0.25
@@ -162,7 +186,9 @@ def test_torchdiffeqs_explicit_adams_takes_every_grid_for_an_even_one() -> None:
     ("spacing", "n", "off"),
     [("linspace", 12, 0.05), ("trailing", 12, 0.003), ("trailing", 48, 0.02), ("leading", 12, 0.0)],
 )
-def test_diffusers_ddim_does_not_step_to_the_level_where_it_goes_on(spacing: str, n: int, off: float) -> None:
+def test_diffusers_ddim_does_not_step_to_the_level_where_it_goes_on(
+    spacing: str, n: int, off: float
+) -> None:
     reached, asked = RESULTS[f"deviation/ddim-{spacing}/{n}"]
     worst = float(((reached - asked) / asked).abs().max())
     assert worst > off if off else worst < 1e-12
@@ -178,7 +204,9 @@ def test_diffusers_deis_takes_its_weights_in_float32() -> None:
     theirs, nsr = stored[:3], stored[3:]
     path = PROCESSES["sphere"]
     levels = [path.level(float(r)) for r in nsr]
-    right = torch.tensor(adams("eps", "lam", levels[2::-1], levels[2], levels[3], path)[1], dtype=torch.float64)
+    right = torch.tensor(
+        adams("eps", "lam", levels[2::-1], levels[2], levels[3], path)[1], dtype=torch.float64
+    )
     assert float((theirs - right).abs().max() / right.abs().max()) > 5e-6
     total = levels[3].s * (levels[3].nsr - levels[2].nsr)
     assert float(right.sum()) == pytest.approx(total, rel=1e-14)

@@ -41,7 +41,10 @@ OURS: dict[str, tuple[Callable[[], Tensor], float]] = {
     "grid/linspace": (lambda: entries(grid.linspace(TABLE, 7)), 1e-12),
     "grid/karras-of-table": (lambda: nsr(TABLE, grid.karras(TABLE, 9)), 1e-9),
     "grid/exponential-of-table": (lambda: nsr(TABLE, grid.uniform_lam(TABLE, 9)), 1e-9),
-    "grid/beta-of-table": (lambda: nsr(TABLE, grid.beta_quantiles(TABLE, 9, clock="nsr", last=True)), 1e-9),
+    "grid/beta-of-table": (
+        lambda: nsr(TABLE, grid.beta_quantiles(TABLE, 9, clock="nsr", last=True)),
+        1e-9,
+    ),
     "grid/edm": (lambda: grid.karras(EDM_, 9), 1e-12),
     "grid/ays-sd15": (lambda: grid.align_your_steps(EDM_, 10, model="sd15"), 1e-12),
     "grid/ays-sdxl": (lambda: grid.align_your_steps(EDM_, 10, model="sdxl"), 1e-12),

@@ -1,4 +1,5 @@
-"""Ours against the published implementations: with what they returned (`records.safetensors`), live where one is installed.
+"""Ours against the published implementations: with what they returned (`records.safetensors`), live
+where one is installed.
 
 `cases.py` says what is what, `make.py` makes the records, `docs/parity.md` lists the findings.
 """
@@ -30,7 +31,11 @@ with safe_open(RECORDS, "pt") as stored:
     CALLS: dict[str, int] = json.loads(stored.metadata()["calls"])
     MADE_WITH: dict[str, str] = json.loads(stored.metadata()["packages"])
 
-RUNS = [pytest.param(case, key, steps, native, id=key) for case in SAME for key, steps, native in case.runs()]
+RUNS = [
+    pytest.param(case, key, steps, native, id=key)
+    for case in SAME
+    for key, steps, native in case.runs()
+]
 
 
 def ours(solver: str, given: dict[str, Any]) -> GridSolver:
@@ -79,13 +84,17 @@ NO_PEER = {
 
 
 def test_every_registered_solver_is_compared_or_said_not_to_be() -> None:
-    compared = {registry.lookup(registry.SOLVERS, "solver", case.solver).kind.__name__ for case in SAME}
+    compared = {
+        registry.lookup(registry.SOLVERS, "solver", case.solver).kind.__name__ for case in SAME
+    }
     registered = {entry.kind.__name__ for entry in registry.SOLVERS.values()}
     assert compared.isdisjoint(NO_PEER)
     assert registered - compared == {*NO_PEER}
     page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
     assert not [name for name in NO_PEER if f"`{name}`" not in page]
-    assert not [name for name, version in PINS["packages"].items() if f"{name} {version}" not in page]
+    assert not [
+        name for name, version in PINS["packages"].items() if f"{name} {version}" not in page
+    ]
 
 
 @pytest.mark.parametrize(("case", "key", "steps", "native"), RUNS)
@@ -99,7 +108,10 @@ def test_ours_ends_where_the_peer_ended(case: Case, key: str, steps: int, native
 @pytest.mark.parametrize(("case", "key", "steps", "native"), RUNS)
 def test_the_peer_still_ends_there(case: Case, key: str, steps: int, native: bool) -> None:
     if not installed(case.peer):
-        pytest.skip(f"{case.peer} {PINS['packages'][case.peer]} is not installed; the stored result stands for it")
+        pytest.skip(
+            f"{case.peer} {PINS['packages'][case.peer]} is not installed; the stored result stands"
+            " for it"
+        )
     times, x, calls = case.run(steps, native)
     torch.testing.assert_close(x, RESULTS[key], rtol=1e-11, atol=1e-11)
     assert calls == CALLS[key]

@@ -1,0 +1,65 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from sdeflow.errors import SdeflowError
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes, what: str = "file") -> Path:
+    """Write `content` to `path` so that afterwards the file is the old one or the new one, whatever
+    happens between.
+
+    The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
+    missing folders are made. If that fails (a full disk, say), the old file is untouched, the
+    temporary one is removed and an `SdeflowError` says why.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        kept = (
+            "the file that was there is untouched" if path.is_file() else "nothing was left behind"
+        )
+        raise SdeflowError(
+            f"could not save the {what} {path} ({error.strerror or error}); {kept}. Make room, or"
+            " save somewhere else"
+        ) from error
+    return path
+
+
+def check_writable(path: str | os.PathLike[str], what: str = "file") -> Path:
+    """`path`, if a file can be written there; else an `SdeflowError`, before the work whose result
+    it is to hold.
+    """
+    path = Path(path)
+    folder = path.parent
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise SdeflowError(
+            f"cannot write the {what} {path} ({why}); name a file in a folder of yours"
+        ) from error
+    return path

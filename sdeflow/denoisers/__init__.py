@@ -1,0 +1,16 @@
+"""Denoisers: what a network knows, `E[x0 | x(t) = x]`."""
+
+from sdeflow.denoisers.base import Denoiser
+from sdeflow.denoisers.network import Parametrisation, Preconditioned, Prediction, as_denoiser
+from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
+
+__all__ = [
+    "Clip",
+    "Denoiser",
+    "DynamicThreshold",
+    "Parametrisation",
+    "Preconditioned",
+    "Prediction",
+    "Projected",
+    "as_denoiser",
+]

@@ -1,0 +1,383 @@
+r"""What a network knows, at one border: whatever it was trained to predict, sdeflow sees
+$E[x_0 \mid x(t) = x]$.
+
+Every parametrisation of the field is affine in the network's output, with four numbers that depend
+on time alone:
+
+$$x_0 = \mathrm{skip}\; x + \mathrm{out}\; F(\mathrm{scale}\; x,\; \mathrm{time}).$$
+
+| predicts | skip | out |
+|---|---|---|
+| `x0` | 0 | 1 |
+| `eps` | 1/s | -sigma/s |
+| `score` | 1/s | sigma^2/s |
+| `v` = (s eps - sigma x0)/r, r^2 = s^2 + sigma^2 | s/r^2 | -sigma/r |
+| `velocity` = s' x0 + sigma' eps | sigma'/w | -sigma/w, w = s sigma' - s' sigma |
+| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), with scale 1/sqrt(n^2 + d^2), time log(n)/4 |
+
+A solve computes the four for all its times at once, in float64, before its loop (`Denoiser.at`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sdeflow._utils.math import Scalar, as_time, expand
+from sdeflow.denoisers.base import Denoiser, match_noise_level, trained_range
+from sdeflow.errors import unknown
+from sdeflow.process import EDM, FromBetas, Process
+
+Parametrisation = Literal["eps", "x0", "score", "v", "velocity"]
+"""What a network predicts."""
+
+
+class Affine(NamedTuple):
+    """The four numbers of a parametrisation at each time:
+    `x0 = skip x + out network(scale x, time)`.
+    """
+
+    skip: Tensor
+    out: Tensor
+    scale: Tensor
+    time: Tensor
+
+
+class Network(Denoiser):
+    """A network behind an affine parametrisation; `Prediction` and `Preconditioned` say which.
+
+    `native` is the process that the network was trained under, `process` the path that it is asked
+    about.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        native: Process,
+        nsr_range: tuple[float, float] | None,
+        shape: Sequence[int] | None,
+    ):
+        if not callable(network):
+            raise TypeError(
+                f"a network is called as network(x, t, **condition); got {type(network).__name__}"
+            )
+        if nsr_range is not None and not 0 <= nsr_range[0] < nsr_range[1]:
+            raise ValueError(f"nsr_range is (low, high) with 0 <= low < high; got {nsr_range}")
+        self.network = network
+        self.native = self.process = native
+        self.nsr_range = (
+            trained_range(native)
+            if nsr_range is None
+            else (float(nsr_range[0]), float(nsr_range[1]))
+        )
+        self.shape = None if shape is None else tuple(int(size) for size in shape)
+        self._declared = nsr_range is not None
+
+    @abstractmethod
+    def affine(self, t: Tensor) -> Affine:
+        """The four numbers at times `t` of the network's own process, float64."""
+
+    def under(self, process: Process) -> Network:
+        """The same network on the path of another process; its four numbers change, the cost of a
+        call does not.
+        """
+        if not isinstance(process, Process):
+            raise TypeError(f"a denoiser is put under a Process, such as VP(); got {process!r}")
+        other = copy(self)
+        other.process = process
+        other.default_grid = type(self).default_grid if process == self.native else None
+        return other
+
+    def numbers(self, t: Tensor) -> Affine:
+        """The four numbers at times `t` of `process`, float64 on the CPU."""
+        if self.process == self.native and not self._declared:
+            affine = self.affine(t)
+        else:
+            t_native, factor = match_noise_level(self.process, self.native, self.nsr_range, t)
+            skip, out, scale, time = self.affine(t_native)
+            affine = Affine(skip * factor, out, scale * factor, time)
+        finite = torch.isfinite(affine.skip) & torch.isfinite(affine.out)
+        if not bool(finite.all()):
+            where = float(torch.broadcast_to(t, finite.shape)[~finite].reshape(-1)[0])
+            raise ValueError(
+                f"{self!r} cannot say x0 at t={where:g}, where no signal is left (s = 0): only x0-,"
+                " v- and velocity-predictions can; start from a smaller t, or declare"
+                " nsr_range=(low, high) with a finite high"
+            )
+        return affine
+
+    def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
+        t = as_time(t).to("cpu", torch.float64)
+        # A time a sample: rounded the same way whatever the batch (see `_math.batch_invariant`).
+        numbers = self.numbers(t if t.ndim == 0 else torch.cat([t, t[-1:].expand(-len(t) % 16)]))
+        if t.ndim:
+            numbers = Affine(*(c[: len(t)] if c.ndim else c for c in numbers))
+        skip, out, scale = (expand(c, x) for c in numbers[:3])
+        time = self._network_time(numbers.time, x)
+        return skip * x + out * self._run(x * scale, time, condition, self.dtype)
+
+    def at(
+        self, times: Tensor, x: Tensor, /, **condition: Any
+    ) -> Sequence[Callable[[Tensor], Tensor]]:
+        """The network at each of `times`, its numbers computed once and its times placed on the
+        device once.
+        """
+        if condition:
+            self.check_condition(condition)
+        numbers = self.numbers(times)
+        rows = self._network_time(
+            torch.broadcast_to(numbers.time, times.shape).unsqueeze(-1), x
+        ).unbind()
+        dtype = self.dtype
+        skip, out, scale = (
+            [*c.unbind()] if c.requires_grad else c.tolist()
+            for c in torch.broadcast_tensors(*numbers[:3])
+        )
+        return [
+            partial(self._call, skip[k], out[k], scale[k], time, condition, dtype)
+            for k, time in enumerate(rows)
+        ]
+
+    def _call(
+        self,
+        skip: Scalar,
+        out: Scalar,
+        scale: Scalar,
+        time: Tensor,
+        condition: dict[str, Any],
+        dtype: torch.dtype | None,
+        x: Tensor,
+    ) -> Tensor:
+        output = self._run(x if scale == 1.0 else x * scale, time, condition, dtype)
+        if skip == 0.0:
+            return output if out == 1.0 else output * out
+        if isinstance(out, Tensor):
+            return x * skip + output * out
+        return torch.add(x * skip, output, alpha=out)
+
+    def _network_time(self, time: Tensor, x: Tensor) -> Tensor:
+        """Times as the network takes them: `[..., B]`, float32 (integers stay integers), on the
+        device of `x`.
+        """
+        time = time if not time.is_floating_point() else time.to(torch.float32)
+        if x.is_cuda and not time.requires_grad:
+            time = time.pin_memory()  # from pageable memory the copy would wait for the device
+        return time.to(x.device, non_blocking=True).expand(*time.shape[:-1], x.shape[0])
+
+    def _run(
+        self, x: Tensor, time: Tensor, condition: dict[str, Any], dtype: torch.dtype | None
+    ) -> Tensor:
+        output = self.network(
+            x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
+        )
+        if not isinstance(output, Tensor) or output.shape != x.shape:
+            got = (
+                f"shape {tuple(output.shape)}"
+                if isinstance(output, Tensor)
+                else type(output).__name__
+            )
+            hint = ""
+            if (
+                isinstance(output, Tensor)
+                and x.ndim > 1
+                and output.ndim == x.ndim
+                and output.shape[1] == 2 * x.shape[1]
+            ):
+                hint = (
+                    "; twice the channels is a learned variance: wrap the network so that it"
+                    " returns the first half"
+                )
+            raise ValueError(
+                f"the network returned {got} for a state of shape {tuple(x.shape)}; it must return"
+                f" the same shape{hint}"
+            )
+        return output.to(x.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of a module's weights, to which states are cast; None for a plain function,
+        which takes what comes.
+        """
+        if isinstance(self.network, nn.Module):
+            for parameter in self.network.parameters():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+        return None
+
+    def check_condition(self, condition: Mapping[str, Any]) -> None:
+        target = self.network.forward if isinstance(self.network, nn.Module) else self.network
+        try:
+            parameters = inspect.signature(target).parameters.values()
+        except (TypeError, ValueError):
+            return
+        named = [
+            p for p in [*parameters][2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        for p in named:
+            if p.default is p.empty and p.name not in condition:
+                raise TypeError(
+                    f"the network needs the condition {p.name!r}: pass condition={{{p.name!r}:"
+                    " ...}"
+                )
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
+        known = [p.name for p in named]
+        for name in condition:
+            if name not in known:
+                raise TypeError(
+                    f"the network takes no condition {name!r}; it takes"
+                    f" {', '.join(map(repr, known)) or 'none'}"
+                )
+
+
+class Prediction(Network):
+    """A network `network(x, t, **condition)` that predicts eps, x0, the score, v or the velocity.
+
+    `process` is the one it was trained under. `time` says what the network is given:
+    `"continuous"`, the process's own time, of shape `[B]`, float32; `"index"`, the nearest entry of
+    the process's table (`Process.from_betas`), counted from 0, int64; or a function of `t`, such as
+    `lambda t: 999 * t`. `nsr_range` is the range it was trained on, by default that of the process;
+    outside it the network is asked at the nearest level it knows. (On its own process, and with no
+    range declared, it is asked wherever a given grid goes.)
+
+        Prediction(unet, "eps", Process.from_betas(betas), time="index", shape=(3, 32, 32))
+
+    Errors: `ValueError` for an unknown prediction, for `time="index"` without a table, and, in a
+    call, for an output of another shape or a level where the prediction does not determine x0.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        predicts: Parametrisation,
+        process: Process,
+        *,
+        time: Literal["continuous", "index"] | Callable[[Tensor], Tensor] = "continuous",
+        nsr_range: tuple[float, float] | None = None,
+        shape: Sequence[int] | None = None,
+    ):
+        if predicts not in get_args(Parametrisation):
+            raise unknown("prediction", predicts, get_args(Parametrisation))
+        if not isinstance(process, Process):
+            raise TypeError(
+                f"Prediction needs the process that the network was trained under; got {process!r}"
+            )
+        if time not in ("continuous", "index") and not callable(time):
+            raise ValueError(f'time is "continuous", "index" or a function of t; got {time!r}')
+        if time == "index" and not isinstance(process, FromBetas):
+            raise ValueError(
+                'time="index" needs a table of times: use process=Process.from_betas(betas)'
+            )
+        if nsr_range is None and predicts in ("eps", "score") and trained_range(process)[1] > 1e6:
+            # They do not determine x0 where no signal is left (Cosine's s(1) is 6e-17): ask at the
+            # nearest level that does.
+            nsr_range = (0.0, 1e3)
+        super().__init__(network, process, nsr_range, shape)
+        self.predicts, self.time = predicts, time
+
+    def __repr__(self) -> str:
+        return (
+            f"Prediction({type(self.network).__name__}, {self.predicts!r},"
+            f" {type(self.native).__name__})"
+        )
+
+    def affine(self, t: Tensor) -> Affine:
+        s, sigma = self.native.kernel(t)
+        one = torch.ones_like(t)
+        match self.predicts:
+            case "x0":
+                skip, out = torch.zeros_like(t), one
+            case "eps":
+                skip, out = 1.0 / s, -sigma / s
+            case "score":
+                skip, out = 1.0 / s, self.native.variance(t) / s
+            case "v":
+                r2 = s**2 + sigma**2
+                skip, out = s / r2, -sigma / r2.sqrt()
+            case "velocity":
+                ds, dsigma = self.native.ds(t), self.native.dsigma(t)
+                wronskian = s * dsigma - ds * sigma
+                skip, out = dsigma / wronskian, -sigma / wronskian
+        return Affine(skip, out, one, self._times(t))
+
+    def _times(self, t: Tensor) -> Tensor:
+        if self.time == "continuous":
+            return t
+        if self.time == "index":
+            table = self.native
+            assert isinstance(table, FromBetas)
+            return table.index(t).round().clamp(0, len(table.betas) - 1).long()
+        return torch.as_tensor(self.time(t))
+
+
+class Preconditioned(Network):
+    r"""A network behind EDM's preconditioning: `x0 = c_skip x + c_out F(c_in x, log(nsr)/4)`, of
+    process `EDM`.
+
+    With $n$ = nsr and $d$ = `sigma_data`: $c_{skip} = d^2/(n^2 + d^2)$,
+    $c_{out} = n d/\sqrt{n^2 + d^2}$ and $c_{in} = 1/\sqrt{n^2 + d^2}$.
+
+    Source: Karras et al. (2022), table 1 and section 5.
+    """
+
+    # Images have structure at noise far above their own scale, on which a grid uniform in lam is
+    # sparse (docs/defaults.md).
+    default_grid = "karras"
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        sigma_data: float = 0.5,
+        nsr_range: tuple[float, float] = (0.002, 80.0),
+        shape: Sequence[int] | None = None,
+    ):
+        if not sigma_data > 0:
+            raise ValueError(
+                "sigma_data is the standard deviation of the data, a positive number; got"
+                f" {sigma_data}"
+            )
+        super().__init__(network, EDM(), nsr_range, shape)
+        self.sigma_data = float(sigma_data)
+
+    def __repr__(self) -> str:
+        return f"Preconditioned({type(self.network).__name__}, sigma_data={self.sigma_data:g})"
+
+    def affine(self, t: Tensor) -> Affine:
+        d2, r2 = self.sigma_data**2, t**2 + self.sigma_data**2
+        return Affine(d2 / r2, t * self.sigma_data / r2.sqrt(), r2.rsqrt(), t.log() / 4.0)
+
+
+def as_denoiser(score_fn: Any, process: Process | None) -> Denoiser:
+    """The denoiser that a user's first argument means, on the path of `process`.
+
+    A `Denoiser` is put under the process; a plain function is a score function `score_fn(x, t)` of
+    the process. A bare module could predict anything, so that is an error.
+    """
+    if isinstance(score_fn, Denoiser):
+        return (
+            score_fn if process is None or process == score_fn.process else score_fn.under(process)
+        )
+    if isinstance(score_fn, nn.Module):
+        raise TypeError(
+            f"what does {type(score_fn).__name__} predict? Say so: Prediction(module, 'eps',"
+            " process) (or 'x0', 'score', 'v', 'velocity'), or Preconditioned(module) for EDM's"
+            " preconditioning; only a plain function is taken for a score"
+        )
+    if not callable(score_fn):
+        raise TypeError(
+            "the first argument is a Denoiser or a score function score_fn(x, t); got"
+            f" {type(score_fn).__name__}"
+        )
+    if process is None:
+        raise TypeError(
+            "a score function score_fn(x, t) needs the process that its times belong to:"
+            " process=VP(), say"
+        )
+    return Prediction(score_fn, "score", process)

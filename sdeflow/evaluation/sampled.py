@@ -1,0 +1,101 @@
+"""ImageSource drawn from a denoiser as an evaluation needs them, the same ones that `generate`
+writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from sdeflow._utils.distributed import Rank
+from sdeflow.denoisers import Denoiser
+from sdeflow.denoisers.fingerprint import model_sha256
+from sdeflow.evaluation.measure import Batch, ImageSource
+from sdeflow.evaluation.metrics.base import ENOUGH
+from sdeflow.generate.api import dtype_of, sentence
+from sdeflow.images.labels import Labels
+from sdeflow.images.render import to_uint8
+from sdeflow.sampling.api import device_of, solve
+from sdeflow.sampling.batch_size import window
+from sdeflow.sampling.cuda_graphs import Compile
+from sdeflow.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn from a denoiser that is evaluated: `n` of them, picture i with seed
+    `seed + i`.
+
+    `solver`, `nfe`, `grid`, `noise` and `compile` are those of `sample`; `classes` those of
+    `generate`, taken in turn. Picture i is the same whatever `batch_size` and the number of
+    processes, as with `generate`. `model` is its name, which the result tells.
+    """
+
+    n: int = ENOUGH
+    solver: str | Solver | None = None
+    nfe: int | None = None
+    grid: str | None = None
+    noise: Literal["seeded", "brownian"] = "seeded"
+    classes: Sequence[int | str] | Literal["all", "none"] = "all"
+    seed: int = 0
+    batch_size: int = 256
+    compile: Compile = False
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("n", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"Sampling: {name} is a whole number, at least {least}; got"
+                    f" {getattr(self, name)}"
+                )
+
+
+def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
+    """ImageSource drawn from a denoiser where it is, as they are needed, this process's share of
+    them; nothing is written.
+    """
+    labels = Labels.of(denoiser, sampling.classes)
+    names = tuple(getattr(denoiser, "class_names", ()))
+    asked: dict[str, Any] = {
+        "solver": sampling.solver,
+        "nfe": sampling.nfe,
+        "grid": sampling.grid,
+        "noise": sampling.noise,
+    }
+    how: dict[str, Any] = {
+        "model": sampling.model, "n": sampling.n, "seed": sampling.seed, "classes": list(labels.stored),
+        "class_names": list(names), "model_sha256": model_sha256(denoiser), **sentence(denoiser, asked),
+        "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser), "network_compiled": _compiled(denoiser),
+        "compiled": "no",
+    }  # fmt: skip
+
+    def batches() -> Iterator[Batch]:
+        share = rank.share(sampling.n)
+        for first in range(share.start, share.stop, sampling.batch_size):
+            stop = min(first + sampling.batch_size, share.stop)
+            # A last, smaller batch would be compiled anew: it is drawn with pictures before it,
+            # which are dropped.
+            start = (
+                window(slice(first, stop), sampling.batch_size).start if sampling.compile else first
+            )
+            label = labels.given(range(start, stop))
+            solution = solve(
+                denoiser, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
+                condition=None if label is None else {"label": label}, device=device_of(denoiser),
+            )  # fmt: skip
+            how["compiled"] = str(solution.statistics.get("compiled", "no"))
+            yield to_uint8(solution.x[first - start :]), labels.told(range(first, stop))
+
+    return ImageSource(sampling.model or "a denoiser", batches(), sampling.n, names, how)
+
+
+def _compiled(denoiser: Denoiser) -> bool:
+    """Whether torch.compile has the network."""
+    network = getattr(denoiser, "network", None)
+    return isinstance(network, nn.Module) and (
+        hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
+    )

@@ -1,0 +1,71 @@
+"""Processes that share a work whose parts need nothing of each other: they count together, and tell
+each other what they found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from sdeflow._utils.distributed import Rank
+
+
+class Coordinator:
+    """The processes of one `generate`: what they count together and tell each other, in the store
+    where they found each other.
+
+    There is no process group: nobody waits for anybody while pictures are made, and a call can
+    follow another.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.others = rank, rank.world - 1
+        self._own: dict[str, int] = {}
+        self._store: Any = None
+        if rank.world > 1:
+            read = os.environ.get
+            elsewhere = read("TORCHELASTIC_USE_AGENT_STORE") == "True" or dist.is_initialized()
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=rank.first and not elsewhere,
+                wait_for_workers=False, timeout=timedelta(days=1),
+            )  # fmt: skip
+            start = dist.PrefixStore(f"sdeflow-{read('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # No process comes a second time before all have come once, so that the count of
+            # arrivals numbers the calls.
+            call = (start.add("arrived", 1) - 1) // rank.world
+            self._store = dist.PrefixStore(str(call), start)
+
+    def add(self, name: str, count: int) -> int:
+        """Add to a count, and return what it has become."""
+        if self._store is not None:
+            return int(self._store.add(name, count))
+        self._own[name] = self._own.get(name, 0) + count
+        return self._own[name]
+
+    def read(self, name: str) -> int:
+        """A count as it is now."""
+        return self._own.get(name, 0) if self._store is None else self.add(name, 0)
+
+    def tell(self, name: str, value: list[int]) -> list[list[int]]:
+        """What each process has to tell, to all of them; waits until all have."""
+        if self._store is None:
+            return [value]
+        self._store.set(f"{name}-{self.rank.index}", json.dumps(value))
+        return [json.loads(self._store.get(f"{name}-{i}")) for i in range(self.rank.world)]
+
+    @contextmanager
+    def leaving_announced(self) -> Iterator[None]:
+        """The first process waits for the others; this tells it, whatever happens, that one has
+        left.
+        """
+        try:
+            yield
+        finally:
+            if not self.rank.first:
+                self.add("left", 1)

@@ -1,0 +1,137 @@
+"""The one loop that executes plans: combinations and a network call, over and over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import SolverError
+from sdeflow.noise import Noise
+from sdeflow.plan.combine import backend
+from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
+
+OnCall = Callable[[int, Call, Tensor, Tensor], None]
+"""`on_call(k, call, x, x0)`, after the k-th network call; what it keeps, it must clone."""
+
+
+def execute(
+    instructions: Sequence[Instruction],
+    registers: int,
+    result: int,
+    networks: Iterable[Callable[[Tensor], Tensor]],
+    x: Tensor,
+    noise: Noise | None,
+    outlive: frozenset[int],
+    on_call: OnCall | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run instructions on the state `x` (`[B, ...]`, left as it is); returns the result and the
+    recorded states.
+
+    `networks` are the denoisers of the calls, in order. On a device nothing here waits for it.
+    Where gradients flow, combinations make new tensors instead of writing into buffers. `outlive`
+    are the calls whose outputs are read after the next call (`outliving`).
+    """
+    calls = iter(networks)
+    grad = torch.is_grad_enabled()
+    combine = backend(x)
+    held: list[Any] = [None] * registers
+    held[0] = x if grad else x.clone()
+    owned: dict[int, Tensor] = {0: held[0]}
+    drawn: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] | None = None if grad else {}
+    recorded: list[Tensor] = []
+    # A network may return one tensor of its own at every call. Where an output must outlive the
+    # next call, the first such tells: it is copied, and held until the next one shows whether it
+    # came in the same place.
+    lent: Tensor | None = None
+    reuses: bool | None = None
+    number = 0
+    for i in _in_runs(instructions):
+        if type(i) is tuple:
+            combine(i, held, owned, x)
+        elif type(i) is Call:
+            given = held[i.input]
+            before = _version(given)
+            output = next(calls)(given)
+            if _version(given) != before:
+                raise SolverError(
+                    "the network changed its input in place, and the solver needs it: let it work"
+                    " on a clone"
+                )
+            if lent is not None:
+                reuses, lent = _share(lent, output), None
+            # Or it may hand back its own input; the buffer behind it will be written again.
+            if _share(given, output) or (reuses and number in outlive):
+                output = _copy(output, i.out, copies)
+            elif reuses is None and number in outlive and not grad:
+                lent, output = output, _copy(output, i.out, copies)
+            held[i.out] = output
+            if on_call is not None:
+                on_call(number, i, given, output)
+                if _version(given) != before:
+                    raise SolverError(
+                        "a callback changed the state in place: let it work on a clone"
+                    )
+            number += 1
+        elif type(i) is Draw:
+            assert noise is not None
+            if not noise.in_place or grad:
+                held[i.out] = noise.draw(i.nsr, i.nsr_next).to(x)
+                continue
+            if i.out not in drawn:
+                drawn[i.out] = torch.empty_like(x)
+            held[i.out] = noise.draw(i.nsr, i.nsr_next, out=drawn[i.out])
+        elif type(i) is Record:
+            recorded.append(held[i.input].clone())
+    out = held[result]
+    # What a network returned may be its own; the result is the caller's.
+    return out if result in owned or grad else out.clone(), recorded
+
+
+def _in_runs(instructions: Sequence[Instruction]) -> Iterator[Instruction | tuple[Combine, ...]]:
+    """The instructions, combinations that follow one another as one."""
+    for together, run in groupby(instructions, lambda i: type(i) is Combine):
+        if together:
+            yield tuple(run)  # type: ignore[arg-type]
+        else:
+            yield from run
+
+
+def outliving(instructions: Sequence[Instruction]) -> frozenset[int]:
+    """The calls whose outputs are read after the next call."""
+    holds: dict[int, int] = {}  # register -> number of the call whose output it holds
+    kept: set[int] = set()
+    number = 0
+    for i in instructions:
+        kept.update(holds[r] for r in reads(i) if r in holds and holds[r] < number - 1)
+        if not isinstance(i, Record):
+            holds.pop(i.out, None)
+        if isinstance(i, Call):
+            holds[i.out] = number
+            number += 1
+    return frozenset(kept)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been written to."""
+    return 0 if x.is_inference() else x._version
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _copy(output: Tensor, register: int, copies: dict[int, Tensor] | None) -> Tensor:
+    """A copy of a network's output, in the register's own buffer where no gradient needs it
+    later.
+    """
+    if copies is None:
+        return output.clone()
+    held = copies.get(register)
+    if held is None or held.shape != output.shape or held.dtype != output.dtype:
+        held = copies[register] = torch.empty_like(output)
+    return held.copy_(output)

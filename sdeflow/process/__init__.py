@@ -1,0 +1,19 @@
+"""Processes: what noise does, as two functions of time, `s(t)` and `sigma(t)`."""
+
+from sdeflow.process.base import Level, Process
+from sdeflow.process.from_betas import FromBetas
+from sdeflow.process.from_sde import FromSDE
+from sdeflow.process.standard import EDM, VE, VP, Cosine, RectifiedFlow, SubVP
+
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "Cosine",
+    "FromBetas",
+    "FromSDE",
+    "Level",
+    "Process",
+    "RectifiedFlow",
+    "SubVP",
+]

@@ -1,0 +1,331 @@
+r"""What noise does: two functions of time, `s(t)` and `sigma(t)`, from which everything else
+follows.
+
+A process takes data $x_0$ at small $t$ to noise at large $t$,
+
+$$x(t) = s(t)\,x_0 + \sigma(t)\,\varepsilon, \qquad \varepsilon \sim N(0, I).$$
+
+Matching the mean and the variance of this with those of the linear SDE
+$dx = f(t)\,x\,dt + g(t)\,dw$ gives $m' = f m$ and $v' = 2 f v + g^2$, hence
+
+$$f = s'/s, \qquad g^2 = (\sigma^2)' - 2 f \sigma^2 = 2(\sigma\sigma' - f\sigma^2) = s^2\,\frac{d\,\mathrm{nsr}^2}{dt},
+\qquad \mathrm{nsr} = \sigma/s,$$
+
+and back again $s = s_0 \exp\int f$, $\sigma^2 = s^2(\sigma_0^2/s_0^2 + \int g^2/s^2)$ (`from_sde`).
+All of it is computed in float64 by automatic differentiation, vectorised over `t`; a solve asks
+once, before its loop (`Process.levels`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from sdeflow._utils import math as _math
+from sdeflow._utils.math import Scalar, as_time, derivative, expand, with_derivative
+
+if TYPE_CHECKING:
+    from sdeflow.process.from_betas import FromBetas
+    from sdeflow.process.from_sde import FromSDE
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One instant of a process: its time and the numbers that a step needs there.
+
+    The entries are Python floats; 0-d float64 tensors where gradients flow through them; or tensors
+    `[B, 1, ...]`, one value a sample, in solvers that step every sample by itself.
+    """
+
+    t: Scalar
+    s: Scalar
+    sigma: Scalar
+    ds: Scalar
+    dsigma: Scalar
+
+    @property
+    def nsr(self) -> Scalar:
+        """Noise-to-signal ratio `sigma / s`; infinite where no signal is left."""
+        return self.sigma / self.s if _math.is_tensor(self.s) or self.s != 0.0 else math.inf
+
+    @property
+    def lam(self) -> Scalar:
+        """Half the log signal-to-noise ratio, `log(s / sigma)`."""
+        return _math.log(self.s) - _math.log(self.sigma)
+
+    @property
+    def f(self) -> Scalar:
+        """Drift coefficient `f = s' / s`; infinite where no signal is left."""
+        return self.ds / self.s if _math.is_tensor(self.s) or self.s != 0.0 else -math.inf
+
+    @property
+    def g2(self) -> Scalar:
+        """Squared diffusion coefficient `2 (sigma sigma' - f sigma^2)`; infinite where no signal is
+        left.
+        """
+        return 2.0 * self.sigma * (self.dsigma - self.f * self.sigma)
+
+
+class Process(ABC):
+    """A noising process $x(t) = s(t) x_0 + \\sigma(t) \\varepsilon$; subclass it with `s` and
+    `sigma`, the rest is derived.
+
+    `s` is positive (zero is allowed at `t_max`) and `sigma / s` increases with `t`. Both are
+    written in torch and are called with float64 tensors of any shape. `t_min` and `t_max` bound the
+    times at which samplers work: they start at `t_max` and take the step to zero noise at `t_min`.
+
+        class Trigonometric(Process):
+            def s(self, t): return torch.cos(t * torch.pi / 2)
+            def sigma(self, t): return torch.sin(t * torch.pi / 2)
+
+    Source: Song et al., "Score-based generative modeling through SDEs" (2021); Karras et al.
+    (2022), appendix B.
+    """
+
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    default_grid: ClassVar[str] = "uniform_sqrt_t"
+    """The grid that samplers use unless told otherwise; chosen by measurement
+    (`benchmarks/defaults/defaults.py`).
+    """
+    default_clock: ClassVar[str] = "t"
+    """The variable in which Runge-Kutta methods step unless told otherwise; chosen likewise."""
+
+    def __init_subclass__(cls) -> None:
+        # A user's s = 1 is a number, or a tensor of one: it stands for every time.
+        super().__init_subclass__()
+        for name in ("s", "sigma", "variance"):
+            if name in vars(cls):
+                setattr(cls, name, _filled(vars(cls)[name]))
+
+    @abstractmethod
+    def s(self, t: Tensor) -> Tensor:
+        """Signal coefficient `s(t)`, of the shape of `t`."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise in `x(t)`, of the shape of `t`."""
+
+    def variance(self, t: Tensor) -> Tensor:
+        """`sigma(t)^2`; override it where `sigma` is a square root that reaches zero, so that `g2`
+        stays finite there.
+        """
+        return self.sigma(t) ** 2
+
+    # ---------------------------------------------------------------------------- derived functions
+
+    def ds(self, t: float | Tensor) -> Tensor:
+        """`s'(t)`."""
+        return derivative(self.s, as_time(t))
+
+    def dsigma(self, t: float | Tensor) -> Tensor:
+        """`sigma'(t)`; infinite where `sigma` is a square root that reaches zero."""
+        return derivative(self.sigma, as_time(t))
+
+    def f(self, t: float | Tensor) -> Tensor:
+        """Drift coefficient `f(t) = s'(t) / s(t)` of the SDE."""
+        return self.ds(t) / self.s(as_time(t))
+
+    def g2(self, t: float | Tensor) -> Tensor:
+        """Squared diffusion coefficient `g(t)^2 = (sigma^2)' - 2 f sigma^2` of the SDE."""
+        t = as_time(t)
+        return derivative(self.variance, t) - 2.0 * self.f(t) * self.variance(t)
+
+    def g(self, t: float | Tensor) -> Tensor:
+        """Diffusion coefficient `g(t)`."""
+        return self.g2(t).sqrt()
+
+    def nsr(self, t: float | Tensor) -> Tensor:
+        """Noise-to-signal ratio `sigma / s`, which EDM calls sigma; from 0 to infinity."""
+        t = as_time(t)
+        return self.sigma(t) / self.s(t)
+
+    def lam(self, t: float | Tensor) -> Tensor:
+        """`log(s / sigma)`, half the log signal-to-noise ratio."""
+        t = as_time(t)
+        return self.s(t).log() - self.sigma(t).log()
+
+    def angle(self, t: float | Tensor) -> Tensor:
+        """`atan(sigma / s)`, from 0 (data) to pi/2 (noise); finite where `nsr` is not."""
+        t = as_time(t)
+        return torch.atan2(self.sigma(t), self.s(t))
+
+    def t_of_lam(self, lam: float | Tensor) -> Tensor:
+        """The time at which `log(s / sigma) = lam`, differentiable.
+
+        A root sought between `t_min` and `t_max`, beyond which it is the nearer end; closed forms,
+        where a process has one, go on.
+        """
+        return _math.monotone_root(self.lam, as_time(lam), self.t_min, self.t_max)
+
+    def t_of_nsr(self, nsr: float | Tensor) -> Tensor:
+        """The time at which `sigma / s = nsr`, differentiable; `nsr = inf` gives the end of
+        time.
+        """
+        return self.t_of_lam(-as_time(nsr).log())
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the noise from which samplers start, `sigma(t_max)`."""
+        return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))
+
+    def levels(self, times: Tensor | Sequence[float]) -> list[Level]:
+        """The process at each of `times` (`[K]`), everything that steps need of it, in one
+        vectorised pass.
+
+        The entries are Python floats, or 0-d tensors where gradients flow through the times or the
+        process.
+        """
+        t = torch.as_tensor(times, dtype=torch.float64)
+        s, ds = with_derivative(self.s, t)
+        sigma, dsigma = with_derivative(self.sigma, t)
+        # A signal of rounding's size is none: cos(pi/2) is 6e-17, and may be -6e-17.
+        s = torch.where(s.abs() < 1e-15 * sigma, torch.zeros_like(s), s)
+        columns = [torch.broadcast_to(column, t.shape) for column in (t, s, sigma, ds, dsigma)]
+        if any(column.requires_grad for column in columns) and torch.is_grad_enabled():
+            return [
+                Level(*row) for row in zip(*(column.unbind() for column in columns), strict=True)
+            ]
+        return [Level(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def level(self, t: float | Tensor) -> Level:
+        """The process at one time."""
+        return self.levels(as_time(t).reshape(1))[0]
+
+    # -------------------------------------------------------------------- kernel, SDEs, and the ODE
+
+    def kernel(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """`(s, sigma)`: the perturbation kernel is `x(t) | x0 ~ N(s x0, sigma^2 I)`."""
+        t = as_time(t)
+        return self.s(t), self.sigma(t)
+
+    def perturb(self, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
+        """`x(t) = s(t) x0 + sigma(t) eps`; `t` is one time or one a sample (`[B]`)."""
+        s, sigma = self.kernel(t)
+        return expand(s, x0) * x0 + expand(sigma, x0) * eps
+
+    def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """Drift `f(t) x` of the forward SDE $dx = f x dt + g dw$."""
+        return expand(self.f(t), x) * x
+
+    def reverse_drift(self, x: Tensor, t: float | Tensor, score: Tensor) -> Tensor:
+        r"""Drift of the reverse SDE $dx = (f x - g^2 \nabla\log p)\,dt + g\,d\bar w$, run from
+        `t_max` down.
+
+        Source: Anderson, "Reverse-time diffusion equation models" (1982).
+        """
+        return expand(self.f(t), x) * x - expand(self.g2(t), x) * score
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
+        r"""Right-hand side of the probability-flow ODE,
+        $dx/dt = s' x_0 + \sigma' \varepsilon = f x - g^2 \nabla\log p / 2$.
+        """
+        return expand(self.ds(t), x0) * x0 + expand(self.dsigma(t), x0) * eps
+
+    # ---------------------------------------------------------------------------------- conversions
+
+    def x0_from_eps(self, x: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
+        """`x0 = (x - sigma eps) / s`."""
+        s, sigma = self.kernel(t)
+        return (x - expand(sigma, x) * eps) / expand(s, x)
+
+    def eps_from_x0(self, x: Tensor, x0: Tensor, t: float | Tensor) -> Tensor:
+        """`eps = (x - s x0) / sigma`."""
+        s, sigma = self.kernel(t)
+        return (x - expand(s, x) * x0) / expand(sigma, x)
+
+    def x0_from_score(self, x: Tensor, score: Tensor, t: float | Tensor) -> Tensor:
+        """Tweedie's formula, `x0 = (x + sigma^2 score) / s`."""
+        t = as_time(t)
+        return (x + expand(self.variance(t), x) * score) / expand(self.s(t), x)
+
+    def score_from_x0(self, x: Tensor, x0: Tensor, t: float | Tensor) -> Tensor:
+        """`score = (s x0 - x) / sigma^2`."""
+        t = as_time(t)
+        return (expand(self.s(t), x) * x0 - x) / expand(self.variance(t), x)
+
+    def x0_from_v(self, x: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
+        """`x0 = (s x - sigma r v) / r^2` with `r^2 = s^2 + sigma^2`, where
+        `v = (s eps - sigma x0) / r`.
+        """
+        s, sigma = (expand(c, x) for c in self.kernel(t))
+        r2 = s**2 + sigma**2
+        return (s * x - sigma * r2.sqrt() * v) / r2
+
+    def v_from_x0(self, x: Tensor, x0: Tensor, t: float | Tensor) -> Tensor:
+        """`v = (s eps - sigma x0) / sqrt(s^2 + sigma^2)`, the velocity along the angle
+        `atan(sigma / s)`.
+
+        Source: Salimans & Ho, "Progressive distillation" (2022), where `s^2 + sigma^2 = 1`.
+        """
+        s, sigma = (expand(c, x) for c in self.kernel(t))
+        r = (s**2 + sigma**2).sqrt()
+        return (s * x - r**2 * x0) / (sigma * r)
+
+    def x0_from_velocity(self, x: Tensor, velocity: Tensor, t: float | Tensor) -> Tensor:
+        """`x0 = (sigma' x - sigma velocity) / (s sigma' - s' sigma)`."""
+        s, sigma = (expand(c, x) for c in self.kernel(t))
+        ds, dsigma = expand(self.ds(t), x), expand(self.dsigma(t), x)
+        return (dsigma * x - sigma * velocity) / (s * dsigma - ds * sigma)
+
+    def velocity_from_x0(self, x: Tensor, x0: Tensor, t: float | Tensor) -> Tensor:
+        """`velocity = s' x0 + sigma' eps` with `eps = (x - s x0) / sigma`."""
+        return self.velocity(x0, self.eps_from_x0(x, x0, t), t)
+
+    # --------------------------------------------------------------------------------- constructors
+
+    @classmethod
+    def from_sde(
+        cls,
+        f: Callable[[Tensor], Tensor],
+        g2: Callable[[Tensor], Tensor],
+        *,
+        s0: float = 1.0,
+        sigma0: float = 0.0,
+        t_min: float = 1e-3,
+        t_max: float = 1.0,
+    ) -> FromSDE:
+        """The process of the SDE $dx = f(t) x dt + g(t) dw$, started at `t = 0` with `s0` and
+        `sigma0`; see `FromSDE`.
+        """
+        from sdeflow.process.from_sde import FromSDE
+
+        return FromSDE(f, g2, s0=s0, sigma0=sigma0, t_min=t_min, t_max=t_max)
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float] | Tensor) -> FromBetas:
+        """The process of a DDPM table of variances $\\beta_1 \\dots \\beta_N$; see `FromBetas`."""
+        from sdeflow.process.from_betas import FromBetas
+
+        return FromBetas(tuple(torch.as_tensor(betas, dtype=torch.float64).tolist()))
+
+
+def _filled(function: Callable[[Process, Tensor], Tensor]) -> Callable[[Process, Tensor], Tensor]:
+    """`function` of time with a result of the shape of the time, also where it returns one
+    number.
+    """
+
+    @functools.wraps(function)
+    def fill(self: Process, t: Tensor) -> Tensor:
+        value = function(self, t)
+        if isinstance(value, Tensor) and value.shape == t.shape:
+            return value
+        return torch.as_tensor(value, dtype=t.dtype, device=t.device).expand(t.shape)
+
+    return fill
+
+
+def check_span(process: Process) -> None:
+    """Raise `ValueError` where `t_min` is not below `t_max`."""
+    if not process.t_min < process.t_max:
+        raise ValueError(
+            f"a process runs from t_min to a larger t_max; got t_min={process.t_min},"
+            f" t_max={process.t_max}"
+        )

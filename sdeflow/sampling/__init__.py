@@ -1,0 +1,15 @@
+"""`sample`, `solve` and `encode`, and what they are made of."""
+
+from sdeflow.sampling.api import DEFAULT_NFE, DEFAULT_SOLVER, Step, encode, sample, solve
+from sdeflow.sampling.inputs import check_device, device_of
+
+__all__ = [
+    "DEFAULT_NFE",
+    "DEFAULT_SOLVER",
+    "Step",
+    "check_device",
+    "device_of",
+    "encode",
+    "sample",
+    "solve",
+]

@@ -1,0 +1,429 @@
+"""The loop over the batches of a solve: each is integrated or replayed, watched, checked and joined
+to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdeflow._utils import memory as _memory
+from sdeflow._utils.memory import Memory
+from sdeflow.denoisers import Denoiser
+from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
+from sdeflow.noise import BrownianNoise, Noise, SeededNoise
+from sdeflow.plan.instructions import Call, Record
+from sdeflow.plan.plan import Plan
+from sdeflow.process import Process
+from sdeflow.reverse import Reverse
+from sdeflow.sampling import cuda_graphs
+from sdeflow.sampling.batch_size import BatchSize, in_batches, window
+from sdeflow.sampling.cuda_graphs import GraphCache
+from sdeflow.sampling.inputs import Conditions, Inputs
+from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees after a network call; it may keep the tensors only as clones.
+
+    `samples` is the slice of the whole set that this batch is.
+    """
+
+    index: int
+    nfe: int
+    t: float
+    nsr: float
+    x: Tensor
+    x0: Tensor
+    samples: slice
+
+
+class ProgressBar:
+    """The progress bar of a solve, a step a network call; nothing where none is wanted."""
+
+    def __init__(self, shown: bool, n: int, calls: int | None):
+        self._calls, self._at = calls, 0
+        self.title = f"sampling {n}"
+        self._bar = tqdm(unit="call", desc=self.title, dynamic_ncols=True) if shown else None
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is one."""
+        return self._bar is not None
+
+    def begin(self, batches: int) -> None:
+        """A batch begins, of so many that are left; what a batch that was given up had counted is
+        taken back.
+        """
+        if self._bar is not None:
+            self._bar.n = self._at
+            self._bar.total = None if self._calls is None else self._at + self._calls * batches
+            self._bar.refresh()
+
+    def end(self) -> None:
+        """The batch is done."""
+        self._at = 0 if self._bar is None else self._bar.n
+
+    def update(self, calls: int = 1) -> None:
+        """So many calls more."""
+        if self._bar is not None:
+            self._bar.update(calls)
+
+    @contextlib.contextmanager
+    def saying(self, text: str) -> Iterator[None]:
+        """Show what takes its time, meanwhile."""
+        if self._bar is not None:
+            self._bar.set_description(text)
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.set_description(self.title)
+
+    def close(self) -> None:
+        """Leave it as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass
+class Loop:
+    """A solve of all samples, batch by batch."""
+
+    method: Solver | Plan
+    denoiser: Denoiser
+    process: Process
+    start: Inputs
+    times: Tensor
+    finish: bool
+    conditions: Conditions
+    noise: str | Noise
+    trajectory: bool
+    x0s: bool
+    callback: Callable[[Step], Any] | None
+    size: BatchSize
+    compiled: GraphCache
+    bar: ProgressBar
+    parts: list[Solution] = field(default_factory=list)
+    _pending: tuple[slice, Solution, Tensor] | None = None
+    """A replayed batch whose result nobody has looked at: the device is still at work on it while
+    the next one is prepared.
+    """
+
+    def run(self) -> Solution:
+        """The solution of all samples; what is done when an error comes is in its `finished`."""
+        device = self.start.device
+        self.size.find(device, self._entries, self._bytes_a_row)
+        _memory.begin_peak(device)
+        try:
+            in_batches(self.size, self._batch, self._release)
+            self._settle()
+        except (SolverError, NonFiniteError) as error:
+            with contextlib.suppress(NonFiniteError):
+                self._settle()
+            error.finished = self._finished()
+            raise
+        whole = self._whole()
+        return dataclasses.replace(
+            whole, statistics={**whole.statistics, **self.compiled.statistics(), **self._memory()}
+        )
+
+    def _batch(self, rows: slice) -> None:
+        self.bar.begin(-(-(self.start.n - rows.start) // self.size.now))
+        wide = window(rows, self.size.now) if self.compiled else rows
+        source, state = self._begin(wide)
+        if self.compiled:
+            done = self.compiled.solve(self._plan, state, self.conditions.rows(wide), source)
+            if done is not None:
+                self._settle()  # of the batch before, now that the device has the next one
+                self._pending = rows, _last(done[0], rows.stop - rows.start), done[1]
+                if self.bar.shown:
+                    self._settle()
+                return
+            if wide != rows:
+                source, state = self._begin(rows)
+        self._settle()
+        self.parts.append(self._integrated(rows, source, state))
+        self.bar.end()
+
+    def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
+        start = self.start
+        source = noise_of(self.noise, start.seeds[rows], start.shape, start.device, start.dtype)
+        return source, start.state(self.process, float(self.times[0].detach()), rows, source)
+
+    def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
+        reverse = Reverse(self.denoiser, self.conditions.rows(rows))
+        collected: list[Tensor] = []
+        part = self._integrate(
+            reverse, state, source, self._watcher(collected if self.x0s else None, rows)
+        )
+        if not torch.isfinite(part.x).all():
+            self._refuse(rows, part)
+        part.network_calls = part.network_calls or reverse.nfe
+        part.x0s = torch.stack(collected) if collected else None
+        return part
+
+    def _integrate(
+        self, reverse: Reverse, x: Tensor, source: Noise, watch: OnCall | None, plain: bool = False
+    ) -> Solution:
+        record = self.trajectory and not plain
+        if isinstance(self.method, Plan):
+            return run_plan(self._plan, reverse, x, source, watch)
+        return self.method.integrate(
+            reverse, x, self.times, source, finish=self.finish, record=record, on_call=watch
+        )
+
+    @cached_property
+    def _plan(self) -> Plan:
+        if isinstance(self.method, Plan):
+            if self.trajectory and not any(isinstance(i, Record) for i in self.method.instructions):
+                raise ValueError(
+                    "this plan was traced without record=True, so it keeps no trajectory: trace it"
+                    " with it"
+                )
+            return self.method
+        assert isinstance(self.method, GridSolver)
+        return self.method.plan(
+            self.process, self.times, finish=self.finish, record=self.trajectory
+        )
+
+    def _watcher(self, x0s: list[Tensor] | None, rows: slice) -> OnCall | None:
+        """What is done after each network call, or None where nothing is."""
+        callback = self.callback
+        if not self.bar.shown and callback is None and x0s is None:
+            return None
+
+        def watch(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
+            if x0s is not None:
+                x0s.append(x0.clone())
+            if callback is not None:
+                s = float(call.s)
+                callback(
+                    Step(
+                        index,
+                        index + 1,
+                        float(call.t),
+                        float(call.sigma) / s if s else float("inf"),
+                        x,
+                        x0,
+                        rows,
+                    )
+                )
+            self.bar.update()
+
+        return watch
+
+    # ------------------------------------------------------------------------------ what went wrong
+
+    def _settle(self) -> None:
+        """Look at the result of the batch that was replayed last; this waits for the device."""
+        if self._pending is None:
+            return
+        (rows, part, finite), self._pending = self._pending, None
+        # Rows that only filled the batch up are no one's concern.
+        if not bool(finite) and not bool(torch.isfinite(part.x).all()):
+            self._refuse(rows, part)
+        self.parts.append(part)
+        self.bar.update(part.nfe)
+        self.bar.end()
+
+    def _refuse(self, rows: slice, part: Solution) -> None:
+        """Raise the error for a result that is not finite, having run the batch again to find the
+        first call at fault.
+        """
+        bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
+        names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        where = ""
+        if isinstance(self.noise, str):  # the same seeds make the same solve
+
+            def check(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
+                if not bool(torch.isfinite(x0).all()):
+                    whose = (
+                        "the network returned it"
+                        if bool(torch.isfinite(x).all())
+                        else "its input was not finite"
+                    )
+                    raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {whose}.")
+
+            source, state = self._begin(rows)
+            reverse = Reverse(self.denoiser, self.conditions.rows(rows))
+            try:
+                self._integrate(reverse, state, source, check, plain=True)
+            except _Found as found:
+                where = str(found)
+        error = NonFiniteError(
+            f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number {names}).{where} The"
+            " usual causes: half precision overflows, an eps-prediction far outside its training"
+            " range, a score of the wrong scale."
+        )
+        error.partial = part
+        raise error
+
+    def _finished(self) -> Solution | None:
+        """The batches that are done; on the CPU where there is no room to join them on the
+        device.
+        """
+        if not self.parts:
+            return None
+        try:
+            return join(self.parts)
+        except (MemoryError, RuntimeError) as error:
+            if not _memory.out_of_memory(error):
+                raise
+        return join([_on_cpu(part) for part in self.parts])
+
+    def _whole(self) -> Solution:
+        """All batches as one; `OutOfMemoryError`, with all of them, where there is no room on the
+        device.
+        """
+        try:
+            return join(self.parts)
+        except (MemoryError, RuntimeError) as error:
+            if not _memory.out_of_memory(error):
+                raise
+            spent = OutOfMemoryError(
+                f"all {self.start.n} samples are done, but do not fit on {self.start.device} twice,"
+                " as joining the batches takes: ask for fewer at a time. They are in this error's"
+                " `finished`, on the CPU"
+            )
+        spent.finished = join([_on_cpu(part) for part in self.parts])
+        raise spent
+
+    # --------------------------------------------------------------------------------------- memory
+
+    def _release(self) -> None:
+        """Give back what can be done without, after a batch that did not fit."""
+        self._settle()
+        self.compiled.release()
+        _memory.release(self.start.device)
+
+    @property
+    def _entries(self) -> int:
+        """Entries of one sample's state."""
+        entries = 1
+        for size in self.start.shape:
+            entries *= size
+        return entries
+
+    def _bytes_a_row(self, rows: int) -> int:
+        """What a row of a batch takes on CUDA, measured by one call of the network at a few rows;
+        the plan's states are counted.
+        """
+        device = self.start.device
+        some = slice(0, rows)
+        _, state = self._begin(some)
+        before = torch.cuda.memory_allocated(device)
+        _memory.begin_peak(device)
+        with torch.no_grad():
+            calls = Reverse(self.denoiser, self.conditions.rows(some)).calls(
+                self.times[:1].detach(), state
+            )
+            calls[0](state)
+        peak = _memory.peak(device) or before
+        states = 16  # of an adaptive solver
+        if isinstance(self.method, Plan) or cuda_graphs.is_planned(self.method):
+            plan = self._plan
+            kept = (len(plan.grid) + 1 if self.trajectory else 0) + (plan.nfe if self.x0s else 0)
+            states = 4 + plan.buffers + 2 * kept + (plan.draws if self.compiled else 0)
+        return -(-(peak - before) // rows) + states * self._entries * self.start.dtype.itemsize
+
+    def _memory(self) -> dict[str, Memory]:
+        """What `Solution.statistics` says of memory."""
+        first = self.parts[0]
+        buffers = (
+            None
+            if first.plan is None
+            else first.plan.buffers * first.x.numel() * first.x.element_size()
+        )
+        peak = _memory.peak(self.start.device)
+        took = Memory(peak, buffers, self.compiled.bytes if self.compiled else None)
+        return {} if took == Memory() else {"memory": took}
+
+
+class _Found(Exception):
+    pass
+
+
+def noise_of(
+    noise: str | Noise,
+    seeds: tuple[int, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Noise:
+    """The source of noise for some seeds: of a kind, or the one given if it fits."""
+    if isinstance(noise, Noise):
+        if (len(noise.seeds), tuple(noise.shape)) != (len(seeds), shape):
+            raise ValueError(
+                f"the noise is made for {len(noise.seeds)} samples of shape {tuple(noise.shape)},"
+                f" and a batch here has {len(seeds)} of shape {shape}: a noise of your own serves"
+                " one batch of n samples"
+            )
+        return noise
+    kinds = {"seeded": SeededNoise, "brownian": BrownianNoise}
+    if noise not in kinds:
+        raise ValueError(f"noise is 'seeded', 'brownian' or a Noise; got {noise!r}")
+    return kinds[noise](seeds, shape, device=device, dtype=dtype)
+
+
+def _last(part: Solution, rows: int) -> Solution:
+    """The last rows of a batch."""
+    if rows == len(part.x):
+        return part
+    trajectory, x0s = (
+        None if kept is None else kept[:, -rows:] for kept in (part.trajectory, part.x0s)
+    )
+    return dataclasses.replace(part, x=part.x[-rows:], trajectory=trajectory, x0s=x0s)
+
+
+def _on_cpu(part: Solution) -> Solution:
+    x0s, trajectory = (None if kept is None else kept.cpu() for kept in (part.x0s, part.trajectory))
+    statistics = {
+        name: value.cpu() if isinstance(value, Tensor) else value
+        for name, value in part.statistics.items()
+    }
+    return dataclasses.replace(
+        part, x=part.x.cpu(), trajectory=trajectory, x0s=x0s, statistics=statistics
+    )
+
+
+def join(parts: list[Solution]) -> Solution:
+    """The solutions of consecutive batches as one."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+
+    def cat(tensors: list[Tensor | None], dim: int) -> Tensor | None:
+        return (
+            torch.cat([tensor for tensor in tensors if tensor is not None], dim)
+            if tensors[0] is not None
+            else None
+        )
+
+    statistics = {
+        key: (
+            torch.cat([part.statistics[key] for part in parts])
+            if isinstance(value, Tensor) and value.ndim
+            else value
+        )
+        for key, value in first.statistics.items()
+    }
+    return dataclasses.replace(
+        first,
+        x=torch.cat([part.x for part in parts]),
+        nfe=max(part.nfe for part in parts),
+        network_calls=sum(part.network_calls for part in parts),
+        statistics=statistics,
+        trajectory=cat([part.trajectory for part in parts], 1),
+        x0s=cat([part.x0s for part in parts], 1),
+        interpolant=None,
+    )

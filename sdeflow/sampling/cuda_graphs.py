@@ -1,0 +1,324 @@
+"""`compile=True`: batches run as replays of captured CUDA graphs, kept between calls; or a reason
+why they cannot be.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from copy import copy
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdeflow._utils.weak_cache import WeakTable
+from sdeflow.denoisers import Denoiser, as_denoiser
+from sdeflow.errors import SolverError
+from sdeflow.noise import Noise
+from sdeflow.plan.plan import Plan
+from sdeflow.process import Process
+from sdeflow.sampling.capture import CapturedSolve, Replay
+from sdeflow.solvers.base import GridSolver, Solution, Solver
+
+Compile = bool | Literal["require"]
+
+KEPT = 4
+"""Captured graphs that are kept between calls; each reserves the memory of its network's
+forward.
+"""
+
+
+class CompileWarning(UserWarning):
+    """A solve with `compile=True` that runs as it would without it; says why."""
+
+
+_GRAPHS: WeakTable[CapturedSolve | str] = WeakTable(KEPT)
+"""Captured solves, or the reasons why there are none, by (what was sampled from, everything that is
+fixed at a capture).
+"""
+
+
+def forget(score_fn: Any = None) -> None:
+    """Free the captured graphs of a denoiser (the object that was passed to `sample`), or all of
+    them.
+
+    They go by themselves when the denoiser does, and when newer ones take their place.
+    """
+    _GRAPHS.forget(score_fn)
+
+
+class GraphCache:
+    """Runs the batches of one solve as replays; captures where there is no graph yet, and stops
+    where there can be none.
+
+    `score_fn` is what the user passed and what graphs are kept for, `denoiser` what it means under
+    the solve's process. `announce(text)` is entered while a capture takes its time.
+    """
+
+    def __init__(
+        self,
+        compile: Compile,
+        score_fn: Any,
+        denoiser: Denoiser,
+        process: Process | None,
+        announce: Callable[[str], AbstractContextManager[None]],
+        x0s: bool = False,
+    ):
+        if compile not in (True, False, "require"):
+            raise ValueError(f"compile is True, False or 'require'; got {compile!r}")
+        self.asked, self.required = bool(compile), compile == "require"
+        self.captures = self.replays = self.bytes = 0
+        self.reason: str | None = None
+        self._score_fn, self._denoiser, self._process, self._x0s = score_fn, denoiser, process, x0s
+        self._announce = announce
+        self._known: Hashable = (
+            None  # the denoiser's capture_key, which does not change during a solve
+        )
+        self._own: dict[
+            Hashable, CapturedSolve | str
+        ] = {}  # of a score function that graphs cannot be kept for
+
+    def __bool__(self) -> bool:
+        return self.asked and self.reason is None
+
+    def refuse(self, reason: str | None) -> None:
+        """Run without a capture from here on, with one warning that gives the reason; or an error,
+        where it is required.
+        """
+        if not self or reason is None:
+            return
+        if self.required:
+            raise SolverError(f"compile='require', and this solve cannot be compiled: {reason}")
+        self.reason = reason
+        warnings.warn(
+            f"this solve runs without compilation: {reason}", CompileWarning, stacklevel=_outside()
+        )
+
+    def solve(
+        self, plan: Plan, x: Tensor, condition: Mapping[str, Any], noise: Noise
+    ) -> tuple[Solution, Tensor] | None:
+        """The solution of a batch and, on the device, whether it is finite; None where it cannot be
+        captured after all.
+        """
+        reason = CapturedSolve.refusal(x.device, plan)
+        captured = reason if reason is not None else self._graph(plan, x, condition)
+        if isinstance(captured, str):
+            self.refuse(captured)
+            return None
+        self.replays += 1
+        self.bytes = max(self.bytes, captured.bytes)
+        replay = captured.replay(x, noise, condition)
+        return _solution(plan, replay), replay.finite
+
+    def _graph(self, plan: Plan, x: Tensor, condition: Mapping[str, Any]) -> CapturedSolve | str:
+        if self._known is None:
+            self._known = capture_key(self._denoiser)
+        key = (plan, _laid(x), _fixed(condition), self._x0s, *_settings(), self._known)
+        known = self._own.get(key) or _GRAPHS.get(self._score_fn, key)
+        if known is not None:
+            return known
+        twin = _twin(self._score_fn)
+        denoiser = self._denoiser if twin is None else as_denoiser(twin, self._process)
+        found: CapturedSolve | str
+        try:
+            with self._announce(f"capturing {plan.nfe} calls at batch {len(x)}"):
+                found = CapturedSolve(plan, denoiser, x, _buffers(condition), x0s=self._x0s)
+            self.captures += 1
+        except SolverError as error:
+            found = str(error)
+        if twin is None:
+            self._own[key] = found
+        else:
+            _GRAPHS.put(self._score_fn, key, found)
+        return found
+
+    def release(self) -> None:
+        """Free all captured graphs, of whatever denoiser: memory is spent."""
+        self._own.clear()
+        forget()
+
+    def statistics(self) -> dict[str, Any]:
+        """What `Solution.statistics` says of it."""
+        if not self.asked:
+            return {}
+        if self.reason is not None:
+            return {"compiled": f"no: {self.reason}"}
+        return {"compiled": "yes", "captures": self.captures, "replays": self.replays}
+
+
+def refusal(
+    method: Solver | Plan,
+    device: torch.device,
+    watched: bool,
+    requires_grad: bool,
+    condition: Mapping[str, Any],
+) -> str | None:
+    """Why a solve cannot be compiled, as far as can be told before it begins; None where nothing
+    speaks against it.
+    """
+    if watched:
+        return "a callback wants to be called between the network's calls"
+    if requires_grad:
+        return "gradients are to flow through it"
+    if not isinstance(method, Plan) and not is_planned(method):
+        return (
+            f"{type(method).__name__} looks at the state to choose its steps, so that it has no"
+            " plan to capture"
+        )
+    for name, value in condition.items():
+        if not isinstance(value, Tensor) and not _plain(value):
+            return (
+                f"the condition {name!r} is a {type(value).__name__}; only tensors, numbers and"
+                " strings can be held fixed"
+            )
+    return CapturedSolve.refusal(device)
+
+
+def is_planned(method: Solver) -> bool:
+    """Whether a solver is executed as a plan, and does nothing else."""
+    return isinstance(method, GridSolver) and type(method).integrate is GridSolver.integrate
+
+
+def _solution(plan: Plan, replay: Replay) -> Solution:
+    return Solution(
+        replay.x,
+        plan.nfe,
+        network_calls=plan.nfe,
+        plan=plan,
+        trajectory=replay.trajectory,
+        x0s=replay.x0s,
+        statistics={"draws": plan.draws, "buffers": plan.buffers},
+    )
+
+
+# ----------------------------------------------------------------------- what is fixed at a capture
+
+
+def capture_key(value: Any) -> Hashable:
+    """What of a denoiser a graph has taken in, and would not notice if it changed: numbers, and
+    where its tensors lie.
+
+    Weights may change in place: a graph reads them anew. Python attributes of modules, and what
+    functions close over, are not seen.
+    """
+    match value:
+        case None | bool() | int() | float() | str():
+            return type(value), value
+        case Tensor():
+            return (
+                "tensor",
+                value.data_ptr(),
+                0 if value.is_inference() else value._version,
+                *_laid(value),
+            )
+        case nn.Module():
+            return "module", id(value), *_places(value)
+        case Denoiser():
+            return type(value), *(capture_key(entry) for entry in sorted(vars(value).items()))
+        case FunctionType():
+            return "function", id(value)  # which the key must not keep alive
+        case tuple() | list():
+            return "sequence", *map(capture_key, value)
+        case dict():
+            return "mapping", *((name, capture_key(entry)) for name, entry in value.items())
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), id(value)
+    return type(value), value
+
+
+def _places(network: nn.Module) -> Iterator[int]:
+    """Where the tensors of a network lie, which modules are in training, and which compiled; faster
+    than `parameters()`.
+    """
+    left, seen = [network], {id(network)}
+    while left:
+        module = left.pop()
+        yield module.training
+        yield id(module._compiled_call_impl)  # of Module.compile()
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    yield tensor.data_ptr()
+        for inner in module._modules.values():
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                left.append(inner)
+
+
+def _laid(x: Tensor) -> tuple[Hashable, ...]:
+    return tuple(x.shape), x.stride(), x.dtype, x.device
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _fixed(condition: Mapping[str, Any]) -> Hashable:
+    """A condition but for the values of its tensors."""
+    return tuple(
+        (name, ("tensor", *_laid(value)) if isinstance(value, Tensor) else capture_key(value))
+        for name, value in sorted(condition.items())
+    )
+
+
+def _buffers(condition: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of a condition's tensors, into which later ones can be copied, in inference mode or
+    not.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in condition.items()
+        }
+
+
+def _settings() -> Iterator[Hashable]:
+    """The settings of torch that choose kernels."""
+    yield torch.is_autocast_enabled("cuda")
+    yield torch.get_autocast_dtype("cuda")
+    yield torch.are_deterministic_algorithms_enabled()
+    try:
+        yield torch.get_float32_matmul_precision()
+    except (
+        RuntimeError
+    ):  # set by torch's newer switches, which it does not read back in these words
+        yield None
+
+
+def _twin(score_fn: Any) -> Any:
+    """A shallow copy for a graph to hold, so that the original may go, and the graph with it; None
+    where there is none.
+    """
+    if isinstance(score_fn, FunctionType):
+        twin = FunctionType(
+            score_fn.__code__,
+            score_fn.__globals__,
+            score_fn.__name__,
+            score_fn.__defaults__,
+            score_fn.__closure__,
+        )
+        twin.__kwdefaults__ = score_fn.__kwdefaults__
+        twin.__dict__.update(score_fn.__dict__)
+        return twin
+    if not isinstance(score_fn, Denoiser):
+        return None
+    other = copy(score_fn)
+    return None if other is score_fn else other
+
+
+def _outside() -> int:
+    """How far up the stack the caller's code begins, for a warning."""
+    frame, level = sys._getframe(1), 1
+    while (
+        frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "sdeflow"
+    ):
+        frame, level = frame.f_back, level + 1
+    return level

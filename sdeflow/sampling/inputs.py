@@ -1,0 +1,224 @@
+"""Where a solve starts: how many samples of what shape, their seeds and states, and the conditions
+that go with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdeflow.denoisers import Denoiser
+from sdeflow.errors import NonFiniteError
+from sdeflow.noise import Noise
+from sdeflow.process import Process
+
+
+class Inputs:
+    """Where the solve starts: shape, number, seeds, device and dtype, and the states themselves."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int] | None,
+        n: int | None,
+        seeds: int | Sequence[int] | None,
+        x: Tensor | None,
+        x0: Tensor | None,
+        t: float | None,
+        device: str | torch.device | None,
+        dtype: torch.dtype | None,
+    ):
+        given = x if x is not None else x0
+        if x is not None and x0 is not None:
+            raise ValueError("start from a state x or from data x0, not from both")
+        if x0 is not None and t is None:
+            raise ValueError(
+                "x0= starts from data noised to a time: say which, t=0.5 (its noise level is the"
+                " strength)"
+            )
+        if t is not None and given is None:
+            raise ValueError(
+                "t= is the time of a state x= (or of data x0= noised to it): give one of them"
+            )
+        if given is not None and (
+            not isinstance(given, Tensor) or given.ndim < 1 or not given.is_floating_point()
+        ):
+            raise TypeError("x and x0 are floating-point tensors of shape [n, *shape]")
+        if given is not None and not bool(torch.isfinite(given).all()):
+            raise NonFiniteError("the state to start from holds NaN or infinity")
+        if given is not None and denoiser.shape not in (None, tuple(given.shape[1:])):
+            raise ValueError(
+                f"samples of this model have the shape {denoiser.shape}; x and x0 add a batch in"
+                f" front: got {tuple(given.shape)}"
+            )
+        if (
+            t is not None
+            and not isinstance(t, int | float)
+            and not (isinstance(t, Tensor) and t.ndim == 0)
+        ):
+            raise TypeError(f"t is one number for all samples; got {t!r}")
+        known = tuple(given.shape[1:]) if given is not None else denoiser.shape
+        if shape is not None:
+            asked = tuple(
+                positive("shape", size) for size in ([shape] if isinstance(shape, int) else shape)
+            )
+            if known is not None and asked != known:
+                raise ValueError(
+                    f"shape is that of one sample, without the batch: {known} here, not {asked}; n="
+                    " says how many"
+                )
+            known = asked
+        if known is None:
+            raise ValueError(
+                "this model does not know its shape: pass shape= of one sample, without the batch,"
+                " such as shape=(3, 32, 32)"
+            )
+        if isinstance(seeds, Tensor):
+            seeds = seeds.tolist()
+        if seeds is not None and not hasattr(seeds, "__len__"):
+            try:
+                seeds = index(seeds)  # whatever kind of integer it is
+            except TypeError as error:
+                raise TypeError(
+                    f"seeds are integers, one a sample, or the first of n; got {seeds!r}"
+                ) from error
+        self.shape, self.x, self.x0 = known, x, x0
+        self.n = _count(n, seeds, given)
+        self.seeds = _seeds(seeds, self.n)
+        self.device = (
+            check_device(device)
+            if device is not None
+            else given.device
+            if given is not None
+            else device_of(denoiser)
+        )
+        self.dtype = dtype or (given.dtype if given is not None else torch.float32)
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise TypeError(
+                "dtype is that of the state, a floating one such as torch.float32; got"
+                f" {self.dtype!r}"
+            )
+
+    def state(self, process: Process, t: float, rows: slice, noise: Noise) -> Tensor:
+        """The states of some rows at the time where the solve begins."""
+        if self.x is not None:
+            return self.x[rows].to(self.device, self.dtype)
+        eps = noise.start().to(self.device, self.dtype)
+        if self.x0 is not None:
+            return process.perturb(self.x0[rows].to(self.device, self.dtype), t, eps)
+        return eps * process.level(t).sigma
+
+
+class Conditions:
+    """The network's keyword arguments, cut along with the batch."""
+
+    def __init__(self, condition: Mapping[str, Any] | None, n: int, device: torch.device):
+        if condition is not None and not isinstance(condition, Mapping):
+            raise TypeError(
+                "condition is a mapping of names to values, such as {'label': labels}; got"
+                f" {type(condition).__name__}"
+            )
+        self.n = n
+        self.whole: dict[str, Any] = {}
+        for name, value in (condition or {}).items():
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(value)
+            if (
+                isinstance(value, list | tuple)
+                and value
+                and all(isinstance(v, int | float) for v in value)
+            ):
+                value = torch.tensor(value)
+            if isinstance(value, Tensor):
+                if value.ndim and value.shape[0] not in (1, n):
+                    raise ValueError(
+                        f"condition {name!r} has {value.shape[0]} rows for {n} samples: give one"
+                        " row a sample, or one for all"
+                    )
+                value = value.to(device)
+                value = value.expand(n, *value.shape[1:]) if value.ndim else value
+            self.whole[name] = value
+
+    def rows(self, rows: slice) -> dict[str, Any]:
+        """The condition of some rows; lists with one entry a sample are cut too."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows] if value.ndim else value
+            return (
+                value[rows] if isinstance(value, list | tuple) and len(value) == self.n else value
+            )
+
+        return {name: cut(value) for name, value in self.whole.items()}
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """The device of a name; `ValueError` for one that is not on this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"no device {str(name)!r} on this machine ({str(error).splitlines()[0]}); 'cpu'"
+            " always is"
+        ) from error
+    return device
+
+
+def named_device(name: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one. `ValueError` for one that is not on
+    this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return check_device(name)
+
+
+def device_of(denoiser: Denoiser) -> torch.device:
+    """The device of the network's first parameter; the CPU where there is none."""
+    network = getattr(denoiser, "network", None)
+    if isinstance(network, nn.Module):
+        for parameter in network.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+def positive(name: str, value: int, least: int = 1) -> int:
+    """`value`, or a `ValueError` where it is no whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is a whole number, at least {least}; got {value!r}")
+    return value
+
+
+def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | None) -> int:
+    counts = {}
+    if n is not None:
+        counts["n"] = positive("n", n)
+    if seeds is not None and not isinstance(seeds, int):
+        counts["seeds"] = len(seeds)
+    if given is not None:
+        counts["the starting state"] = len(given)
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            "how many samples? "
+            + ", ".join(f"{name} says {count}" for name, count in counts.items())
+        )
+    count = next(iter(counts.values()), 1)
+    return positive("the number of samples", count)
+
+
+def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
+    if seeds is None:
+        # Fresh, and independent of torch's global generator, which a sampler has no business to
+        # move.
+        first = int.from_bytes(os.urandom(4), "little")
+        return tuple(range(first, first + n))
+    if isinstance(seeds, int):
+        return tuple(range(seeds, seeds + n))
+    return tuple(index(seed) for seed in seeds)

@@ -1,0 +1,132 @@
+"""The times of a solve: from a budget and a grid's name, function or values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow import registry
+from sdeflow.denoisers import Denoiser
+from sdeflow.errors import BudgetError, GridError
+from sdeflow.grid import GridFunction
+from sdeflow.plan.plan import Plan
+from sdeflow.process import Process
+from sdeflow.solvers.base import Solver, check_times
+
+DEFAULT_NFE = 35
+
+
+def times_of(
+    method: Solver | Plan,
+    process: Process,
+    nfe: int | None,
+    grid: str | GridFunction | Tensor | Sequence[float] | None,
+    t: float | None,
+    finish: bool,
+) -> tuple[Tensor, str]:
+    """The times of the solve and the name of their grid."""
+    if isinstance(method, Plan):
+        if grid is not None or nfe not in (None, method.nfe):
+            raise ValueError(
+                f"a plan brings its own grid and budget (NFE {method.nfe}): pass neither grid= nor"
+                " another nfe="
+            )
+        levels = process.levels([t for t, _, _ in method.grid])
+        for mine, (time, s, sigma) in zip(levels, method.grid, strict=True):
+            if abs(mine.s - s) > 1e-9 * (1 + abs(s)) or abs(mine.sigma - sigma) > 1e-9 * (
+                1 + abs(sigma)
+            ):
+                raise ValueError(
+                    f"this plan was traced under {method.process}, and {process!r} differs from it"
+                    f" at t={time:g}: pass process="
+                )
+        if t is not None and t != method.grid[0][0]:
+            raise ValueError(f"this plan starts at t={method.grid[0][0]:g}, not at t={t:g}")
+        if finish != method.finished:
+            raise ValueError(f"this plan was traced with finish={method.finished}")
+        return (
+            torch.tensor([time for time, _, _ in method.grid], dtype=torch.float64),
+            "the plan's own",
+        )
+    levels_asked = (
+        None if nfe is None else method.levels(nfe, finish=finish)
+    )  # adaptive solvers refuse
+    if grid is not None and not isinstance(grid, str) and not callable(grid):
+        times = check_times(grid)
+        if levels_asked not in (None, len(times)):
+            raise BudgetError(
+                f"the grid has {len(times)} levels; {type(method).__name__} needs {levels_asked}"
+                f" for nfe={nfe}"
+            )
+        if t is not None and float(times[0]) != t:
+            raise GridError(
+                f"the grid starts at t={float(times[0]):g}, the state at t={t:g}: they must be the"
+                " same"
+            )
+        return times, "given"
+    count = levels_asked or (2 if method.adaptive else default_levels(method, finish))
+    name = (
+        grid
+        if isinstance(grid, str)
+        else process.default_grid
+        if grid is None
+        else getattr(grid, "__name__", "given")
+    )
+    times = lay(process, grid, count, t)
+    if nfe is not None and len(times) != count:
+        raise BudgetError(
+            f"the grid {name} laid {len(times)} levels from t={float(times[0]):g}; "
+            f"{type(method).__name__} needs {count} for nfe={nfe}"
+        )
+    return times, name
+
+
+def default_levels(method: Solver, finish: bool) -> int:
+    """Levels for the default budget, or for the next below it that the solver can spend."""
+    for budget in range(DEFAULT_NFE, 0, -1):
+        with contextlib.suppress(BudgetError):
+            return method.levels(budget, finish=finish)
+    return method.levels(DEFAULT_NFE, finish=finish)
+
+
+def chosen_grid(grid: Any, method: Solver, denoiser: Denoiser, finish: bool) -> Any:
+    """`grid`; where none is given the one that goes with the solver, or else with the model.
+
+    The name of the solver's own grid means that grid too: `auto` has one for networks and one for
+    known densities.
+    """
+    own = method.default_grid
+    name = own if isinstance(own, str) else getattr(own, "__name__", "given")
+    if grid is not None and not (isinstance(grid, str) and grid == name):
+        return grid
+    if own is None:
+        return denoiser.default_grid
+    if finish:
+        return own
+    # It may end above t_min, where the step to zero noise takes over; without that step the end is
+    # wanted.
+    whole = partial(registry.grid_function(own), t_min=denoiser.process.t_min)
+    whole.__name__ = name  # type: ignore[attr-defined]
+    return whole
+
+
+def lay(process: Process, grid: str | GridFunction | None, levels: int, t: float | None) -> Tensor:
+    """A grid of so many levels from `t` (or the end of time) down."""
+    function = registry.grid_function(process.default_grid if grid is None else grid)
+    if t is not None and not process.t_min <= t <= process.t_max:
+        raise GridError(
+            f"{type(process).__name__} runs from t={process.t_min:g} to t={process.t_max:g}; got"
+            f" t={t:g}"
+        )
+    if t is not None and t == process.t_min:
+        return torch.tensor([t], dtype=torch.float64)
+    if t is None:
+        return check_times(function(process, levels))
+    times = check_times(function(process, levels, t_max=t)).clone()
+    times[0] = t  # exactly, whatever rounding or a table made of it
+    return check_times(times)

@@ -1,0 +1,97 @@
+r"""What `solver="auto"` does at each budget: a member of the exponential Adams family, and where
+its levels stand.
+
+`benchmarks/defaults/tune_auto.py` searched both together, for the error against the exact
+probability-flow solution on targets with a known density and on the network that was bundled before
+0.5; `benchmarks/results/tune_auto.json` holds what it found, and the tables below are of its rows.
+All of it is written in the noise-to-signal ratio, in which every process is the same one, and for
+data of standard deviation 1/2, as images in [-1, 1] have; for other data the ratios scale with it.
+
+Known densities and networks want different things, so there are two tables. The paths of a
+density's exact denoiser are smooth: four predictions with a corrector, levels dense about the ratio
+1/2, the start soon below the ratio 10. A network's paths are less so, and pictures of many pixels
+begin to take shape above 30: two or three predictions, and a wider grid. A row of one table is
+several times worse in the place of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+DATA_STD = 0.5
+"""Standard deviation of the data for which the table stands."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The member and the grid of a budget; ratios of noise to signal in units of the data."""
+
+    p: int
+    frame: str
+    clock: str
+    corrector: bool
+    frame_scale: float
+    clock_scale: float
+    center: float
+    high: float
+    low: float
+    nsr_end: float
+    nsr_top: float
+
+
+# A row: p, frame, clock, corrector; frame_scale, clock_scale; center, high, low; nsr_end, nsr_top.
+# It serves from its budget up to the next one's.
+
+NETWORK = {
+    2: Recipe(2, "v", "bounded_lam", False, 0.884, 2.38, -0.384, 0.591, 0.492, 1, 42.1),
+    3: Recipe(2, "v", "bounded_lam", False, 0.719, 35, -4.89, 0.0525, 0.236, 0.702, 8.03),
+    4: Recipe(3, "v", "bounded_lam", False, 0.345, 258, -0.705, 1.1, 0.538, 0.224, 9.9),
+    5: Recipe(3, "flow", "bounded_lam", False, 0.284, 18.6, 0.116, 0.562, 0.277, 0.166, 11.6),
+    6: Recipe(2, "flow", "bounded_lam", True, 0.755, 8.58, 0.904, 0.255, 0.05, 0.0882, 10.8),
+    7: Recipe(2, "flow", "bounded_lam", True, 1.08, 5.63, -0.0843, 0.391, 0.121, 0.071, 11.8),
+    8: Recipe(2, "flow", "bounded_lam", True, 0.691, 5.55, -0.00838, 0.378, 0.16, 0.0565, 12.5),
+    10: Recipe(3, "flow", "bounded_lam", True, 0.148, 245, 0.173, 0.394, 0.232, 0.0267, 25.3),
+    12: Recipe(3, "flow", "bounded_lam", True, 0.12, 161, -0.836, 0.457, 0.3, 0.0154, 34),
+    15: Recipe(2, "flow", "bounded_lam", True, 0.672, 101, -0.406, 0.551, 0.335, 0.0145, 28),
+    20: Recipe(3, "flow", "bounded_lam", True, 0.157, 109, -0.871, 0.62, 0.289, 0.00885, 47.3),
+    25: Recipe(3, "flow", "bounded_lam", True, 0.0885, 109, -0.689, 0.62, 0.234, 0.00591, 49.4),
+    30: Recipe(3, "flow", "bounded_lam", True, 0.0554, 247, -8.1, 0.428, 0.0661, 0.00304, 85.7),
+    40: Recipe(3, "flow", "bounded_lam", True, 0.05, 102, -8, 0.633, 0.0747, 0.00284, 200),
+}
+"""The table for networks, and for whatever is not known to be exact."""
+
+EXACT = {
+    2: Recipe(2, "v", "bounded_lam", False, 2.15, 4.24, -0.0704, 0.886, 0.47, 1, 14.4),
+    3: Recipe(2, "v", "bounded_lam", False, 0.946, 23, -2.51, 0.398, 0.263, 0.223, 2.66),
+    4: Recipe(2, "v", "bounded_lam", False, 1.05, 75.8, 0.739, 0.762, 0.37, 0.171, 7.86),
+    5: Recipe(2, "v", "bounded_lam", False, 1.74, 47, 0.607, 0.702, 0.511, 0.0687, 9),
+    6: Recipe(2, "v", "bounded_lam", False, 1.26, 41.3, 0.5, 0.741, 0.546, 0.0441, 9),
+    7: Recipe(2, "v", "bounded_lam", False, 1.53, 100, -0.206, 0.809, 0.312, 0.0271, 11.4),
+    8: Recipe(4, "flow", "angle", True, 0.121, 2.56, 0.72, 0.477, 0.493, 0.00143, 11.1),
+    10: Recipe(4, "flow", "angle", True, 0.0798, 2.55, 0.725, 0.494, 0.516, 0.00722, 11.3),
+    12: Recipe(4, "flow", "angle", True, 0.129, 2.82, 0.502, 0.494, 0.586, 0.0014, 18.6),
+    15: Recipe(4, "flow", "angle", True, 0.107, 1.63, 0.709, 0.8, 0.548, 0.00389, 10.6),
+    20: Recipe(4, "flow", "angle", True, 0.162, 1.37, -0.393, 0.597, 0.484, 0.0064, 159),
+    25: Recipe(4, "flow", "angle", True, 0.333, 0.742, 0.227, 0.612, 0.528, 0.00292, 194),
+    30: Recipe(4, "flow", "angle", True, 0.247, 1.01, -0.123, 0.588, 0.455, 0.00244, 599),
+    50: Recipe(4, "flow", "angle", True, 0.191, 0.659, 0.562, 0.524, 0.643, 0.0011, 613),
+}
+"""The table for denoisers of known densities."""
+
+
+@lru_cache(maxsize=512)
+def recipe(nfe: int, data_std: float = DATA_STD, exact: bool = False) -> Recipe:
+    """The recipe of a budget, for data of a standard deviation."""
+    table = EXACT if exact else NETWORK
+    r = table[max((n for n in table if n <= nfe), default=min(table))]
+    unit = data_std / DATA_STD
+    return replace(
+        r,
+        frame_scale=r.frame_scale * unit,
+        clock_scale=r.clock_scale * unit,
+        center=r.center - math.log(unit),
+        nsr_end=r.nsr_end * unit,
+        nsr_top=r.nsr_top * unit,
+    )

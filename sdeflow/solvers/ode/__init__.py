@@ -1,0 +1,1 @@
+"""Solvers of the probability-flow ODE on a grid."""

@@ -1,0 +1,1 @@
+"""Solvers of the reverse SDE on a grid."""

@@ -1,0 +1,1 @@
+"""Fitting grids and plans to a model."""
