@@ -156,12 +156,6 @@ class GridSolver(Solver):
         """The step from the last level to zero noise: the denoised prediction."""
         return reverse(x, t)
 
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        """Times between the levels at which `step` will need the process, so that they are computed
-        in the same pass.
-        """
-        return None
-
     def calls(self, levels: int, *, finish: bool = True) -> int:
         """Network calls on a grid of `levels`; override it where steps differ in cost."""
         return self.calls_of_step * (levels - 1) + int(finish)
@@ -219,7 +213,27 @@ class GridSolver(Solver):
 
     def _trace(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
         trace = Trace(process)
-        levels = self._levels(trace, times)
+        levels = check_levels(trace.prepare(times), process)
+        # The steps ask for levels between those of the grid. The first passes note them, so that
+        # all are computed together. A pass on stand-ins may fail where they mislead.
+        for stand_ins in (True, True, True, False):
+            trace.begin(stand_ins=stand_ins)
+            try:
+                x = self._run(trace, levels, finish, record)
+            except Exception:
+                if not trace.missing:
+                    raise
+            if not trace.missing:
+                break
+            trace.compute_missing()
+        instructions, registers, result = optimise(trace.instructions, trace.value(x))
+        grid = tuple(
+            (value_of(level.t), value_of(level.s), value_of(level.sigma)) for level in levels
+        )
+        return Plan(instructions, registers, result, grid, finish, repr(self), repr(process))
+
+    def _run(self, trace: Trace, levels: list[Level], finish: bool, record: bool) -> Operand:
+        """Run the steps on symbolic operands; returns the result."""
         x, state = Operand({0: 1.0}), self.start(len(levels) - 1)
         for index, (t, t_next) in enumerate(pairwise(levels)):
             if record:
@@ -228,23 +242,7 @@ class GridSolver(Solver):
             trace.materialise((x, state))
         if record:
             trace.record(len(levels) - 1, x)
-        if finish:
-            x = self.finish(trace, x, levels[-1], trace.draw, state)
-        instructions, registers, result = optimise(trace.instructions, trace.value(x))
-        grid = tuple(
-            (value_of(level.t), value_of(level.s), value_of(level.sigma)) for level in levels
-        )
-        return Plan(instructions, registers, result, grid, finish, repr(self), repr(process))
-
-    def _levels(self, reverse: Reverse, times: Tensor) -> list[Level]:
-        """The levels of the grid; those of `extra_times` are prepared in the same pass."""
-        # Where gradients flow, levels within a step are computed there; here their infinities would
-        # only make NaN of zeros.
-        extra = None if times.requires_grad else self.extra_times(reverse.process, times)
-        if extra is None or extra.numel() == 0:
-            return check_levels(reverse.prepare(times), reverse.process)
-        levels = reverse.prepare(torch.cat([times, extra.reshape(-1).to(times)]))
-        return check_levels(levels[: len(times)], reverse.process)
+        return self.finish(trace, x, levels[-1], trace.draw, state) if finish else x
 
     def integrate(
         self,
@@ -274,7 +272,7 @@ class GridSolver(Solver):
         """
         times = check_times(times)
         self._check_direction(times, finish)
-        levels = self._levels(reverse, times)
+        levels = check_levels(reverse.prepare(times), reverse.process)
         state = self.start(len(levels) - 1)
 
         def draw(t: Level | None = None, t_next: Level | None = None) -> Tensor:
