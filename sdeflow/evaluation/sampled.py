@@ -20,7 +20,7 @@ from sdeflow.images.labels import Labels
 from sdeflow.images.render import to_uint8
 from sdeflow.sampling.api import device_of, solve
 from sdeflow.sampling.batch_size import window
-from sdeflow.sampling.cuda_graphs import Compile
+from sdeflow.sampling.request import GraphMode
 from sdeflow.solvers.base import Solver
 
 
@@ -42,7 +42,7 @@ class Sampling:
     classes: Sequence[int | str] | Literal["all", "none"] = "all"
     seed: int = 0
     batch_size: int = 256
-    compile: Compile = False
+    compile: GraphMode = False
     model: str = ""
 
     def __post_init__(self) -> None:

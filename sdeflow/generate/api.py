@@ -42,8 +42,8 @@ from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.sampling.api import solve
 from sdeflow.sampling.batch_size import window
-from sdeflow.sampling.cuda_graphs import Compile
 from sdeflow.sampling.inputs import check_device, device_of
+from sdeflow.sampling.request import GraphMode
 from sdeflow.solvers.base import Solver
 
 FORMAT = "sdeflow-images-1"
@@ -114,7 +114,7 @@ def generate(
     format: Format = "png",
     shard_size: int = SHARD_SIZE,
     batch_size: int | Literal["auto"] | None = None,
-    compile: Compile = False,
+    compile: GraphMode = False,
     device: str | torch.device | None = None,
     max_seconds: float | None = None,
     model: str = "",
@@ -206,7 +206,7 @@ class Maker:
     seed: int
     how: Mapping[str, Any]
     batch: int | Literal["auto"]
-    compile: Compile
+    compile: GraphMode
     device: torch.device
     stop: Stop
     company: Coordinator
