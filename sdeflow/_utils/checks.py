@@ -52,7 +52,7 @@ def one_of(
     name: str, value: Any, choices: Iterable[Any], *, error: type[Exception] = ValueError
 ) -> Any:
     """`value`, one of `choices`."""
-    choices = [*choices]
-    if value not in choices:
-        raise error(f"{name} is one of {', '.join(map(repr, choices))}; got {value!r}")
+    *others, last = choices
+    if value not in (*others, last):
+        raise error(f"{name} is {', '.join(map(repr, others))} or {last!r}; got {value!r}")
     return value
