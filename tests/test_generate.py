@@ -32,7 +32,8 @@ from sdeflow.errors import MissingExtraError, NonFiniteError, SdeflowError, Unkn
 from sdeflow.generate.api import Labels, generate
 from sdeflow.images import datasets as data
 from sdeflow.images import shards
-from sdeflow.images.shards import RUN, Shards, read_images, read_settings
+from sdeflow.images.datasets import read_images
+from sdeflow.images.shards import RUN, Shards, read_settings
 from sdeflow.models.checkpoint import load, save_model
 from sdeflow.process import EDM, VP
 from sdeflow.sampling.api import sample
@@ -808,7 +809,7 @@ def test_unreadable_pictures_of_others_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not there"):
         read_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         read_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="batch"):
         read_images(tmp_path, batch=0)
@@ -817,7 +818,7 @@ def test_unreadable_pictures_of_others_are_named(tmp_path: Path) -> None:
     with pytest.raises(SdeflowError, match="number 0 is 4 x 4 pixels, number 1 is 5 x 4"):
         everything(tmp_path)
     damage(tmp_path / "b.png", "cut")
-    with pytest.raises(SdeflowError, match=r"b\.png cannot be read as a picture"):
+    with pytest.raises(SdeflowError, match=r"b\.png cannot be read as an image"):
         everything(tmp_path)
     (tmp_path / "c.npz").write_bytes(b"no archive")
     with pytest.raises(SdeflowError, match=r"c\.npz cannot be read"):

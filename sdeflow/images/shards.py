@@ -22,7 +22,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,7 +34,6 @@ from torch import Tensor
 
 from sdeflow._utils.files import check_writable, write_whole
 from sdeflow.errors import SdeflowError, missing_extra
-from sdeflow.images.datasets import SUFFIXES
 
 RUN = "run.json"
 FACTS = "sdeflow"
@@ -46,7 +45,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 Batch = tuple[Tensor, Tensor, Tensor]
 """Indices int64 [k], pictures uint8 [k, H, W, C], labels int64 [k]."""
 
-_DAMAGE = (
+DAMAGE = (
     *(
         OSError,
         SyntaxError,
@@ -90,7 +89,7 @@ class Shards:
                 f"pictures have 1 or 3 channels: shape (H, W, C) with C = 1 or 3; got {self.shape}"
             )
         if self.kind == "parquet":
-            _parquet(self.folder)
+            arrow(self.folder)
 
     def __len__(self) -> int:
         """How many shards there are, the last of which may be shorter."""
@@ -154,8 +153,8 @@ class Shards:
                     f"its pictures are {images.dtype} {images.shape[1:]}, and those of the folder"
                     f" uint8 {self.shape}"
                 )
-        except _DAMAGE as error:
-            what = "is missing" if not path.exists() else f"is damaged ({_reason(error)})"
+        except DAMAGE as error:
+            what = "is missing" if not path.exists() else f"is damaged ({reason(error)})"
             raise SdeflowError(
                 f"shard {k} of {self.folder}, pictures {indices[0]} to {indices[-1]}, {what}; run"
                 " sdeflow generate with the same options again: it makes what is missing or"
@@ -187,50 +186,6 @@ class Shards:
                     left.unlink()
 
 
-def read_images(path: str | os.PathLike[str], *, batch: int = 256) -> Iterator[Batch]:
-    """The pictures at `path`, at most `batch` at a time: (indices int64 [k], uint8 [k, H, W, C],
-    labels int64 [k]).
-
-    `path` is a folder that `sdeflow generate` wrote, whose shards are verified as they are read;
-    or, made by anyone, a folder of pictures (with those in its subfolders, by name; as RGB), an npz
-    file (arrays `images` or `arr_0`, and `labels` or `arr_1`), a parquet file (columns `img` or
-    `image`, and `label`), or a folder of such files. A label of -1 is none.
-
-    Errors: `ValueError` where there are no pictures; `SdeflowError` where some are missing or
-    cannot be read, or differ in size; `MissingExtraError` for parquet without pyarrow.
-    """
-    path = Path(path)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch is a whole number, at least 1; got {batch!r}")
-    if (path / RUN).is_file():
-        return _generated(path, batch)
-    if path.is_dir():
-        if files := sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-        ):
-            return _foreign(_encoded_files(files, batch))
-        files = sorted([*path.glob("*.npz"), *path.glob("*.parquet")])
-    else:
-        files = [path] if path.is_file() and path.suffix in (".npz", ".parquet") else []
-    if not files:
-        what = (
-            "holds no pictures"
-            if path.is_dir()
-            else "is no folder, npz file or parquet file"
-            if path.exists()
-            else "is not there"
-        )
-        raise ValueError(
-            f"{path} {what}; pictures are read from a folder that sdeflow generate wrote, a folder"
-            " of PNG or JPEG files, or npz or parquet files"
-        )
-    if any(file.suffix == ".parquet" for file in files):
-        _parquet(path)
-    return _foreign(
-        part for file in files for part in (_npz if file.suffix == ".npz" else _table)(file, batch)
-    )
-
-
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """How the pictures of a folder that `sdeflow generate` wrote were made; `SdeflowError` if it
     does not say.
@@ -241,7 +196,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         opened(folder, settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SdeflowError(
-            f"{path} does not say how pictures were made ({_reason(error)}): it is damaged or"
+            f"{path} does not say how pictures were made ({reason(error)}): it is damaged or"
             " missing; generate into another folder"
         ) from error
     return settings
@@ -268,23 +223,17 @@ def opened(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Shard
     )
 
 
-def _generated(folder: Path, batch: int) -> Iterator[Batch]:
-    """The pictures of a folder of shards, all of which must be there."""
-    shards = opened(folder, read_settings(folder))
+def open_finished(folder: Path) -> tuple[Shards, dict[str, Any]]:
+    """The shards of a folder, all of which must be there, and how its images were made."""
+    settings = read_settings(folder)
+    shards = opened(folder, settings)
     if missing := [k for k in range(len(shards)) if not shards.path(k).exists()]:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise SdeflowError(
             f"{folder} is not finished: {len(missing)} of its {len(shards)} shards are missing"
-            f" (number {_some(missing)}); run sdeflow generate with the same options again"
+            f" (number {shown}); run sdeflow generate with the same options again"
         )
-
-    def parts() -> Iterator[Batch]:
-        for k in range(len(shards)):
-            indices, images, labels = shards.read(k)
-            yield from zip(
-                indices.split(batch), images.split(batch), labels.split(batch), strict=True
-            )
-
-    return parts()
+    return shards, settings
 
 
 # ---------------------------------------------------------------------------- pictures, a file each
@@ -354,53 +303,16 @@ def _picture(folder: Path, index: int) -> Path:
     return folder / f"{index:08d}.png"
 
 
-def _encoded_files(files: list[Path], batch: int) -> Iterator[tuple[list[np.ndarray], list[int]]]:
-    for first in range(0, len(files), batch):
-        pictures = [_rgb(file, file) for file in files[first : first + batch]]
-        yield pictures, [NO_LABEL] * len(pictures)
+# ------------------------------------------------------------------------------------------ parquet
 
 
-def _rgb(source: Path | io.BytesIO, name: object) -> np.ndarray:
-    """A picture that anyone made, as RGB [H, W, 3]."""
-    try:
-        with Image.open(source) as image:
-            return np.array(image.convert("RGB"))
-    except _DAMAGE as error:
-        raise SdeflowError(
-            f"{name} cannot be read as a picture ({_reason(error)}); remove it or make it again"
-        ) from error
-
-
-# ---------------------------------------------------------------------------------- npz and parquet
-
-
-def _npz(file: Path, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray | list[int]]]:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            images = arrays["images" if "images" in arrays else "arr_0"]
-            name = next((name for name in ("labels", "arr_1") if name in arrays), None)
-            labels = (
-                np.full(len(images), NO_LABEL) if name is None else arrays[name].astype(np.int64)
-            )
-        if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"pictures are uint8 [n, H, W, C] with a label each; it has {images.dtype}"
-                f" {images.shape}"
-            )
-    except _DAMAGE as error:
-        raise SdeflowError(
-            f"{file} cannot be read as an npz file of pictures ({_reason(error)})"
-        ) from error
-    for first in range(0, len(images), batch):
-        yield images[first : first + batch], labels[first : first + batch]
-
-
-def _parquet(path: object) -> Any:
+def arrow(what: object) -> Any:
+    """The module `pyarrow`, or an error that says how to install it."""
     try:
         import pyarrow as pa
         import pyarrow.parquet
     except ImportError as error:
-        raise missing_extra("pyarrow (with datasets)", "train", f"parquet ({path})") from error
+        raise missing_extra("pyarrow (with datasets)", "train", f"parquet ({what})") from error
     return pa
 
 
@@ -411,7 +323,7 @@ def _write_table(
     labels: list[int],
     class_names: tuple[str, ...],
 ) -> None:
-    pa = _parquet("a shard")
+    pa = arrow("a shard")
     label = (
         {"names": list(class_names), "_type": "ClassLabel"}
         if class_names
@@ -434,7 +346,7 @@ def _write_table(
 
 
 def _read_table(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    pa = _parquet(path)
+    pa = arrow(path)
     table = pa.parquet.read_table(
         path, columns=["img", "label", "index"], page_checksum_verification=True
     )
@@ -446,57 +358,8 @@ def _read_table(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def _table(file: Path, batch: int) -> Iterator[tuple[list[np.ndarray], list[int]]]:
-    pa = _parquet(file)
-    try:
-        table = pa.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        column = next((name for name in ("img", "image") if name in names), None)
-        if column is None:
-            raise ValueError(f"it has the columns {', '.join(names)}; one must be img or image")
-        columns = [column, *(["label"] if "label" in names else [])]
-        for rows in table.iter_batches(batch, columns=columns):
-            values = [
-                v["bytes"] if isinstance(v, dict) else v for v in rows.column(column).to_pylist()
-            ]
-            labels = (
-                rows.column("label").to_pylist() if len(columns) == 2 else [NO_LABEL] * len(values)
-            )
-            yield [_rgb(io.BytesIO(v), f"a picture in {file}") for v in values], labels
-    except _DAMAGE as error:
-        raise SdeflowError(
-            f"{file} cannot be read as a parquet file of pictures ({_reason(error)})"
-        ) from error
-
-
-def _foreign(
-    parts: Iterable[tuple[list[np.ndarray] | np.ndarray, list[int] | np.ndarray]],
-) -> Iterator[Batch]:
-    """ImageSource that anyone made, numbered as they come; all of one size."""
-    number, size = 0, None
-    for pictures, labels in parts:
-        for offset, picture in enumerate(pictures):
-            size = size or picture.shape
-            if picture.shape != size:
-                raise SdeflowError(
-                    f"the pictures differ in size: number 0 is {size[1]} x {size[0]} pixels, number"
-                    f" {number + offset} is {picture.shape[1]} x {picture.shape[0]}; bring them to"
-                    " one size first"
-                )
-        images = torch.from_numpy(np.stack(list(pictures)))
-        yield (
-            torch.arange(number, number + len(images)),
-            images,
-            torch.as_tensor(labels, dtype=torch.int64),
-        )
-        number += len(images)
-
-
-def _some(numbers: list[int], most: int = 5) -> str:
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """The first line of what an error says."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
