@@ -326,9 +326,9 @@ def _write_table(
     }
     rows = zip(indices, pixels, strict=True)
     images = [{"bytes": _encode(p), "path": f"{i:08d}.png"} for i, p in rows]
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    encoded = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {
-        "img": pa.array(images, struct),
+        "img": pa.array(images, encoded),
         "label": pa.array(labels, pa.int64()),
         "index": pa.array(indices, pa.int64()),
     }
