@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -26,13 +27,34 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """How a solution was made: what was asked for, with the defaults filled in.
+
+    `solver` is None for a plan. `times` are the levels of the grid, float64; `seconds` is the time
+    that the solve took.
+    """
+
+    solver: Solver | None = None
+    process: Process | None = None
+    grid: str = ""
+    times: Tensor | None = None
+    seeds: tuple[int, ...] = ()
+    noise: str = ""
+    condition: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    dtype: str = ""
+    seconds: float = 0.0
+    version: str = ""
+
+
 @dataclass
 class Solution:
-    """A solve, with everything about how it was made.
+    """The result of a solve; `provenance` says how it was made.
 
     `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch, `network_calls` forwards
     of the network in all. `trajectory` (`[levels, n, *shape]`, the result last) and `x0s`
-    (`[nfe, n, *shape]`) are there on request.
+    (`[nfe, n, *shape]`) are there on request, `interpolant` from solvers with a dense output.
     """
 
     x: Tensor
@@ -42,38 +64,37 @@ class Solution:
     statistics: dict[str, Any] = field(default_factory=dict)
     trajectory: Tensor | None = None
     x0s: Tensor | None = None
-    times: Tensor | None = None
-    solver: Solver | None = None
-    process: Process | None = None
-    grid: str = ""
-    seeds: tuple[int, ...] = ()
-    noise: str = ""
-    condition: dict[str, Any] = field(default_factory=dict)
-    device: str = ""
-    dtype: str = ""
-    seconds: float = 0.0
-    version: str = ""
     interpolant: Callable[[float], Tensor] | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+
+    solver = property(attrgetter("provenance.solver"))
+    process = property(attrgetter("provenance.process"))
+    grid = property(attrgetter("provenance.grid"))
+    times = property(attrgetter("provenance.times"))
+    seeds = property(attrgetter("provenance.seeds"))
+    noise = property(attrgetter("provenance.noise"))
+    condition = property(attrgetter("provenance.condition"))
+    device = property(attrgetter("provenance.device"))
+    dtype = property(attrgetter("provenance.dtype"))
+    seconds = property(attrgetter("provenance.seconds"))
+    version = property(attrgetter("provenance.version"))
 
     def __str__(self) -> str:
         """How it was made, in a few lines."""
+        how = self.provenance
         lines = [
-            (
-                f"{tuple(self.x.shape)} {self.dtype} on {self.device} in {self.seconds:.2f} s,"
-                f" sdeflow {self.version}"
-            ),
-            f"solver   {self.solver}",
-            f"process  {self.process}",
+            f"{tuple(self.x.shape)} {how.dtype} on {how.device} in {how.seconds:.2f} s,"
+            f" sdeflow {how.version}",
+            f"solver   {how.solver}",
+            f"process  {how.process}",
             f"NFE      {self.nfe} ({self.network_calls} network calls)",
         ]
-        if self.times is not None and len(self.times):
-            lines.append(
-                f"times    {len(self.times)} levels, {float(self.times[0]):g} ->"
-                f" {float(self.times[-1]):g} ({self.grid})"
-            )
-        if self.seeds:
-            shown = ", ".join(map(str, self.seeds[:4])) + (", ..." if len(self.seeds) > 4 else "")
-            lines.append(f"noise    {self.noise}, seeds {shown}")
+        if how.times is not None and len(how.times):
+            first, last = float(how.times[0]), float(how.times[-1])
+            lines.append(f"times    {len(how.times)} levels, {first:g} -> {last:g} ({how.grid})")
+        if how.seeds:
+            shown = ", ".join(map(str, how.seeds[:4])) + (", ..." if len(how.seeds) > 4 else "")
+            lines.append(f"noise    {how.noise}, seeds {shown}")
         lines += [
             f"{key:<8} {value}"
             for key, value in self.statistics.items()
