@@ -39,7 +39,7 @@ DPMPredicts = Literal["eps", "x0"]
 Moment = Callable[[int, Any], Any]
 
 
-@renamed(frame="predicts")
+@renamed({"frame": "predicts"})
 @dataclass(frozen=True)
 class DPMSolver(GridSolver):
     r"""DPM-Solver 1, 2, 3 and DPM-Solver++ 2S, 3S: single steps over `p` calls, each a Runge-Kutta
@@ -210,7 +210,7 @@ def corrections(
     return [b1 * change(first) + b2 * moved, b2 * change(second)]
 
 
-@renamed(frame="predicts")
+@renamed({"frame": "predicts"})
 @dataclass(frozen=True)
 class DPMSolverPP(Multistep):
     r"""DPM-Solver++ multistep, 2M and 3M: exponential Adams-Bashforth in `lam` over the last `p`

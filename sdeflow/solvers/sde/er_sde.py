@@ -69,7 +69,7 @@ noise, as functions of `n`.
 """
 
 
-@renamed(exact="exact_weights")
+@renamed({"exact": "exact_weights"})
 @dataclass(frozen=True)
 class ERSDE(Multistep):
     r"""ER-SDE-Solver-1, 2 and 3: Taylor steps in nsr, with noise after a noise scale `phi(nsr)`.
