@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods import exponential_step
 from problems import PROCESSES, GaussianData, Mixture, Point, Problem, reference, slopes
 from test_adaptive import at, ends, rms, rowwise, run, starts
 from torch import Tensor
@@ -21,7 +22,6 @@ from sdeflow.process import EDM, VP, Cosine, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import solve
 from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
-from sdeflow.solvers.ode.ddim import exponential_step
 from sdeflow.solvers.ode.dpm_solver import DPMSolver
 
 PAIRS = [DPMAdaptive(p=p, predicts=predicts) for p in (2, 3) for predicts in ("eps", "x0")]  # type: ignore[arg-type]

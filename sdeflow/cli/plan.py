@@ -55,8 +55,13 @@ def plan(
             "--check", help="Say how consistent it is, and which polynomials its steps reproduce."
         ),
     ] = False,
-    frame: Annotated[
-        str, typer.Option(help="Predictions as x0, eps, v or flow, in the matrix and the picture.")
+    predicts: Annotated[
+        str,
+        typer.Option(
+            "--predicts",
+            "--frame",
+            help="Predictions as x0, eps, v or flow, in the matrix and the figure.",
+        ),
     ] = "x0",
     matrix: Annotated[
         bool,
@@ -84,11 +89,11 @@ def plan(
     if not quiet:
         typer.echo(str(made))
     if matrix:
-        typer.echo("\n" + str(made.unrolled(frame)))
+        typer.echo("\n" + str(made.unrolled(predicts)))
     if check:
         typer.echo("\n" * (not quiet) + str(made.check(along)))
     if plot is not None:
-        made.plot(plot, frame)
+        made.plot(plot, predicts)
     if out is not None:
         made.save(out)
     if (plot or out) and not quiet:

@@ -24,13 +24,13 @@ from sdeflow.errors import unknown
 from sdeflow.process.clock import Clock, ClockRange
 from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
 from sdeflow.solvers.base import Solution
-from sdeflow.solvers.ode.dpm_solver import DPMFrame, corrections
+from sdeflow.solvers.ode.dpm_solver import DPMPredicts, corrections
 
 RATIOS: dict[int, tuple[float, ...]] = {2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
 """Where the stages of an attempt stand, by its order."""
 
 
-@renamed(theta="safety", frame="predicts")
+@renamed({"theta": "safety", "frame": "predicts"})
 @dataclass(frozen=True)
 class DPMAdaptive(PerSample):
     r"""DPM-Solver-12 (`p=2`) and -23 (`p=3`): single steps of orders `p - 1` and `p` whose
@@ -66,7 +66,7 @@ class DPMAdaptive(PerSample):
     atol: float = 0.0078
     first_step: float | None = 0.05
     p: int = 3
-    predicts: DPMFrame = "eps"
+    predicts: DPMPredicts = "eps"
     taylor: bool = False
     grow: float = field(default=5.0, kw_only=True)
     max_step: float = field(default=2.0, kw_only=True)
