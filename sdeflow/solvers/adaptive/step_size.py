@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow.errors import BudgetError, NonFiniteError, SolverError
 from sdeflow.plan.execute import OnCall
 from sdeflow.plan.instructions import Call
@@ -48,11 +49,7 @@ class PerSample(Solver):
                 f"tolerances are positive numbers, such as 1e-3; got rtol={self.rtol},"
                 f" atol={self.atol}"
             )
-        if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
-            raise ValueError(
-                "max_nfe is a whole number of network calls a sample, at least 1; got"
-                f" {self.max_nfe!r}"
-            )
+        whole_number("max_nfe", self.max_nfe, of="network calls a sample")
         if not (self.min_step > 0 and (self.first_step is None or self.first_step > 0)):
             raise ValueError(
                 f"steps are positive; got min_step={self.min_step}, first_step={self.first_step}"
