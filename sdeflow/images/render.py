@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from sdeflow._utils.checks import one_of, whole_number
 from sdeflow._utils.files import write_whole
 from sdeflow.errors import NonFiniteError, SdeflowError
 
@@ -130,12 +131,10 @@ def _tiles(images: Tensor, zoom: int | None, resample: Resample) -> list[Image.I
         raise ValueError(
             f"images have shape [B, C, H, W] with C = 1 or 3 and B >= 1; got {tuple(images.shape)}"
         )
-    if resample not in ("lanczos", "nearest"):
-        raise ValueError(f"resample is 'lanczos' or 'nearest'; got {resample!r}")
+    one_of("resample", resample, ("lanczos", "nearest"))
     height, width = images.shape[2:]
     zoom = max(1, round(CELL / width)) if zoom is None else zoom
-    if zoom < 1:
-        raise ValueError(f"zoom is a whole number of pixels, at least 1; got {zoom}")
+    whole_number("zoom", zoom, of="pixels")
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     arrays = pixels.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
     method = Image.Resampling.LANCZOS if resample == "lanczos" else Image.Resampling.NEAREST

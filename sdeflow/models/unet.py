@@ -66,10 +66,7 @@ class UNetConfig:
                 "UNetConfig: multipliers must be positive whole numbers, one a level, got"
                 f" {self.multipliers}"
             )
-        if self.num_classes < 0:
-            raise ValueError(
-                f"UNetConfig: num_classes must be 0 (unconditional) or more, got {self.num_classes}"
-            )
+        whole_number("UNetConfig: num_classes", self.num_classes, 0)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"UNetConfig: dropout must be in [0, 1), got {self.dropout}")
         if self.size % self.stride:
