@@ -390,9 +390,9 @@ def test_a_run_that_is_killed_goes_on_without_gaps_or_duplicates(tmp_path: Path,
     """
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\nfrom sdeflow.generate import run\nsolve = run.solve\n"
-        "def slow(*a, **k):\n    time.sleep(0.03)\n    return solve(*a, **k)\n"
-        "run.solve = slow\n" + SCRIPT
+        "import time\nfrom sdeflow.generate import api\nrun = api.run\n"
+        "def slow(request):\n    time.sleep(0.03)\n    return run(request)\n"
+        "api.run = slow\n" + SCRIPT
     )
     command = [
         sys.executable,
@@ -575,7 +575,7 @@ def test_models_are_told_apart_by_all_that_they_hold() -> None:
 def test_it_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
     made = make(tmp_path / "out", max_seconds=0.0)
     assert (made.finished, made.made, made.reason) == (False, 0, "time limit")
-    assert "the same command goes on" in str(made)
+    assert "the same command continues" in str(made)
     assert make(tmp_path / "out").finished
 
 
