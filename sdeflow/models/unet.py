@@ -240,7 +240,7 @@ class UNet(nn.Module):
     """A UNet for images: `unet(x, time, label=None)` with `x` [B, C, H, W], `time` 0-d or [B],
     `label` int64 [B].
 
-    `time` is any number of order one that tells the noise level, such as `log(nsr) / 4` (see
+    `time` is any number of order one that gives the noise level, such as `log(nsr) / 4` (see
     `Preconditioned`); `label=None` means the null class everywhere. The output has the shape of
     `x`. Parameters are float32; run it under autocast for bf16. Raises `ValueError` if a label
     reaches an unconditional network or the image cannot be halved often enough.
