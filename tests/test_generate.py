@@ -338,7 +338,7 @@ def test_a_process_that_dies_takes_the_others_down_and_a_rerun_completes(tmp_pat
     assert time.monotonic() - began < 60
     assert not (tmp_path / "out" / "shard-00003").exists()
     there = Shards(tmp_path / "out", "png", 17, 5, (4, 4, 3))
-    assert there.whole(1)
+    assert there.is_sound(1)
     assert make(tmp_path / "out").finished
     make(tmp_path / "one")
     assert files(tmp_path / "out") == files(tmp_path / "one")
@@ -482,7 +482,7 @@ def test_a_shard_in_another_ones_place_is_noticed(tmp_path: Path) -> None:
             shutil.copy(place.path(0) / "00000003.png", place.path(1) / "00000007.png")
         else:
             shutil.copy(place.path(0), place.path(1))
-        assert [place.whole(k) for k in range(4)] == [True, False, True, True]
+        assert [place.is_sound(k) for k in range(4)] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
