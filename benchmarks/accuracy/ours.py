@@ -21,6 +21,7 @@ from sdeflow import grid, registry
 from sdeflow.errors import BudgetError, UnknownNameError
 from sdeflow.noise import Noise
 from sdeflow.process import Process
+from sdeflow.solvers.auto.grid import auto as auto_grid
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.ode.adams import ExponentialAdams
 from sdeflow.solvers.ode.unipc import UniPC
@@ -74,7 +75,7 @@ def grid_functions() -> dict[str, grid.GridFunction]:
     """Every registered grid with its defaults, and some with other parameters."""
     out = {entry.name: entry.make for entry in registry.GRIDS.values()}
     out["auto"] = partial(
-        grid.auto, exact=True
+        auto_grid, exact=True
     )  # the one that sample takes for known densities, which the targets are
     for name, (base, arguments) in SHAPED.items():
         if base in registry.GRIDS:
@@ -195,7 +196,9 @@ def solvers() -> dict[str, Solver]:
         if p == 1 and not corrector and clock != "lam":
             continue  # one prediction: no polynomial, no clock
         label = f"adams{p} {frame} {clock}" + (" corrected" if corrector else "")
-        named[label] = partial(ExponentialAdams, p=p, predicts=frame, clock=clock, corrector=corrector)
+        named[label] = partial(
+            ExponentialAdams, p=p, predicts=frame, clock=clock, corrector=corrector
+        )
     for frame, clock, p in itertools.product(
         PREDICTS, ("lam", "nsr", "angle", "flow", "t"), (2, 3, 4)
     ):
