@@ -20,6 +20,7 @@ NAME and ARGUMENT are one of:
     help                      the help of every command of the command line
     errors                    every error, with its first sentence
     moved                     modules that moved: old and new name
+    defaults                  the numerical defaults
     include FILE PART         a part of another file, between its comments "PART" and "/PART"
 
 tests/test_docs.py fails where a file is out of date.
@@ -41,7 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sdeflow"
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
-PART = re.compile(r"^<!-- begin: (\w+) ?(.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+PART = re.compile(
+    r"^<!-- begin: (\w+)(?: ([^\n]*?))? -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
+)
 
 
 def pages() -> list[Path]:
@@ -54,10 +57,9 @@ def updated(text: str, page: Path) -> str:
     """The text of a page, with its marked parts as they should be now."""
 
     def made(match: re.Match[str]) -> str:
-        return (
-            f"<!-- begin: {' '.join(filter(None, (match[1], match[2])))} -->\n\n"
-            f"{MAKERS[match[1]](match[2], page).strip()}\n\n<!-- end -->"
-        )
+        name, argument = match[1], match[2] or ""
+        head = f"<!-- begin: {name} {argument}".rstrip()
+        return f"{head} -->\n\n{MAKERS[name](argument, page).strip()}\n\n<!-- end -->"
 
     return PART.sub(made, text)
 
@@ -283,7 +285,7 @@ def result(name: str, page: Path) -> str:
     path = RESULTS / f"{name}.md"
     if not path.is_file():
         return f"*Not measured yet: benchmarks/results has no {name}.md.*"
-    text = path.read_text().strip()
+    text = path.read_text().strip().replace("```python", "```py")  # shown, and not run as a test
     for kind in ("png", "svg"):
         if (RESULTS / f"{name}.{kind}").is_file() and f"{name}.{kind}" not in text:
             text += f"\n\n![{name}]({name}.{kind})"
@@ -321,15 +323,21 @@ def excerpt(what: str, page: Path) -> str:
 # -------------------------------------------------------------------------------------- the package
 
 
+def stack() -> list[str]:
+    """The layers of the package, the lowest first, a line of names each: `STACK` of the test."""
+    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text())
+    assigned = (n for n in tree.body if isinstance(n, ast.Assign))
+    value = next(n.value for n in assigned if ast.unparse(n.targets[0]) == "STACK")
+    lines: list[str] = ast.literal_eval(value).strip().splitlines()
+    return lines
+
+
 def layers() -> str:
     """Every file of the package with its summary, layer by layer; tests/test_layers.py states the
     stack.
     """
-    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text())
-    assigned = (n for n in tree.body if isinstance(n, ast.Assign))
-    stack = next(n.value for n in assigned if ast.unparse(n.targets[0]) == "STACK")
     blocks = []
-    for line in reversed(ast.literal_eval(stack).split("\n")[1:-1]):
+    for line in reversed(stack()):
         rows = []
         for name in line.split():
             files = sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / f"{name}.py"]
@@ -388,6 +396,35 @@ def card() -> str:
     )
 
 
+def defaults() -> str:
+    """The numerical defaults of this version: what decides which samples a seed gives."""
+    from sdeflow import Preconditioned, registry
+    from sdeflow.sampling import DEFAULT_NFE, DEFAULT_SOLVER
+
+    rows = [
+        [
+            "`sample`",
+            f'solver `{DEFAULT_SOLVER}`, `nfe={DEFAULT_NFE}`, `noise="seeded"`',
+            "the solver's, or the process's",
+            "the process's",
+        ]
+    ]
+    for name, entry in registry.PROCESSES.items():
+        made = entry.make()
+        rows.append(
+            [f"`{name}`", f"`{made!r}`", f"`{made.default_grid}`", f"`{made.default_clock}`"]
+        )
+    rows += [
+        ["a table of betas", "`t_min = 1/N`, `t_max = 1`", "`quadratic`", "`t`"],
+        ["`Preconditioned` networks on `edm`", "", f"`{Preconditioned.default_grid}`", ""],
+    ]
+    for name, entry in registry.SOLVERS.items():
+        solver = entry.make()
+        own = f"`{solver.default_grid}`" if isinstance(solver.default_grid, str) else ""
+        rows.append([f"`{name}`", f"`{solver!r}`", own, ""])
+    return _table(["what", "default", "grid", "clock"], rows)
+
+
 def command_line() -> str:
     """The help of every command, as plain text."""
     import click
@@ -432,6 +469,7 @@ MAKERS: dict[str, Callable[[str, Path], str]] = {
     "help": lambda _, page: command_line(),
     "errors": lambda _, page: errors(page),
     "moved": lambda _, page: moved(),
+    "defaults": lambda _, page: defaults(),
     "include": include,
 }
 
