@@ -73,6 +73,13 @@ MOVED = {
 """Old place to new place, below `sdeflow`."""
 
 
+MOVED_NAMES = {
+    ("generate.shards", "read_images"): "images.datasets",
+    ("loop", "Step"): "sampling.api",
+}
+"""Single names that went elsewhere than the rest of their old module."""
+
+
 class _Moved(MetaPathFinder, Loader):
     """Finds the old name of a module, and forwards what is asked of it to the new one."""
 
@@ -100,7 +107,8 @@ class _Moved(MetaPathFinder, Loader):
         def forward(name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
-            return getattr(new, name)
+            place = MOVED_NAMES.get((old.removeprefix("sdeflow."), name))
+            return getattr(importlib.import_module(f"sdeflow.{place}") if place else new, name)
 
         module.__getattr__ = forward  # type: ignore[method-assign]
 

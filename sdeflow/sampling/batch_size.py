@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from sdeflow._utils import memory as _memory
+from sdeflow._utils.checks import whole_number
 from sdeflow._utils.weak_cache import WeakTable
 from sdeflow.errors import OutOfMemoryError
-from sdeflow.sampling.inputs import positive
 
 MOST = 4096
 """The largest batch that `"auto"` tries: larger ones are no faster, and many kernels count in 32
@@ -51,7 +51,7 @@ class BatchSize:
         self.n, self.whole = n, whole
         self._owner, self._key = owner, key
         self._worth = False  # whether the limit says more than how many samples were asked for
-        self.limit = n if asked is None or asked == "auto" else positive("batch_size", asked)
+        self.limit = n if asked is None or asked == "auto" else whole_number("batch_size", asked)
 
     @property
     def now(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,8 @@ from sdeflow.noise import Noise
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.sampling.capture import CapturedSolve, Replay
+from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import GridSolver, Solution, Solver
-
-Compile = bool | Literal["require"]
 
 KEPT = 4
 """Captured graphs that are kept between calls; each reserves the memory of its network's
@@ -61,26 +60,20 @@ class GraphCache:
 
     def __init__(
         self,
-        compile: Compile,
-        score_fn: Any,
+        request: Request,
         denoiser: Denoiser,
         process: Process | None,
         announce: Callable[[str], AbstractContextManager[None]],
-        x0s: bool = False,
     ):
-        if compile not in (True, False, "require"):
-            raise ValueError(f"compile is True, False or 'require'; got {compile!r}")
-        self.asked, self.required = bool(compile), compile == "require"
+        self.asked, self.required = bool(request.compile), request.compile == "require"
         self.captures = self.replays = self.bytes = 0
         self.reason: str | None = None
-        self._score_fn, self._denoiser, self._process, self._x0s = score_fn, denoiser, process, x0s
-        self._announce = announce
-        self._known: Hashable = (
-            None  # the denoiser's capture_key, which does not change during a solve
-        )
-        self._own: dict[
-            Hashable, CapturedSolve | str
-        ] = {}  # of a score function that graphs cannot be kept for
+        self._score_fn, self._x0s = request.score_fn, request.x0s
+        self._denoiser, self._process, self._announce = denoiser, process, announce
+        # The denoiser's capture_key, which does not change during a solve.
+        self._known: Hashable = None
+        # The graphs of a score function for which none can be kept between calls.
+        self._own: dict[Hashable, CapturedSolve | str] = {}
 
     def __bool__(self) -> bool:
         return self.asked and self.reason is None
@@ -153,16 +146,15 @@ class GraphCache:
 def refusal(
     method: Solver | Plan,
     device: torch.device,
-    watched: bool,
-    requires_grad: bool,
+    request: Request,
     condition: Mapping[str, Any],
 ) -> str | None:
     """Why a solve cannot be compiled, as far as can be told before it begins; None where nothing
     speaks against it.
     """
-    if watched:
+    if request.callback is not None:
         return "a callback wants to be called between the network's calls"
-    if requires_grad:
+    if request.requires_grad:
         return "gradients are to flow through it"
     if not isinstance(method, Plan) and not is_planned(method):
         return (
@@ -287,9 +279,7 @@ def _settings() -> Iterator[Hashable]:
     yield torch.are_deterministic_algorithms_enabled()
     try:
         yield torch.get_float32_matmul_precision()
-    except (
-        RuntimeError
-    ):  # set by torch's newer switches, which it does not read back in these words
+    except RuntimeError:  # set by torch's newer switches, which this function cannot read
         yield None
 
 

@@ -13,27 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdeflow._utils.checks import whole_number
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError
 from sdeflow.noise import Noise
 from sdeflow.process import Process
+from sdeflow.sampling.request import Request
 
 
 class Inputs:
     """Where the solve starts: shape, number, seeds, device and dtype, and the states themselves."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        shape: Sequence[int] | None,
-        n: int | None,
-        seeds: int | Sequence[int] | None,
-        x: Tensor | None,
-        x0: Tensor | None,
-        t: float | None,
-        device: str | torch.device | None,
-        dtype: torch.dtype | None,
-    ):
+    def __init__(self, denoiser: Denoiser, request: Request):
+        shape, n, seeds, t = request.shape, request.n, request.seeds, request.t
+        x, x0, device, dtype = request.x, request.x0, request.device, request.dtype
         given = x if x is not None else x0
         if x is not None and x0 is not None:
             raise ValueError("start from a state x or from data x0, not from both")
@@ -66,7 +59,8 @@ class Inputs:
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
             asked = tuple(
-                positive("shape", size) for size in ([shape] if isinstance(shape, int) else shape)
+                whole_number("shape", size)
+                for size in ([shape] if isinstance(shape, int) else shape)
             )
             if known is not None and asked != known:
                 raise ValueError(
@@ -125,7 +119,7 @@ class Conditions:
                 f" {type(condition).__name__}"
             )
         self.n = n
-        self.whole: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         for name, value in (condition or {}).items():
             if isinstance(value, np.ndarray):
                 value = torch.from_numpy(value)
@@ -143,7 +137,7 @@ class Conditions:
                     )
                 value = value.to(device)
                 value = value.expand(n, *value.shape[1:]) if value.ndim else value
-            self.whole[name] = value
+            self.values[name] = value
 
     def rows(self, rows: slice) -> dict[str, Any]:
         """The condition of some rows; lists with one entry a sample are cut too."""
@@ -155,7 +149,7 @@ class Conditions:
                 value[rows] if isinstance(value, list | tuple) and len(value) == self.n else value
             )
 
-        return {name: cut(value) for name, value in self.whole.items()}
+        return {name: cut(value) for name, value in self.values.items()}
 
 
 def check_device(name: str | torch.device) -> torch.device:
@@ -189,17 +183,10 @@ def device_of(denoiser: Denoiser) -> torch.device:
     return torch.device("cpu")
 
 
-def positive(name: str, value: int, least: int = 1) -> int:
-    """`value`, or a `ValueError` where it is no whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is a whole number, at least {least}; got {value!r}")
-    return value
-
-
 def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | None) -> int:
     counts = {}
     if n is not None:
-        counts["n"] = positive("n", n)
+        counts["n"] = whole_number("n", n)
     if seeds is not None and not isinstance(seeds, int):
         counts["seeds"] = len(seeds)
     if given is not None:
@@ -210,7 +197,7 @@ def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | Non
             + ", ".join(f"{name} says {count}" for name, count in counts.items())
         )
     count = next(iter(counts.values()), 1)
-    return positive("the number of samples", count)
+    return whole_number("the number of samples", count)
 
 
 def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:

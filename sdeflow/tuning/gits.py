@@ -29,7 +29,8 @@ from sdeflow.errors import GridError
 from sdeflow.grid.base import GridFunction, count, ends, falling
 from sdeflow.process import Level, Process
 from sdeflow.registry import grid_function, solver
-from sdeflow.sampling.api import solve
+from sdeflow.sampling.api import run
+from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import Solver, check_times
 from sdeflow.solvers.ode.weights import has_signal, moment
 
@@ -157,26 +158,26 @@ def gits(
         raise ValueError(
             f"the teacher of gits follows the probability flow; {teacher!r} is stochastic"
         )
-    known: dict[str, Any] = {
-        "shape": shape,
-        "x": x,
-        "condition": condition,
-        "batch_size": batch_size,
-    }
-    known |= {"device": device, "dtype": dtype} | ({"n": n, "seeds": seeds} if x is None else {})
-    path = solve(
-        denoiser,
-        process,
-        solver=method,
-        grid=_fine(fine, nodes),
-        nfe=nodes - 1 if isinstance(fine, str) or callable(fine) else None,
-        finish=False,
-        trajectory=True,
-        x0s=True,
-        **known,
+    path = run(
+        Request(
+            score_fn=denoiser,
+            process=process,
+            solver=method,
+            grid=_fine(fine, nodes),
+            nfe=nodes - 1 if isinstance(fine, str) or callable(fine) else None,
+            shape=shape,
+            n=n if x is None else None,
+            seeds=seeds if x is None else None,
+            x=x,
+            condition=condition,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            finish=False,
+            trajectory=True,
+            x0s=True,
+        )
     )
-    assert path.times is not None
-    assert path.process is not None
     assert path.trajectory is not None
     assert path.x0s is not None
     levels = path.process.levels(path.times)

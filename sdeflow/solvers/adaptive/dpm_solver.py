@@ -26,7 +26,7 @@ from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, column, first_bad, row_rms
 from sdeflow.solvers.base import OnCall, Solution, check_levels, check_times
-from sdeflow.solvers.ode.dpm_solver import DPMFrame, corrections
+from sdeflow.solvers.ode.dpm_solver import DPMPredicts, corrections
 
 RATIOS: dict[int, tuple[float, ...]] = {2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
 """Where the stages of an attempt stand, by its order."""
@@ -66,7 +66,7 @@ class DPMAdaptive(PerSample):
     atol: float = 0.0078
     first_step: float | None = 0.05
     p: int = 3
-    frame: DPMFrame = "eps"
+    frame: DPMPredicts = "eps"
     taylor: bool = False
     theta: float = 0.9
     shrink: float = 0.1

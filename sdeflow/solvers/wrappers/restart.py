@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from sdeflow._utils import math as _math
 from sdeflow._utils.math import value_of
 from sdeflow.errors import GridError
-from sdeflow.process import Level, Process
+from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.runge_kutta import Heun
@@ -115,9 +113,6 @@ class Restart(Nested):
     def calls(self, levels: int, *, finish: bool = True) -> int:
         passes = sum(steps * repeats for steps, repeats, _, _ in self._passes) if levels > 1 else 0
         return self.solver.calls(levels, finish=finish) + passes * self.one_step_calls
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        return self.solver.extra_times(process, times)
 
     def start(self, steps: int) -> Any:
         return (
