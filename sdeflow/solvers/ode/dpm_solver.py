@@ -27,7 +27,6 @@ from typing import Any, ClassVar, Literal
 from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
-from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
@@ -78,16 +77,11 @@ class DPMSolver(GridSolver):
     source: ClassVar[str] = "Lu et al. 2022"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_whole(self.p, 1, 3):
             raise ValueError(
                 f"a single step of DPM-Solver is of order p = 1, 2 or 3; got p={self.p!r}"
             )
-        for kind, value, known in (
-            ("predicts", self.predicts, ("eps", "x0")),
-            ("stages", self.stages, ("inner", "grid")),
-        ):
-            if value not in known:
-                raise unknown(kind, value, known)
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -248,13 +242,8 @@ class DPMSolverPP(Multistep):
     source: ClassVar[str] = "Lu et al. 2022, alg. 2"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_p(self.p, 3, "DPM-Solver++ multistep")
-        for kind, value, known in (
-            ("solver_type", self.solver_type, ("midpoint", "heun")),
-            ("predicts", self.predicts, ("x0", "eps")),
-        ):
-            if value not in known:
-                raise unknown(kind, value, known)
         if not 0.0 <= self.kappa <= 1.0:
             raise ValueError(
                 f"kappa is 1 for the exact parabola, 1/2 as published; got {self.kappa}"

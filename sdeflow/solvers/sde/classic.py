@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sdeflow._utils import math as _math
-from sdeflow.errors import unknown
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
@@ -27,7 +26,6 @@ class EulerMaruyama(GridSolver):
 
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Song et al. 2021"
 
     def step(
@@ -61,12 +59,7 @@ class DDPM(GridSolver):
 
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Ho et al. 2020, alg. 2"
-
-    def __post_init__(self) -> None:
-        if self.variance not in ("small", "large"):
-            raise unknown("variance", self.variance, ("small", "large"))
 
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
@@ -101,7 +94,6 @@ class AnnealedLangevin(GridSolver):
 
     order: ClassVar[int] = 0
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Song & Ermon 2019, alg. 1"
     cost: ClassVar[str] = "`steps` a level"
 

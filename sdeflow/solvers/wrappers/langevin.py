@@ -33,8 +33,6 @@ class Langevin(Nested):
     snr: float = 0.16
 
     order: ClassVar[int] = 0
-    stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Song et al. 2021, alg. 2-5"
     cost: ClassVar[str] = "that of `solver` + `steps` a step"
 

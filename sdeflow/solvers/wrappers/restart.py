@@ -18,7 +18,7 @@ from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.runge_kutta import Heun
 from sdeflow.solvers.ode.weights import has_signal
-from sdeflow.solvers.wrappers.base import Nested, from_pure_noise, independent
+from sdeflow.solvers.wrappers.base import Nested, from_pure_noise, independent, noised
 
 Interval = tuple[int, int, float, float]
 """`(steps, repeats, nsr_min, nsr_max)`."""
@@ -95,19 +95,13 @@ class Restart(Nested):
         return tuple(interval for interval in self.intervals if interval[1])
 
     @property
+    def active(self) -> bool:
+        return bool(self._passes)
+
+    @property
     def order(self) -> int:  # type: ignore[override]
         """That of the solver within if there are no passes; their steps do not shrink."""
         return 0 if self._passes else self.solver.order
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether noise is drawn."""
-        return bool(self._passes) or self.solver.stochastic
-
-    @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Whether it also encodes."""
-        return not self._passes and self.solver.reversible
 
     def calls(self, levels: int, *, finish: bool = True) -> int:
         passes = sum(steps * repeats for steps, repeats, _, _ in self._passes) if levels > 1 else 0
@@ -180,13 +174,7 @@ class Restart(Nested):
             )
         inner: Any = None
         for k in range(repeats):
-            x = (up.s / t.s) * reverse.materialise(x)
-            if self.s_noise:
-                x = (
-                    x
-                    + (self.s_noise * up.s * _math.sqrt((up.nsr - t.nsr) * (up.nsr + t.nsr)))
-                    * noise()
-                )
+            x = noised(reverse.materialise(x), t, up, self.s_noise, noise)
             inner = self.solver.start(steps + (left if k == repeats - 1 else 0))
             for a, b in pairwise(levels):
                 x, inner = reverse.materialise(
