@@ -359,7 +359,8 @@ def _plain(value: Any) -> bool:
     """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen
     dataclasses of them.
 
-    What a user wrote may read anything, a global in a notebook say, and is traced anew each time.
+    A user's own class may read anything, such as a global in a notebook. It is traced again each
+    time.
     """
     if value is None or isinstance(value, int | float | str):
         return True

@@ -33,8 +33,8 @@ from sdeflow.solvers.ode.tableaus import Tableau
 from sdeflow.solvers.ode.weights import adams, has_signal
 
 DEISClock = Literal["t", "nsr", "lam"]
-"""The variable of a polynomial of DEIS: the process's time, `nsr` (the paper's rho), or `lam`, minus
-its logarithm.
+"""The variable of a polynomial of DEIS: the process's time, `nsr` (the paper's rho), or `lam`
+(minus its logarithm).
 """
 
 

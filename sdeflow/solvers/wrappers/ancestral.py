@@ -1,5 +1,5 @@
-"""Ancestral sampling with any solver of the ODE: each step goes too far down, and noise brings it
-back up.
+"""Ancestral sampling with any solver of the ODE: each step goes below the next level, and noise
+brings it back up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Ancestral(Stepwise):
 
     Around `DDIM()` (Euler's method in the clock nsr) this is `DDIM(eta)`, and `DDPM` at `eta=1`.
     The noise is that of the step's interval, so that `noise="brownian"` couples step counts. Each
-    step is a solve of its own: a multistep method would take nothing but first steps. From a level
+    step is a solve of its own, so that a multistep method takes only first steps. From a level
     without signal the steps are those of `DDIM(eta)`, as many as the solver makes calls. With
     `eta=0` the solver is `solver`, bit for bit.
 

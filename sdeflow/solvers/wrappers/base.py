@@ -77,8 +77,9 @@ class Nested(GridSolver):
 
 
 class Stepwise(Nested):
-    """A solver around which every step, and the last to zero noise, is a solve of its own; subclasses
-    give `one`, a step while active.
+    """A wrapper that makes every step, and the last to zero noise, a solve of its own.
+
+    Subclasses give `one`, a step while active.
     """
 
     s_noise: float

@@ -1,4 +1,4 @@
-"""EDM's stochastic sampler: noise is added before each step, and the step goes so much farther."""
+"""EDM's stochastic sampler: noise is added before each step, and the step removes it as well."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Churn(Stepwise):
         nsr_up = (1 + gamma) nsr,  gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= nsr <= s_tmax, else 0
         x_up = (s_up / s) x + s_up s_noise sqrt(nsr_up^2 - nsr^2) z,  then a step of `solver` from nsr_up to nsr_next
 
-    `N` counts the steps with the last, to zero noise: it is the number of levels, as EDM and
-    k-diffusion count. All is in units of the signal, so that it means the same under every process.
-    The noise is never raised beyond the process's end of time, where the network's knowledge ends:
-    from `t_max` itself a step is taken without. Each step is a solve of its own: a multistep method
-    would take nothing but first steps. From a level without signal the steps are DDIM's, as many as
-    the solver makes calls. With `s_churn=0` the solver is `solver`, bit for bit.
+    `N` is the number of levels: it counts the steps, the last one to zero noise included, as EDM and
+    k-diffusion do. All levels are in units of the signal and mean the same under every process. The
+    noise is never raised beyond `t_max`, where the network's range ends; a step from `t_max` itself
+    adds none. Each step is a solve of its own, so that a multistep method takes only first steps.
+    From a level without signal the steps are DDIM's, as many as the solver makes calls. With
+    `s_churn=0` the solver is `solver`, bit for bit.
 
-    The defaults are EDM's for ImageNet-64, but for its `s_noise=1.003`; for CIFAR-10 it takes 30 or
-    80 up to `s_tmax=1`, and `s_noise=1.007`. A little more than 1 makes up for what an imperfect
-    network takes away, and is a bias for an exact one.
+    The defaults are EDM's for ImageNet-64, except for its `s_noise=1.003`. For CIFAR-10 EDM takes
+    `s_churn` of 30 or 80, `s_tmax=1` and `s_noise=1.007`. An `s_noise` slightly above 1 makes up for
+    the detail that an imperfect network removes. With an exact denoiser it is a bias.
 
     Cost: that of `solver`. Weak order: that of `solver`, where it needs no past; 0 unless
     `s_noise=1`, a bias that no grid removes. Source: Karras et al. (2022), algorithm 2 and section

@@ -1,5 +1,5 @@
-"""Restart sampling: where a solver has come far enough down, noise takes it back up, and it comes
-down again.
+"""Restart sampling: at a low noise level, noise takes the state back up, and the solver runs down
+again.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ class Restart(Nested):
 
         x_up = (s_up / s) x + s_up s_noise sqrt(nsr_max^2 - nsr^2) z,  then `solver` from nsr_max to nsr over `steps` steps
 
-    The way up follows the forward process exactly, so that a marginal that is right stays right,
-    and errors made above shrink.
+    The way up follows the forward process exactly. A correct marginal stays correct, and errors made
+    above shrink.
 
-    - `intervals`: `(steps, repeats, nsr_min, nsr_max)` each. It is entered at the level of the grid
-      that is nearest to `nsr_min` (and below `nsr_max`). The paper's code counts points: its
+    - `intervals`: each is `(steps, repeats, nsr_min, nsr_max)`. It is entered at the level of the
+      grid that is nearest to `nsr_min` and below `nsr_max`. The paper's code counts points: its
       `[3, 2, 0.14, 0.30]`, for CIFAR-10, is `(2, 2, 0.14, 0.30)`.
-    - `rho`: of the passes' own levels, uniform in `nsr^(1/rho)`. `s_noise`: as in `Churn`.
+    - `rho`: the levels of the passes are uniform in `nsr^(1/rho)`.
+    - `s_noise`: as in `Churn`.
 
-    A multistep method forgets at each restart, and goes on down the grid with the predictions of
-    the last pass. Every grid of two levels or more makes every pass, so that the cost is known
-    beforehand.
+    A multistep method forgets its predictions at each restart. After the last pass it continues down
+    the grid with the predictions of that pass. Every grid of two levels or more makes every pass, so
+    that the cost is known in advance.
 
-    Errors: `GridError` for a grid that starts below `nsr_min` or ends above `nsr_max`, and where
-    the process does not reach `nsr_max`; `ValueError` for a solver whose steps differ in cost.
-    `BudgetError` between 1 call and what all passes cost.
+    Errors: `GridError` for a grid that starts below `nsr_min` or ends above `nsr_max`, and for a
+    process that does not reach `nsr_max`. `ValueError` for a solver whose steps differ in cost.
+    `BudgetError` for budgets above 1 call that do not pay for all passes.
 
     Cost: that of `solver`, and `repeats` times `steps` more of its steps an interval (35 calls of
     Heun become 43). Order: 0: that of `solver` down to the error of the passes, whose steps do not
