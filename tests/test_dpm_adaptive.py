@@ -86,7 +86,9 @@ def test_an_attempt_is_that_of_the_paper(solver: DPMAdaptive) -> None:
     t_next = process.level(float(process.t_of_lam(torch.tensor(t.lam + h, dtype=torch.float64))))
     x0 = reverse(x, t)
     high = exponential_step(reverse, x, x0, t, t_next, ratios, solver.predicts, taylor=False)
-    low = exponential_step(reverse, x, x0, t, t_next, ratios[: p - 2], solver.predicts, taylor=False)
+    low = exponential_step(
+        reverse, x, x0, t, t_next, ratios[: p - 2], solver.predicts, taylor=False
+    )
     delta = torch.maximum(torch.full_like(x, 0.0078), 0.05 * torch.maximum(low.abs(), x.abs()))
     error = float(((high - low) / delta).pow(2).mean().sqrt())
     factor = 0.9 * error ** (-1 / p)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow._utils.math import value_of
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
@@ -187,18 +188,10 @@ class GridSolver(Solver):
         return self.calls_per_step
 
     def levels(self, nfe: int, *, finish: bool = True) -> int:
-        if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-            raise BudgetError(f"nfe is a whole number of network calls, at least 1; got {nfe!r}")
-        levels, below = 1 if finish else 2, 0
-        while (cost := self.calls(levels, finish=finish)) < nfe:
-            levels, below = levels + 1, cost
-        if cost != nfe:
-            near = f"{below} and {cost}" if below else f"{cost}"
-            raise BudgetError(
-                f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can"
-                f" {'are' if below else 'is'} {near}"
-            )
-        return levels
+        least = 1 if finish else 2
+        return search_levels(
+            type(self).__name__, lambda n: self.calls(n, finish=finish), nfe, least
+        )
 
     # ----------------------------------------------------------------------------------------------
 
@@ -319,6 +312,22 @@ class GridSolver(Solver):
                 f"{type(self).__name__} only runs from noise to data; encode with a solver of the"
                 " ODE, such as Heun"
             )
+
+
+def search_levels(name: str, calls: Callable[[int], int], nfe: int, least: int) -> int:
+    """The number of grid levels, from `least` up, with which a solver spends exactly `nfe` calls,
+    where `calls(levels)` is what it spends; `BudgetError` names the nearest budgets.
+    """
+    whole_number("nfe", nfe, of="network calls", error=BudgetError)
+    levels, below = least, 0
+    while (cost := calls(levels)) < nfe:
+        levels, below = levels + 1, cost
+    if cost != nfe:
+        near = f"{below} and {cost}" if below else f"{cost}"
+        raise BudgetError(
+            f"{name} cannot spend nfe={nfe}; the nearest it can {'are' if below else 'is'} {near}"
+        )
+    return levels
 
 
 def run_plan(

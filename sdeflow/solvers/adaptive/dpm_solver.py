@@ -27,7 +27,7 @@ from sdeflow.solvers.base import Solution
 from sdeflow.solvers.ode.dpm_solver import DPMPredicts, corrections
 
 RATIOS: dict[int, tuple[float, ...]] = {2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
-"""Where the stages of an attempt stand, by its order."""
+"""The positions of the stages within an attempt, by its order."""
 
 
 @renamed({"theta": "safety", "frame": "predicts"})

@@ -178,7 +178,7 @@ class _Paths:
         return self.drawn[row].popleft()
 
     def pass_over(self, rows: Tensor, to: Tensor) -> None:
-        """Forget what lies behind the samples that have gone so far."""
+        """Drop the increments that the samples have passed."""
         for row, end in zip(rows.tolist(), to.tolist(), strict=True):
             self.ahead[row] = [piece for piece in self.ahead[row] if piece[0] > end]
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan.execute import OnCall
@@ -72,11 +73,7 @@ class StepSize:
                 f"tolerances are positive numbers, such as 1e-3; got rtol={self.rtol},"
                 f" atol={self.atol}"
             )
-        if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
-            raise ValueError(
-                "max_nfe is a whole number of network calls a sample, at least 1; got"
-                f" {self.max_nfe!r}"
-            )
+        whole_number("max_nfe", self.max_nfe, of="network calls a sample")
         first = 1.0 if self.first_step is None else self.first_step
         if not (self.min_step > 0 and first > 0 and self.max_step > 0):
             raise ValueError(

@@ -1,6 +1,6 @@
-r"""The methods of torchdiffeq and torchsde, on states of any shape under any process.
+r"""The methods of torchdiffeq on the probability-flow ODE, on states of any shape under any process.
 
-torchdiffeq integrates the probability-flow ODE in one of four pairs of clock and state,
+torchdiffeq integrates it in one of four pairs of clock and state,
 
 | clock | state | slope |
 |---|---|---|
@@ -8,17 +8,6 @@ torchdiffeq integrates the probability-flow ODE in one of four pairs of clock an
 | `nsr = sigma / s` | `z = x / s` | `dz/dnsr = eps` |
 | `lam = log(s / sigma)` | `z = x / s` | `dz/dlam = -nsr eps` |
 | `asinh` (`a = asinh(s / sigma)`) | `u = x / sqrt(s^2 + sigma^2)` | `du/da = x0 - tanh(a) u` |
-
-and torchsde the reverse SDE, whose noise is scalar and additive, in the first three:
-
-$$dx = (f x - g^2\,\nabla\log p)\,dt + g\,d\bar w, \qquad
-dz = 2\,\varepsilon\,d\,\mathrm{nsr} + \sqrt{2\,\mathrm{nsr}}\,d\bar w, \qquad
-dz = -2\,\mathrm{nsr}\,\varepsilon\,d\lambda + \sqrt2\,\mathrm{nsr}\,d\bar w .$$
-
-Its states are flattened to `[batch * dims, 1]`, its time is `-t`, `-nsr` or `lam`, and its Brownian
-motion comes from sdeflow's noise: one generator a sample, so that rows do not depend on their
-batch. Every interval of the grid is one call of `sdeint` and one step. What torchsde evaluates
-twice (the shape of the drift before each call, a stage of SRK) is not asked of the network twice.
 """
 
 from __future__ import annotations
@@ -30,20 +19,27 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError, unknown
 from sdeflow.noise import Noise
 from sdeflow.process import Level
-from sdeflow.reverse import Reverse
-from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times
-
-# --------------------------------------------------------------------------------------- the clocks
-from sdeflow.solvers.external.clock import Clock, check_clock, search_levels, watch
+from sdeflow.process.clock import Clock
+from sdeflow.reverse import Reverse, eps_of
+from sdeflow.solvers.base import (
+    OnCall,
+    Solution,
+    Solver,
+    check_levels,
+    check_times,
+    search_levels,
+)
+from sdeflow.solvers.external.clock import check_clock, finite_readings, levels_at, watch
 
 
 class _Method(NamedTuple):
     order: int
     calls: int | None = None  # a step; None where the method chooses its steps
-    stages: tuple[float, ...] = ()  # where they stand within a step
+    stages: tuple[float, ...] = ()  # their positions within a step
 
 
 _ODE_METHODS: dict[str, _Method] = {
@@ -74,20 +70,20 @@ class TorchDiffEq(Solver):
     - `method`: `dopri8`, `dopri5`, `bosh3`, `fehlberg2`, `adaptive_heun` and `scipy_solver` choose
       their own steps; `euler`, `midpoint`, `heun2`, `heun3`, `rk4` (the 3/8 rule), `explicit_adams`
       and `implicit_adams` step the given grid.
-    - `rtol`, `atol`: of the adaptive methods, in units of the state of the clock, over the whole
-      batch as torchdiffeq measures it: step sizes are shared, so that a sample depends on its batch
-      mates. `RK45` is the one that does not.
-    - `clock`: the variable stepped in, `"t"`, `"nsr"`, `"lam"` or `"asinh"` (see the module);
+    - `rtol`, `atol`: of the adaptive methods, in units of the state of the clock. torchdiffeq
+      measures the error over the whole batch: step sizes are shared, so that a sample depends on
+      the others of its batch. With `RK45` it does not.
+    - `clock`: the variable of the steps, `"t"`, `"nsr"`, `"lam"` or `"asinh"` (see the module).
       `"nsr"` and `"lam"` cannot start where `s = 0`.
     - `max_nfe`: network calls that an adaptive method may take. `options`: torchdiffeq's own.
 
-    The Adams methods assume equal steps on any grid, and are refused on grids that are not uniform
-    in the clock; here they are of order 4 (`max_order` 5 and 4), as torchdiffeq's own 12 is
-    unstable. States in half precision are stepped in float32. On accelerators time is as precise as
-    the state, elsewhere float64.
+    The Adams methods assume equal steps, and are refused on grids that are not uniform in the
+    clock. Here they are of order 4 (`max_order` 5 and 4), as torchdiffeq's own 12 is unstable.
+    States in half precision are stepped in float32. Time is float64 on the CPU, and as precise as
+    the state on accelerators.
 
-    Errors: `UnknownNameError` for a method or a clock; `BudgetError` where a budget is asked of a
-    method without one; `SolverError` where torchdiffeq gives up or `max_nfe` is spent;
+    Errors: `UnknownNameError` for a method or a clock; `BudgetError` for an `nfe` of a method
+    without one; `SolverError` where torchdiffeq gives up or `max_nfe` is spent;
     `NonFiniteError` where the network returns NaN.
 
     Cost: the method's. Order: the method's. Source: Chen et al., "Neural ordinary differential
@@ -115,10 +111,7 @@ class TorchDiffEq(Solver):
                 f"tolerances are positive numbers, such as 1e-5; got rtol={self.rtol},"
                 f" atol={self.atol}"
             )
-        if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
-            raise ValueError(
-                f"max_nfe is a whole number of network calls, at least 1; got {self.max_nfe!r}"
-            )
+        whole_number("max_nfe", self.max_nfe, of="network calls")
         object.__setattr__(self, "order", _ODE_METHODS[self.method].order)
         object.__setattr__(
             self, "adaptive", _ODE_METHODS[self.method].calls is None and self.method not in _ADAMS
@@ -192,8 +185,8 @@ class TorchDiffEq(Solver):
         """The states at all `times`, or at the first and the last."""
         from torchdiffeq import odeint
 
-        clock = Clock(self.clock, reverse.process)
-        shown = clock.read(levels)
+        clock = Clock(self.clock)
+        shown = finite_readings(clock, levels)
         if self.method in _ADAMS and not torch.allclose(
             shown.diff(), shown.diff()[0], rtol=1e-5, atol=0.0
         ):
@@ -220,7 +213,7 @@ class TorchDiffEq(Solver):
         try:
             found = odeint(
                 rhs,
-                x * (1.0 / clock.scale(levels[0])),
+                x * (1.0 / clock.state_scale(levels[0])),
                 ticks,
                 rtol=self.rtol,
                 atol=self.atol,
@@ -230,7 +223,8 @@ class TorchDiffEq(Solver):
         except AssertionError as error:
             raise self._gave_up(str(error), rhs) from error
         return [
-            state * clock.scale(level) for state, level in zip(found.unbind(), levels, strict=True)
+            state * clock.state_scale(level)
+            for state, level in zip(found.unbind(), levels, strict=True)
         ]
 
     def _gave_up(self, reason: str, rhs: _RightHandSide) -> Exception:
@@ -250,8 +244,8 @@ class TorchDiffEq(Solver):
 
 
 class _RightHandSide:
-    """What torchdiffeq integrates, as a function of the clock and the state; counts, watches and
-    bounds the calls.
+    """The function of the clock and the state that torchdiffeq integrates. It counts the calls,
+    shows them to the callback, and stops at `max_nfe`.
     """
 
     def __init__(
@@ -278,9 +272,11 @@ class _RightHandSide:
         self.low, self.high = float(shown.min()), float(shown.max())
         stages = [shown[:-1] + c * shown.diff() for c in _ODE_METHODS[solver.method].stages]
         nodes = torch.cat([*stages, shown])
-        # torchdiffeq hands out times in the dtype of the state: they are known by what that makes
-        # of them.
-        for node, level in zip(nodes.to(dtype).tolist(), clock.levels(nodes, times), strict=True):
+        # torchdiffeq gives times in the dtype of the state: levels are looked up by the rounded
+        # values.
+        for node, level in zip(
+            nodes.to(dtype).tolist(), levels_at(clock, reverse.process, nodes, times), strict=True
+        ):
             self.known[node] = level
 
     def __call__(self, tick: Tensor, y: Tensor) -> Tensor:
@@ -296,13 +292,11 @@ class _RightHandSide:
             inside = min(
                 max(shown, self.low), self.high
             )  # a stage at the end of a step may round beyond it
-            level = self.clock.levels(torch.tensor([inside], dtype=torch.float64), self.times)[0]
-        x = y * self.clock.scale(level)
+            value = torch.tensor([inside], dtype=torch.float64)
+            level = levels_at(self.clock, self.reverse.process, value, self.times)[0]
+        x = y * self.clock.state_scale(level)
         x0 = self.reverse(x, level).to(y.dtype)
         self.t, self.x0 = level, x0
         watch(self.on_call, self.calls, level, x, x0)
         self.calls += 1
-        return self.clock.slope(y, x, x0, level)
-
-
-# ----------------------------------------------------------------------------------------- torchsde
+        return self.clock.slope(y, x0, eps_of(x, x0, level), level)

@@ -1,4 +1,16 @@
-"""torchsde's methods as solvers: the reverse SDE handed to the library."""
+r"""The methods of torchsde on the reverse SDE, whose noise is scalar and additive.
+
+It is integrated in one of three clocks, `t`, `nsr` and `lam`, with `z = x / s`:
+
+$$dx = (f x - g^2\,\nabla\log p)\,dt + g\,d\bar w, \qquad
+dz = 2\,\varepsilon\,d\,\mathrm{nsr} + \sqrt{2\,\mathrm{nsr}}\,d\bar w, \qquad
+dz = -2\,\mathrm{nsr}\,\varepsilon\,d\lambda + \sqrt2\,\mathrm{nsr}\,d\bar w .$$
+
+torchsde sees states `[batch * dims, 1]` and a time of `-t`, `-nsr` or `lam`. Its Brownian motion
+comes from sdeflow's noise: one generator a sample, so that rows do not depend on their batch. Every
+interval of the grid is one call of `sdeint` and one step. torchsde evaluates the drift twice in
+places (for its shape before each call, in a stage of SRK); the network is called once.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +25,17 @@ from torch import Tensor
 from sdeflow.errors import GridError, SolverError, unknown
 from sdeflow.noise import Noise
 from sdeflow.process import Level
+from sdeflow.process.clock import Clock
 from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times
-
-# --------------------------------------------------------------------------------------- the clocks
-from sdeflow.solvers.external.clock import Clock, check_clock, search_levels, watch
+from sdeflow.solvers.base import (
+    OnCall,
+    Solution,
+    Solver,
+    check_levels,
+    check_times,
+    search_levels,
+)
+from sdeflow.solvers.external.clock import check_clock, finite_readings, levels_at, watch
 
 
 class _SDEMethod(NamedTuple):
@@ -45,12 +63,14 @@ class TorchSDE(Solver):
     """A method of torchsde on the reverse SDE, stepping the given grid: srk, euler, milstein, heun
     and the others, by name.
 
-    `method` is `srk`, `euler`, `milstein`, `heun`, `euler_heun`, `midpoint`, `log_ode` or
-    `reversible_heun`; `clock` the variable stepped in, `"t"`, `"nsr"` or `"lam"`. Noise comes from
-    sdeflow: the same seed gives the same sample whatever the batch, and `BrownianNoise` the same
-    path at every number of steps (SRK's second integral of it is drawn step by step). Where no
-    signal is left (`s = 0`) the first step is ancestral, in as many parts as the method takes
-    calls.
+    - `method`: `srk`, `euler`, `milstein`, `heun`, `euler_heun`, `midpoint`, `log_ode` or
+      `reversible_heun`.
+    - `clock`: the variable of the steps, `"t"`, `"nsr"` or `"lam"`.
+
+    Noise comes from sdeflow: the same seed gives the same sample whatever the batch, and
+    `BrownianNoise` the same path at every number of steps (SRK's second integral of it is random for
+    each step). Where no signal is left (`s = 0`) the first step is ancestral, in as many parts
+    as the method takes calls.
 
     Errors: `UnknownNameError` for a method or a clock; `SolverError` without a source of noise;
     `GridError` for a grid towards noise.
@@ -127,7 +147,7 @@ class TorchSDE(Solver):
                 y = sde.step(y, t, t_next, noise)
             states = [*states, y] if record else [y]
         if finish:
-            y = sde.ask(y, levels[-1])
+            y = sde.predict(y, levels[-1])
         spent = reverse.nfe - before
         trajectory = torch.stack([*states, y] if finish else states).to(dtype) if record else None
         return Solution(
@@ -136,7 +156,7 @@ class TorchSDE(Solver):
 
 
 class _ReverseSDE:
-    """The reverse SDE as torchsde sees it: flat states, additive noise, a clock that rises."""
+    """The reverse SDE in torchsde's interface: flat states, additive noise, a rising clock."""
 
     noise_type = "additive"
 
@@ -146,14 +166,14 @@ class _ReverseSDE:
         self.method, self.sign = _SDE_METHODS[solver.method], 1.0 if solver.clock == "lam" else -1.0
         self.name, self.sde_type = solver.method, self.method.kind
         self.reverse, self.shape, self.on_call = reverse, shape, on_call
-        self.clock = Clock(solver.clock, reverse.process)
+        self.clock = Clock(solver.clock)
         self.probe = False
         self.calls = 0
         self.extra: Any = None
         self.known: dict[float, Level] = {}
         self.last: tuple[float, Tensor, Tensor] | None = None
 
-    def ask(self, x: Tensor, t: Level) -> Tensor:
+    def predict(self, x: Tensor, t: Level) -> Tensor:
         """The prediction for a state in its own shape."""
         x0 = self.reverse(x, t).to(x.dtype)
         watch(self.on_call, self.calls, t, x, x0)
@@ -164,19 +184,19 @@ class _ReverseSDE:
         """One step of the method."""
         from torchsde import sdeint
 
-        shown = self.clock.read([t, t_next]) * self.sign
+        shown = finite_readings(self.clock, [t, t_next]) * self.sign
         times = torch.tensor([t_next.t, t.t], dtype=torch.float64)
         inner = (
             torch.stack([shown[0] + c * (shown[1] - shown[0]) for c in self.method.stages])
             if self.method.stages
             else shown[:0]
         )
-        found = self.clock.levels(self.sign * inner, times)
+        found = levels_at(self.clock, self.reverse.process, self.sign * inner, times)
         self.known = dict(zip(inner.tolist(), found, strict=True)) | {
             float(shown[0]): t,
             float(shown[1]): t_next,
         }
-        y = (x * (1.0 / self.clock.scale(t))).reshape(-1, 1)
+        y = (x * (1.0 / self.clock.state_scale(t))).reshape(-1, 1)
         self.probe, self.last = True, None
         # A dt beyond the interval: torchsde stops at its end, so that it is one step.
         span = 2.0 * float(shown[1] - shown[0])
@@ -191,7 +211,7 @@ class _ReverseSDE:
             extra=True,
             extra_solver_state=self.extra,
         )
-        return ys[-1].reshape(self.shape) * self.clock.scale(t_next)
+        return ys[-1].reshape(self.shape) * self.clock.state_scale(t_next)
 
     def ancestral(self, x: Tensor, t: Level, t_next: Level, noise: Noise, parts: int) -> Tensor:
         """From where no signal is left, by the exact ancestral step, in as many parts as the method
@@ -203,7 +223,7 @@ class _ReverseSDE:
         between = [process.level(process.t_of_nsr(math.tan(cut))) for cut in cuts]
 
         for a, b in pairwise([t, *between, t_next]):
-            x0 = self.ask(x, a)
+            x0 = self.predict(x, a)
             ratio = b.nsr / a.nsr
             z = noise.draw(float(a.nsr), float(b.nsr)).to(x)
             x = (
@@ -222,9 +242,9 @@ class _ReverseSDE:
         if self.last is not None and self.last[0] == shown and self.last[1] is y:
             return self.last[2]
         t = self.level(shown)
-        x = y.reshape(self.shape) * self.clock.scale(t)
-        eps = eps_of(x, self.ask(x, t), t)
-        match self.clock.kind:
+        x = y.reshape(self.shape) * self.clock.state_scale(t)
+        eps = eps_of(x, self.predict(x, t), t)
+        match self.clock.name:
             case "t":
                 drift = (-t.f) * x - (t.g2 / t.sigma) * eps
             case "nsr":
@@ -237,7 +257,7 @@ class _ReverseSDE:
     def strength(self, tick: Tensor) -> float:
         """Diffusion coefficient."""
         t = self.level(float(tick))
-        return math.sqrt({"t": t.g2, "nsr": 2.0 * t.nsr, "lam": 2.0 * t.nsr**2}[self.clock.kind])
+        return math.sqrt({"t": t.g2, "nsr": 2.0 * t.nsr, "lam": 2.0 * t.nsr**2}[self.clock.name])
 
     def g(self, tick: Tensor, y: Tensor) -> Tensor:
         return torch.full_like(y, self.strength(tick)).unsqueeze(-1)
@@ -256,7 +276,7 @@ class _ReverseSDE:
 
 
 def _increments(noise: Noise, t: Level, t_next: Level, y: Tensor, area: str) -> Any:
-    """The Brownian motion over one step, drawn from sdeflow's noise, as torchsde asks for it."""
+    """The Brownian motion over one step, from sdeflow's noise, in torchsde's interface."""
     from torchsde import BaseBrownian
 
     z = noise.draw(float(t.nsr), float(t_next.nsr)).reshape(-1, 1).to(y)
