@@ -184,7 +184,7 @@ def linear_quadratic(
     """
     end, high = _to_zero(process, n, t_min, t_max)
     linear = n // 2 if linear_steps is None else linear_steps
-    if not is_whole(linear, 0, n - 1 if n > 1 else math.inf):
+    if not (is_whole(linear, 0, n - 1) or (n == 1 and is_whole(linear, -math.inf))):
         raise GridError(
             f"linear_quadratic with {n} levels takes 0 to {n - 1} linear steps; got"
             f" {linear_steps!r}"

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -188,10 +189,8 @@ class GridSolver(Solver):
         return self.calls_per_step
 
     def levels(self, nfe: int, *, finish: bool = True) -> int:
-        least = 1 if finish else 2
-        return search_levels(
-            type(self).__name__, lambda n: self.calls(n, finish=finish), nfe, least
-        )
+        name, least = type(self).__name__, 1 if finish else 2
+        return search_levels(name, partial(self.calls, finish=finish), nfe, least)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -315,18 +314,16 @@ class GridSolver(Solver):
 
 
 def search_levels(name: str, calls: Callable[[int], int], nfe: int, least: int) -> int:
-    """The number of grid levels, from `least` up, with which a solver spends exactly `nfe` calls,
-    where `calls(levels)` is what it spends; `BudgetError` names the nearest budgets.
+    """The levels, from `least` on, with which `calls(levels)` is exactly `nfe`; `BudgetError` names
+    the nearest budgets.
     """
     whole_number("nfe", nfe, of="network calls", error=BudgetError)
     levels, below = least, 0
     while (cost := calls(levels)) < nfe:
         levels, below = levels + 1, cost
     if cost != nfe:
-        near = f"{below} and {cost}" if below else f"{cost}"
-        raise BudgetError(
-            f"{name} cannot spend nfe={nfe}; the nearest it can {'are' if below else 'is'} {near}"
-        )
+        near = f"are {below} and {cost}" if below else f"is {cost}"
+        raise BudgetError(f"{name} cannot spend nfe={nfe}; the nearest it can {near}")
     return levels
 
 

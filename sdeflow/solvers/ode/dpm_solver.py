@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.errors import unknown
@@ -77,7 +78,7 @@ class DPMSolver(GridSolver):
     source: ClassVar[str] = "Lu et al. 2022"
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or self.p not in STAGES:
+        if not is_whole(self.p, 1, 3):
             raise ValueError(
                 f"a single step of DPM-Solver is of order p = 1, 2 or 3; got p={self.p!r}"
             )

@@ -10,7 +10,7 @@ its logarithm, `clock="lam"`:
 
 $$\frac{dz}{d\,\mathrm{nsr}} = \varepsilon, \qquad \frac{dz}{d\lambda} = -\mathrm{nsr}\,\varepsilon.$$
 
-The same method in two clocks is two methods, see the table of `docs/defaults.md`; `clock=None` is
+The same method in two clocks is two methods, see the table of `docs/benchmarks/defaults.md`; `clock=None` is
 the process's own choice (`Process.default_clock`): its time, save for `VE`, whose time is
 logarithmic in the noise.
 """
