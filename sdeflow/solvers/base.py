@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sdeflow._utils.checks import whole_number
+from sdeflow._utils.checks import check_choices, whole_number
 from sdeflow._utils.math import value_of
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
@@ -116,12 +116,19 @@ class Solver(ABC):
     order: ClassVar[int]
     stochastic: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
-    reversible: ClassVar[bool] = True
-    """Whether it also runs from small `t` to large (encoding)."""
     default_grid: ClassVar[str | GridFunction | None] = None
     """The grid that goes with it, where that is not the process's own."""
     source: ClassVar[str]
     cost: ClassVar[str] = "1 a step"
+
+    def __post_init__(self) -> None:
+        if dataclasses.is_dataclass(self):
+            check_choices(self)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether it also runs from small `t` to large (encoding)."""
+        return not self.stochastic
 
     def for_denoiser(self, denoiser: Denoiser) -> Solver:
         """This solver, or the form of it that goes with a denoiser; `sample` and `solve` ask."""
@@ -352,7 +359,8 @@ def _plain(value: Any) -> bool:
     """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen
     dataclasses of them.
 
-    What a user wrote may read anything, a global in a notebook say, and is traced anew each time.
+    A user's own class may read anything, such as a global in a notebook. It is traced again each
+    time.
     """
     if value is None or isinstance(value, int | float | str):
         return True
