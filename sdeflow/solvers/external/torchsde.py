@@ -27,15 +27,8 @@ from sdeflow.noise import Noise
 from sdeflow.process import Level
 from sdeflow.process.clock import Clock
 from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import (
-    OnCall,
-    Solution,
-    Solver,
-    check_levels,
-    check_times,
-    search_levels,
-)
-from sdeflow.solvers.external.clock import check_clock, finite_readings, levels_at, watch
+from sdeflow.solvers.base import OnCall
+from sdeflow.solvers.external.base import External, finite_readings, levels_at, watch
 
 
 class _SDEMethod(NamedTuple):
@@ -59,7 +52,7 @@ _SDE_METHODS: dict[str, _SDEMethod] = {
 
 
 @dataclass(frozen=True)
-class TorchSDE(Solver):
+class TorchSDE(External):
     """A method of torchsde on the reverse SDE, stepping the given grid: srk, euler, milstein, heun
     and the others, by name.
 
@@ -84,16 +77,16 @@ class TorchSDE(Solver):
     method: str = "srk"
     clock: Literal["t", "nsr", "lam"] = "t"
 
+    library: ClassVar[str] = "torchsde"
     order: ClassVar[int] = 2
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Li et al. 2020; Rössler 2010"
     cost: ClassVar[str] = "the method's"
 
     def __post_init__(self) -> None:
         if self.method not in _SDE_METHODS:
             raise unknown("method of torchsde", self.method, _SDE_METHODS)
-        check_clock(self.clock, ("t", "nsr", "lam"))
+        super().__post_init__()
         object.__setattr__(self, "order", _SDE_METHODS[self.method].order)
 
     def calls(self, levels: int, *, finish: bool = True) -> int:
@@ -102,57 +95,38 @@ class TorchSDE(Solver):
         extra = 1 if self.method == "reversible_heun" and steps else 0
         return _SDE_METHODS[self.method].calls * steps + extra + int(finish)
 
-    def levels(self, nfe: int, *, finish: bool = True) -> int:
-        return search_levels(
-            f"torchsde's {self.method}",
-            lambda n: self.calls(n, finish=finish),
-            nfe,
-            1 if finish else 2,
-        )
-
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
-        times = check_times(times)
+    def check(self, times: Tensor, noise: Noise | None, finish: bool) -> None:
         if len(times) > 1 and times[-1] > times[0]:
             raise GridError(
                 "the reverse SDE runs from noise to data; encode with a solver of the ODE, such as"
                 " 'heun'"
             )
         if noise is None and len(times) > 1:
-            raise SolverError(f"torchsde's {self.method} draws noise: give it a source of noise")
-        before, dtype = reverse.nfe, x.dtype
-        levels = check_levels(reverse.prepare(times), reverse.process)
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        states = [y]
-        sde = _ReverseSDE(self, reverse, x.shape, on_call)
+            raise SolverError(f"{self.title} draws noise: give it a source of noise")
+
+    def states(
+        self,
+        reverse: Reverse,
+        x: Tensor,
+        levels: list[Level],
+        noise: Noise | None,
+        record: bool,
+        on_call: OnCall | None,
+    ) -> list[Tensor]:
+        assert noise is not None
+        sde, states = _ReverseSDE(self, reverse, x.shape, on_call), [x]
         for t, t_next in pairwise(levels):
-            assert noise is not None
             if t.s == 0.0:
                 parts = (
                     _SDE_METHODS[self.method].calls
                     if len(levels) > 2
                     else self.calls(2, finish=False)
                 )
-                y = sde.ancestral(y, t, t_next, noise, parts)
+                x = sde.ancestral(x, t, t_next, noise, parts)
             else:
-                y = sde.step(y, t, t_next, noise)
-            states = [*states, y] if record else [y]
-        if finish:
-            y = sde.predict(y, levels[-1])
-        spent = reverse.nfe - before
-        trajectory = torch.stack([*states, y] if finish else states).to(dtype) if record else None
-        return Solution(
-            y.to(dtype), spent, spent, trajectory=trajectory, statistics={"method": self.method}
-        )
+                x = sde.step(x, t, t_next, noise)
+            states = [*states, x] if record else [x]
+        return states
 
 
 class _ReverseSDE:
@@ -185,13 +159,12 @@ class _ReverseSDE:
         from torchsde import sdeint
 
         shown = finite_readings(self.clock, [t, t_next]) * self.sign
-        times = torch.tensor([t_next.t, t.t], dtype=torch.float64)
         inner = (
             torch.stack([shown[0] + c * (shown[1] - shown[0]) for c in self.method.stages])
             if self.method.stages
             else shown[:0]
         )
-        found = levels_at(self.clock, self.reverse.process, self.sign * inner, times)
+        found = levels_at(self.clock, self.reverse.process, self.sign * inner, t.t, t_next.t)
         self.known = dict(zip(inner.tolist(), found, strict=True)) | {
             float(shown[0]): t,
             float(shown[1]): t_next,
