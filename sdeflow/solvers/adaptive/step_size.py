@@ -122,6 +122,10 @@ class PerSample(StepSize, Solver):
 
     adaptive: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        StepSize.__post_init__(self)
+        Solver.__post_init__(self)
+
     def levels(self, nfe: int, *, finish: bool = True) -> int:
         raise BudgetError(
             f"{type(self).__name__} is adaptive: it takes max_nfe, a bound, not nfe; say how"
