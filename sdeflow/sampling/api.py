@@ -95,18 +95,18 @@ def sample(
       is returned.
     - `noise`: `"seeded"`; `"brownian"` for a path that is the same at every number of steps; or a
       `Noise` of your own.
-    - `batch_size`: at most so many samples at a time, or `"auto"`: what fits, and half of it where
-      memory is spent after all.
+    - `batch_size`: at most so many samples at a time, or `"auto"`: what fits, and half of it if
+      memory runs out.
     - `compile`: on CUDA, run network and solver as one CUDA graph, which is kept for later calls;
-      where that cannot be, it runs as ever, with a `CompileWarning` that says why. `"require"`
+      where that is impossible, it runs without, with a `CompileWarning` that says why. `"require"`
       makes that an error.
     - `device`, `dtype`: of the state, by default the network's and float32.
-    - `progress`: a progress bar. `callback`: called with a `Step` after each network call.
+    - `progress`: a progress bar. `callback`: called with a `CallInfo` after each network call.
     - `requires_grad`: let gradients flow through the solve.
 
-    Errors: `UnknownNameError`, `BudgetError`, `GridError`, `TypeError`/`ValueError` for what cannot
-    be, before any network call; `NonFiniteError` where the network returned NaN; all of them say
-    what to do.
+    Errors: `UnknownNameError`, `BudgetError`, `GridError`, `TypeError`/`ValueError` for impossible
+    requests, before any network call; `NonFiniteError` where the network returned NaN. All of them
+    say what to do.
     """
     return run(Request(**locals())).x
 
