@@ -60,7 +60,7 @@ def train(
     stopped at any moment and resumed exactly.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    out = given.setdefault("out", TrainConfig.out)
+    out = given["out"] = str(given.get("out", TrainConfig.out))
     network = {f.name: given.pop(f.name) for f in fields(UNetConfig) if f.name in given}
     for name in {"multipliers", "attention"} & {*network}:
         network[name] = _numbers(network[name])
