@@ -364,7 +364,7 @@ def _from_npz(files: list[Path], name: str, size: int | None, crop: bool) -> Ima
     labelled: list[np.ndarray] = []
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 array = arrays["images" if "images" in arrays else "arr_0"]
                 key = next((key for key in ("labels", "arr_1") if key in arrays), None)
                 labels = np.full(len(array), NO_LABEL) if key is None else arrays[key]

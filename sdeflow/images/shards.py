@@ -132,7 +132,7 @@ class Shards:
             if self.kind == "png":
                 images, labels, found = _read_images(path, indices)
             elif self.kind == "npz":
-                with np.load(path, allow_pickle=False) as arrays:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     images, labels, found = arrays["images"], arrays["labels"], arrays["indices"]
             else:
                 images, labels, found = _read_table(path)
