@@ -34,7 +34,7 @@ MOVED = {
     "grid.laying": "grid.base",
     "grid.search": "tuning.gits",
     "loop": "sampling.batches",
-    "models.compiling": "models.compile",
+    "models.compiling": "models.torch_compile",
     "models.posthoc": "models.ema.posthoc",
     "models.power": "models.ema.power",
     "plot": "plan.plot",

@@ -21,7 +21,7 @@ from torch import Tensor
 from sdeflow._utils.files import write_whole
 from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, SdeflowError
-from sdeflow.models.compile import compile_network
+from sdeflow.models.torch_compile import compile_network
 from sdeflow.models.unet import UNet, UNetConfig
 
 BUNDLED = {"cifar10": Path(__file__).parent / "checkpoints" / "cifar10.safetensors"}

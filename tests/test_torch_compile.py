@@ -13,7 +13,7 @@ from test_unet import unet
 
 from sdeflow import load, sample
 from sdeflow.models import compile as compiling
-from sdeflow.models.compile import compile_network
+from sdeflow.models.torch_compile import compile_network
 
 
 @pytest.fixture
