@@ -72,10 +72,7 @@ MOVED = {
 }
 """Old place to new place, below `sdeflow`."""
 
-RENAMED = {
-    "generate.Generated": "generate.GenerationResult",
-    "grid.auto": "solvers.auto.grid.auto",
-}
+RENAMED = {"generate.Generated": "generate.GenerationResult", "grid.auto": "solvers.auto.grid.auto"}
 """Old name to new name, below `sdeflow`."""
 
 

@@ -25,7 +25,7 @@ Examples:
 
     sdeflow train --data train.parquet --images 5000000 --max-seconds 3000
 
-    sdeflow train --data train.parquet --init cifar10 --images 5000000    begin from the bundled network
+    sdeflow train --data train.parquet --init cifar10 --images 5000000    from the bundled network
 
     sdeflow train --out runs/photos --resume           go on, exactly where it stopped
 

@@ -96,8 +96,8 @@ class Shards:
         return self.folder / (f"shard-{k:05d}" + ("" if self.kind == "png" else f".{self.kind}"))
 
     def write(self, k: int, images: Tensor, labels: Tensor) -> Path:
-        """Write shard `k`, completely or not at all: `images` uint8 [k, H, W, C] and `labels` int64 [k],
-        on the CPU.
+        """Write shard `k`, completely or not at all: `images` uint8 [k, H, W, C] and `labels` int64
+        [k], on the CPU.
 
         Errors: `SdeflowError` where it cannot be written (a full disk, say); what was there is then
         unchanged.

@@ -1,7 +1,8 @@
-"""Checkpoints: safetensors files that are written completely or not at all, and that say what they are.
+"""Checkpoints: safetensors files that are written completely or not at all, and say what they are.
 
 A file holds tensors, and in its header what a reader needs: a network's configuration, class names,
-the facts of its training. A SHA-256 of all of it shows whether the file is damaged. Nothing in it is executable.
+the facts of its training. A SHA-256 of all of it shows whether the file is damaged. Nothing in it
+is executable.
 """
 
 from __future__ import annotations

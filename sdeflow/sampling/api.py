@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time as clock
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -166,6 +166,7 @@ def encode(
     `x0` is taken for the state at `t_min`. `nfe` counts network calls; a grid of given times must
     increase.
     """
+    request = Request(**locals())
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
     if isinstance(grid, str) or grid is None or callable(grid):
         method = registry.solver(solver or DEFAULT_SOLVER).for_denoiser(denoiser)
@@ -179,22 +180,8 @@ def encode(
         times = check_times(grid)
         if times[-1] < times[0]:
             raise GridError("encoding runs from data to noise: give times that increase")
-    request = Request(
-        score_fn=score_fn,
-        process=process,
-        solver=solver,
-        nfe=nfe,
-        grid=times,
-        condition=condition,
-        x=x0,
-        t=float(times[0]),
-        finish=False,
-        batch_size=batch_size,
-        compile=compile,
-        progress=progress,
-        requires_grad=requires_grad,
-    )
-    return run(request).x
+    start = float(times[0])
+    return run(replace(request, x=x0, x0=None, t=start, grid=times, nfe=nfe, finish=False)).x
 
 
 def run(request: Request) -> Solution:
@@ -240,7 +227,7 @@ def run(request: Request) -> Solution:
         seconds=clock.perf_counter() - began,
         version=__version__,
     )
-    return dataclasses.replace(solution, provenance=provenance)
+    return replace(solution, provenance=provenance)
 
 
 def _batch_size(request: Request, inputs: Inputs, method: Solver | Plan) -> BatchSize:

@@ -94,8 +94,8 @@ def write_snapshot(
     """Store each of `averages`, which have seen `images` images, in a file of its own in `folder`;
     their paths.
 
-    `facts` is what `model_facts` gives. Each file is written completely or not at all. float16 takes
-    half the space and suffices where the model made of it is kept in half precision too. Raises
+    `facts` is what `model_facts` gives. Each file is written completely or not at all. float16
+    takes     half the space and suffices where the model made of it is kept in half precision too. Raises
     `CheckpointError` if an average is not finite (in `dtype`) or its file cannot be written; those
     that are already written stay, and are good.
     """
