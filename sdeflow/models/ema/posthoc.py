@@ -95,9 +95,9 @@ def write_snapshot(
     their paths.
 
     `facts` is what `model_facts` gives. Each file is written completely or not at all. float16
-    takes     half the space and suffices where the model made of it is kept in half precision too. Raises
-    `CheckpointError` if an average is not finite (in `dtype`) or its file cannot be written; those
-    that are already written stay, and are good.
+    takes half the space and suffices where the model made of it is kept in half precision too.
+    Raises `CheckpointError` if an average is not finite (in `dtype`) or its file cannot be written;
+    those that are already written stay, and are good.
     """
     if missing := [name for name in (*SAME, "card") if name not in facts]:
         raise ValueError(f"facts lacks {', '.join(missing)}: use model_facts")
