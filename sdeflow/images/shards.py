@@ -34,7 +34,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from sdeflow._utils.checks import whole_number
-from sdeflow._utils.files import check_writable, write_whole
+from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow.errors import SdeflowError, missing_extra
 
 RUN = "run.json"
@@ -121,7 +121,7 @@ class Shards:
             )
         else:
             _write_table(buffer, indices, pixels, classes, self.class_names)
-        return write_whole(path, buffer.getvalue(), "shard")
+        return write_atomically(path, buffer.getvalue(), "shard")
 
     def read(self, k: int) -> Batch:
         """Shard `k`, verified. Errors: `SdeflowError` where it is missing, damaged, or not what it
@@ -196,7 +196,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_settings(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Path:
     """Write `run.json`, completely or not at all."""
-    return write_whole(
+    return write_atomically(
         Path(folder) / RUN, (json.dumps(dict(settings), indent=1) + "\n").encode(), "run file"
     )
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from sdeflow._utils.files import write_whole
+from sdeflow._utils.files import write_atomically
 from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, SdeflowError
 from sdeflow.models.torch_compile import compile_network
@@ -98,7 +98,7 @@ def write_tensors(
     # the same file.
     header = {HEADER: json.dumps({**facts, "sha256": digest(plain, dict(facts))})}
     try:
-        write_whole(path, serialise(plain, header), "checkpoint")
+        write_atomically(path, serialise(plain, header), "checkpoint")
     except SdeflowError as error:
         raise CheckpointError(str(error)) from error
 
