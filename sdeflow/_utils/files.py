@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, what: str = "
                 os.unlink(name)
             raise
     except OSError as error:
-        old = "the file that was there is unchanged"
+        old = "the file that was there is untouched"
         kept = old if path.is_file() else "nothing was left behind"
         raise SdeflowError(
             f"could not save the {what} {path} ({error.strerror or error}); {kept}. Make room, or"
