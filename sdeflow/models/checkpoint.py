@@ -164,6 +164,20 @@ def save_model(
     write_tensors(path, tensors, facts)
 
 
+def network_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object) -> UNet:
+    """The network of the configuration in `facts`, with these parameters as float32, in evaluation
+    mode, without gradients. Raises `CheckpointError` if they do not fit.
+    """
+    try:
+        network = UNet(UNetConfig.from_dict(facts["config"]))
+        network.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not fit the configuration in its own header: {error}"
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
 def load_model(
     path: str | os.PathLike[str],
     device: str | torch.device | None = None,
@@ -181,15 +195,8 @@ def load_model(
             f" inference ({FORMAT}); a training state becomes one with: sdeflow train --out FOLDER"
             " --resume --export FILE"
         )
-    try:
-        network = UNet(UNetConfig.from_dict(facts["config"]))
-        network.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not fit the configuration in its own header: {error}"
-        ) from error
     place = torch.get_default_device() if device is None else torch.device(device)
-    network.to(device=place, dtype=dtype).eval().requires_grad_(False)
+    network = network_of(facts, tensors, path).to(device=place, dtype=dtype)
     low, high = facts["nsr_range"]
     return Pretrained(
         network, facts["sigma_data"], (low, high), facts["class_names"], facts["card"]
