@@ -17,12 +17,7 @@ def is_whole(value: Any, least: float = 1, most: float = math.inf) -> bool:
 
 
 def whole_number(
-    name: str,
-    value: Any,
-    least: int = 1,
-    *,
-    of: str = "",
-    error: type[Exception] = ValueError,
+    name: str, value: Any, least: int = 1, *, of: str = "", error: type[Exception] = ValueError
 ) -> int:
     """`value`, a whole number of at least `least`; `of` says what it counts, in the error."""
     if not is_whole(value, least):

@@ -260,8 +260,8 @@ class Loop:
             if not _memory.out_of_memory(error):
                 raise
             spent = OutOfMemoryError(
-                f"all {self.inputs.n} samples are done, but do not fit on {self.inputs.device} twice,"
-                " as joining the batches takes: ask for fewer at a time. They are in this error's"
+                f"all {self.inputs.n} samples are done, but do not fit twice on"
+                f" {self.inputs.device}, as joining the batches takes: ask for fewer at a time. They are in this error's"
                 " `finished`, on the CPU"
             )
         spent.finished = join([_on_cpu(part) for part in self.parts])
@@ -284,8 +284,8 @@ class Loop:
         return entries
 
     def _bytes_a_row(self, rows: int) -> int:
-        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call with
-        a few rows, the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call
+        with a few rows, the plan's states are counted.
         """
         device = self.inputs.device
         some = slice(0, rows)

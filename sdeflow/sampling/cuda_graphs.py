@@ -142,10 +142,7 @@ class GraphCache:
 
 
 def refusal(
-    method: Solver | Plan,
-    device: torch.device,
-    request: Request,
-    condition: Mapping[str, Any],
+    method: Solver | Plan, device: torch.device, request: Request, condition: Mapping[str, Any]
 ) -> str | None:
     """Why a solve cannot run as CUDA graphs, as far as is known before it begins; else None."""
     if request.callback is not None:
@@ -257,7 +254,7 @@ def _fixed(condition: Mapping[str, Any]) -> Hashable:
 
 
 def _buffers(condition: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of a condition's tensors, which later values can overwrite, in inference mode or not."""
+    """Copies of a condition's tensors, to be overwritten later, in inference mode or not."""
     with torch.inference_mode(False), torch.no_grad():
         return {
             name: value.clone() if isinstance(value, Tensor) else value
