@@ -31,6 +31,7 @@ from sdeflow._utils.run_control import Stop
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
 from sdeflow.denoisers.fingerprint import model_sha256
+from sdeflow.denoisers.wrapper import Prepared, Wrapper
 from sdeflow.errors import NonFiniteError, SdeflowError, SolverError
 from sdeflow.generate.coordination import Coordinator
 from sdeflow.grid import GridFunction
@@ -251,8 +252,9 @@ class Maker:
             label = self.labels.given(rows)
             height, width, channels = self.shards.shape
             try:
+                denoiser = self.denoiser.rows(torch.arange(rows.start, rows.stop))
                 solution = solve(
-                    self.denoiser, **self.how, shape=(channels, height, width), n=len(rows), seeds=self.seed + rows.start,
+                    denoiser, **self.how, shape=(channels, height, width), n=len(rows), seeds=self.seed + rows.start,
                     condition=None if label is None else {"label": label}, batch_size=self.batch, compile=self.compile,
                     device=self.device,
                 )  # fmt: skip
@@ -346,20 +348,24 @@ def missing_shards(
 # ------------------------------------------------------------------------ what determines a picture
 
 
-class _Free(Denoiser):
-    """Stands for a denoiser where only the sentence around it is asked about: process, grid,
-    budget.
+class _StandIn(Wrapper):
+    """Stands for a denoiser where only the sentence around it is asked for: process, grid and
+    budget. It takes samples of any shape and calls no network.
     """
 
-    def __init__(self, like: Denoiser) -> None:
-        self.process, self.nsr_range, self.default_grid = (
-            like.process,
-            like.nsr_range,
-            like.default_grid,
-        )
-        self.exact = like.exact
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(denoiser)
+        self.shape, self.known_density = None, denoiser.known_density
 
-    def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """None: it runs on the CPU."""
+        return ()
+
+    def inner_calls(self, condition: Mapping[str, Any]) -> list[Any]:
+        return []
+
+    def combine(self, calls: Sequence[Prepared], x: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
@@ -369,7 +375,7 @@ def sentence(denoiser: Denoiser, how: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(how["noise"], str):
         raise TypeError("noise is 'seeded' or 'brownian': a noise of your own serves one batch")
-    solution = solve(_Free(denoiser), **how, shape=(1,), n=1, seeds=0)
+    solution = solve(_StandIn(denoiser), **how, shape=(1,), n=1, seeds=0)
     method = solution.solver
     return {
         "solver": (
@@ -391,8 +397,8 @@ def _sha256(text: str) -> str:
 
 def dtype_of(denoiser: Denoiser) -> str:
     """The dtype of the network's parameters, or of the states."""
-    network = getattr(denoiser, "network", None)
-    first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    parameters = (p for network in denoiser.networks for p in network.parameters())
+    first = next(parameters, None)
     return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
 
 

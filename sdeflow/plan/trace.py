@@ -13,7 +13,7 @@ from sdeflow._utils.math import Scalar, value_of
 from sdeflow.errors import SolverError
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.process import Level, Process
-from sdeflow.reverse import Reverse
+from sdeflow.reverse import Reverse, Spent
 
 
 class Operand:
@@ -68,7 +68,7 @@ class Trace(Reverse):
     def __init__(self, process: Process):
         self.process = process
         self.condition: dict[str, Any] = {}
-        self.nfe = 0
+        self.spent = Spent()
         self._known = {}
         self.instructions: list[Instruction] = []
         self.values = 1  # value 0 is the state that the solve starts from
@@ -101,7 +101,7 @@ class Trace(Reverse):
         return self.values - 1
 
     def __call__(self, x: Any, t: Level) -> Operand:
-        self.nfe += 1
+        self.spent.nfe += 1
         given = self.value(x)
         out = self._new()
         self.instructions.append(Call(out, given, t.t, t.s, t.sigma))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError
@@ -182,11 +182,9 @@ def named_device(name: str | torch.device) -> torch.device:
 
 def device_of(denoiser: Denoiser) -> torch.device:
     """The device of the network's first parameter; the CPU where there is none."""
-    network = getattr(denoiser, "network", None)
-    if isinstance(network, nn.Module):
-        for parameter in network.parameters():
-            return parameter.device
-    return torch.device("cpu")
+    parameters = (p for network in denoiser.networks for p in network.parameters())
+    first = next(parameters, None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def positive(name: str, value: int, least: int = 1) -> int:

@@ -45,7 +45,7 @@ class Target(Denoiser):
     """
 
     shape: tuple[int, ...]
-    exact = True
+    known_density = True
 
     def __init__(self, shape: Sequence[int], process: Process):
         if not isinstance(process, Process):

@@ -393,7 +393,7 @@ class _Solve(PerSampleSolve):
             )
         result = (x0 if self.finish else x).to(self.dtype)
         return Solution(
-            result, self.calls, self.calls, statistics=self.statistics(), trajectory=trajectory
+            result, self.calls, self.forwards, statistics=self.statistics(), trajectory=trajectory
         )
 
 

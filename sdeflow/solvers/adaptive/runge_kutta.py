@@ -402,7 +402,7 @@ class _Solve(PerSampleSolve):
         return Solution(
             result,
             self.calls,
-            self.calls,
+            self.forwards,
             statistics=self.statistics(),
             trajectory=trajectory,
             interpolant=interpolant,

@@ -324,7 +324,7 @@ class _Solve(PerSampleSolve):
         return Solution(
             result.to(self.dtype),
             self.calls,
-            self.calls,
+            self.forwards,
             statistics=statistics,
             trajectory=trajectory,
         )

@@ -102,7 +102,7 @@ class PerSampleSolve:
         # For each active sample: the error of its last accepted step, whether its last was refused,
         # how many were not finite.
         self.before, self.refused, self.broken = [1e-4] * n, [False] * n, [0] * n
-        self.calls = 0
+        self.calls, self.forwards_before = 0, reverse.forwards
         self.nfe, self.accepted, self.rejected = (
             torch.zeros(n, dtype=torch.int64) for _ in range(3)
         )
@@ -124,12 +124,16 @@ class PerSampleSolve:
         """The prediction for the active samples, at a time for each of them; counted."""
         self.check_budget(1)
         x0 = self.active.ask(x, t).to(x.dtype)
-        self.reverse.nfe += 1
         self.calls += 1
         self.nfe[self.rows] += 1
         if self.on_call is not None:
             self.watch(x, x0, t)
         return x0
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of networks in this solve."""
+        return self.reverse.forwards - self.forwards_before
 
     def check_budget(self, calls: int) -> None:
         """Whether so many more calls can be made; an attempt that cannot be completed is not
@@ -235,7 +239,7 @@ class PerSampleSolve:
         """What was reached: every sample's state at its own time, `statistics["t"]`."""
         a = self.readings()
         statistics = {**self.statistics(), "t": self.time(a), "arrived": a == self.end}
-        return Solution(self.reached(), self.calls, self.calls, statistics=statistics)
+        return Solution(self.reached(), self.calls, self.forwards, statistics=statistics)
 
     def fail_budget(self) -> None:
         behind = int((self.sign * self.a).argmin())

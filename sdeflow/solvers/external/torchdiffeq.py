@@ -163,7 +163,7 @@ class TorchDiffEq(Solver):
         times = check_times(times)
         if finish and len(times) > 1 and times[-1] > times[0]:
             raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
-        before = reverse.nfe
+        before = reverse.nfe, reverse.forwards
         levels = check_levels(reverse.prepare(times), reverse.process)
         states, dtype = [x.to(torch.promote_types(x.dtype, torch.float32))], x.dtype
         if len(times) > 1:
@@ -172,12 +172,12 @@ class TorchDiffEq(Solver):
         result = states[-1]
         if finish:
             result = reverse(result, levels[-1])
-            watch(on_call, reverse.nfe - before - 1, levels[-1], states[-1], result)
+            watch(on_call, reverse.nfe - before[0] - 1, levels[-1], states[-1], result)
             trajectory = [*states, result] if record else None
-        spent = reverse.nfe - before
+        spent = reverse.nfe - before[0], reverse.forwards - before[1]
         stacked = torch.stack(trajectory).to(dtype) if trajectory is not None else None
         return Solution(
-            result.to(dtype), spent, spent, trajectory=stacked, statistics={"method": self.method}
+            result.to(dtype), *spent, trajectory=stacked, statistics={"method": self.method}
         )
 
     def _odeint(

@@ -109,7 +109,7 @@ class TorchSDE(Solver):
             )
         if noise is None and len(times) > 1:
             raise SolverError(f"torchsde's {self.method} draws noise: give it a source of noise")
-        before, dtype = reverse.nfe, x.dtype
+        before, dtype = (reverse.nfe, reverse.forwards), x.dtype
         levels = check_levels(reverse.prepare(times), reverse.process)
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         states = [y]
@@ -128,10 +128,10 @@ class TorchSDE(Solver):
             states = [*states, y] if record else [y]
         if finish:
             y = sde.ask(y, levels[-1])
-        spent = reverse.nfe - before
+        spent = reverse.nfe - before[0], reverse.forwards - before[1]
         trajectory = torch.stack([*states, y] if finish else states).to(dtype) if record else None
         return Solution(
-            y.to(dtype), spent, spent, trajectory=trajectory, statistics={"method": self.method}
+            y.to(dtype), *spent, trajectory=trajectory, statistics={"method": self.method}
         )
 
 
