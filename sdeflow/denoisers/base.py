@@ -57,8 +57,8 @@ class Denoiser(ABC):
     outputs: tuple[str, ...] = ("x0",)
     """The names of what `predict` returns."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if "exact" in vars(cls):
             raise TypeError(f"{cls.__name__}.exact is called known_density since 0.6")
 

@@ -76,8 +76,8 @@ class Wrapper(Denoiser):
             )
         self.nsr_range = low, high
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if "__call__" in vars(cls) and cls.forwards is Wrapper.forwards:
             raise TypeError(
                 f"{cls.__name__} overrides __call__, so that its calls cannot be counted: define"
