@@ -60,7 +60,9 @@ class Wrapper(Denoiser):
                     f" {'none' if denoiser is None else type(denoiser).__name__}"
                 )
         self.process = denoisers[0].process
-        self.held: tuple[Denoiser, ...] = tuple(d.under(self.process) for d in denoisers)
+        self.held: tuple[Denoiser, ...] = tuple(
+            d if d.process == self.process else d.under(self.process) for d in denoisers
+        )
         self.default_grid = self.inner.default_grid
         shapes = {d.shape for d in self.held} - {None}
         if len(shapes) > 1:
