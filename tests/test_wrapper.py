@@ -110,6 +110,12 @@ def conditional(process: Process | None = None, **more: Any) -> Prediction:
     return Prediction(Counting(), "x0", process or VP(), **how)
 
 
+class Karras(Prediction):
+    """A network with a grid of its own."""
+
+    default_grid = "karras"
+
+
 def network(denoiser: Denoiser) -> Counting:
     (module, *_) = denoiser.networks
     assert isinstance(module, Counting)
@@ -134,8 +140,7 @@ EVERY = {
 
 @pytest.mark.parametrize("name", EVERY)
 def test_what_the_inner_denoiser_knows_is_handed_on(name: str) -> None:
-    model = conditional()
-    model.default_grid = "karras"
+    model = Karras(Counting(), "x0", VP(), shape=(2,), nsr_range=(0.01, 50.0))
     model.class_names = ("cat", "dog")
     wrapper = EVERY[name](model)
     assert wrapper.process == VP()
@@ -197,8 +202,7 @@ def test_a_denoiser_under_another_process_keeps_its_check() -> None:
 
 
 def test_guidance_keeps_the_grid_and_the_range_of_its_network() -> None:
-    model = conditional()
-    model.default_grid = "karras"
+    model = Karras(Counting(), "x0", VP(), shape=(2,), nsr_range=(0.01, 50.0))
     plain = solve(model, solver="heun", nfe=9, n=4, seeds=0, condition={"label": LABEL})
     for wrapper in (Guided(model, 2.0), ByHand(model, 2.0)):
         guided = solve(wrapper, solver="heun", nfe=9, n=4, seeds=0, condition={"label": LABEL})
