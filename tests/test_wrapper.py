@@ -330,20 +330,21 @@ def test_a_wrapper_equals_its_textbook_under_every_solver(solver: str) -> None:
     for k, name in enumerate(EVERY):
         path = NETS[k % len(NETS)]
         model = conditional(path)
+        network(model).double()
         wrapper = EVERY[name](model)
         nfe = budget(method)
         whole = solve(
             wrapper, solver=method, nfe=nfe, n=4, seeds=0, condition={"label": LABEL},
-            grid="uniform_lam", batch_size=3,
+            grid="uniform_lam", batch_size=3, dtype=torch.float64,
         )  # fmt: skip
         counted = network(model).calls
         assert whole.network_calls == counted
         assert whole.nfe == nfe
-        source = SeededNoise(range(4), (2,))
+        source = SeededNoise(range(4), (2,), dtype=torch.float64)
         start = source.start() * path.level(float(whole.times[0])).sigma
         reverse = Reverse(WrittenOut(name, model), {"label": LABEL})
         textbook = method.textbook(reverse, start, whole.times, source)
-        torch.testing.assert_close(whole.x, textbook, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(whole.x, textbook, rtol=1e-8, atol=1e-8)
 
 
 # ------------------------------------------------------------------- what is held for each sample
