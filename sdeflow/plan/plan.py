@@ -432,7 +432,7 @@ class Plan:
             self._outlive,
             on_call,
         )
-        reverse.nfe += self.nfe
+        reverse.count(self._times)
         return done
 
 

@@ -257,9 +257,9 @@ def _calls(method: Solver | Plan, times: Tensor, finish: bool) -> int | None:
 
 
 def _warn_training(denoiser: Denoiser) -> None:
-    network = getattr(denoiser, "network", None)
-    if isinstance(network, nn.Module) and any(
+    if any(
         m.training and isinstance(m, nn.Dropout | nn.modules.batchnorm._BatchNorm)
+        for network in denoiser.networks
         for m in network.modules()
     ):
         warnings.warn(

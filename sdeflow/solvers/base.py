@@ -54,14 +54,16 @@ class Provenance:
 class Solution:
     """The result of a solve; `provenance` says how it was made.
 
-    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch, `network_calls` forwards
-    of the network in all. `trajectory` (`[levels, n, *shape]`, the result last) and `x0s`
-    (`[nfe, n, *shape]`) are there on request, `interpolant` from solvers with a dense output.
+    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch; `network_calls` counts
+    the forwards of networks in all, and `network_gradients` their gradients. `trajectory`
+    (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there on request,
+    `interpolant` from solvers with a dense output.
     """
 
     x: Tensor
     nfe: int
     network_calls: int = 0
+    network_gradients: int = 0
     plan: Plan | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
     trajectory: Tensor | None = None
@@ -338,6 +340,7 @@ def run_plan(
     plan: Plan, reverse: Reverse, x: Tensor, noise: Noise | None, on_call: OnCall | None = None
 ) -> Solution:
     """Execute a plan and say so in a `Solution`."""
+    before = reverse.forwards
     result, recorded = plan.execute(reverse, x, noise, on_call)
     trajectory = (
         torch.stack([*recorded, result] if plan.finished else recorded) if recorded else None
@@ -345,6 +348,7 @@ def run_plan(
     return Solution(
         result,
         plan.nfe,
+        reverse.forwards - before,
         plan=plan,
         trajectory=trajectory,
         statistics={"draws": plan.draws, "buffers": plan.buffers},

@@ -74,7 +74,7 @@ class External(Solver):
     ) -> Solution:
         times = check_times(times)
         self.check(times, noise, finish)
-        before = reverse.nfe
+        before, forwards = reverse.nfe, reverse.forwards
         levels = check_levels(reverse.prepare(times), reverse.process)
         states, dtype = [x.to(torch.promote_types(x.dtype, torch.float32))], x.dtype
         if len(levels) > 1:
@@ -83,11 +83,10 @@ class External(Solver):
             x0 = reverse(states[-1], levels[-1]).to(states[-1].dtype)
             watch(on_call, reverse.nfe - before - 1, levels[-1], states[-1], x0)
             states = [*states, x0]
-        spent = reverse.nfe - before
         return Solution(
             states[-1].to(dtype),
-            spent,
-            spent,
+            reverse.nfe - before,
+            reverse.forwards - forwards,
             trajectory=torch.stack(states).to(dtype) if record else None,
             statistics={"method": self.method},
         )
