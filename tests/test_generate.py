@@ -338,7 +338,7 @@ def test_a_process_that_dies_takes_the_others_down_and_a_rerun_completes(tmp_pat
     assert time.monotonic() - began < 60
     assert not (tmp_path / "out" / "shard-00003").exists()
     there = Shards(tmp_path / "out", "png", 17, 5, (4, 4, 3))
-    assert there.whole(1)
+    assert there.is_sound(1)
     assert make(tmp_path / "out").finished
     make(tmp_path / "one")
     assert files(tmp_path / "out") == files(tmp_path / "one")
@@ -390,9 +390,9 @@ def test_a_run_that_is_killed_goes_on_without_gaps_or_duplicates(tmp_path: Path,
     """
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\nfrom sdeflow.generate import run\nsolve = run.solve\n"
-        "def slow(*a, **k):\n    time.sleep(0.03)\n    return solve(*a, **k)\n"
-        "run.solve = slow\n" + SCRIPT
+        "import time\nfrom sdeflow.generate import api\nrun = api.run\n"
+        "def slow(request):\n    time.sleep(0.03)\n    return run(request)\n"
+        "api.run = slow\n" + SCRIPT
     )
     command = [
         sys.executable,
@@ -482,7 +482,7 @@ def test_a_shard_in_another_ones_place_is_noticed(tmp_path: Path) -> None:
             shutil.copy(place.path(0) / "00000003.png", place.path(1) / "00000007.png")
         else:
             shutil.copy(place.path(0), place.path(1))
-        assert [place.whole(k) for k in range(4)] == [True, False, True, True]
+        assert [place.is_sound(k) for k in range(4)] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -575,7 +575,7 @@ def test_models_are_told_apart_by_all_that_they_hold() -> None:
 def test_it_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
     made = make(tmp_path / "out", max_seconds=0.0)
     assert (made.finished, made.made, made.reason) == (False, 0, "time limit")
-    assert "the same command goes on" in str(made)
+    assert "the same command continues" in str(made)
     assert make(tmp_path / "out").finished
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def is_whole(value: Any, least: int = 1, most: float = math.inf) -> bool:
+def is_whole(value: Any, least: float = 1, most: float = math.inf) -> bool:
     """Whether `value` is a whole number from `least` to `most`; `True` and `False` are not."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 

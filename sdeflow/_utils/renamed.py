@@ -11,39 +11,44 @@ T = TypeVar("T")
 
 
 def renamed(
-    values: Mapping[str, Mapping[Any, Any]] | None = None, **names: str
+    names: Mapping[str, str], values: Mapping[str, Mapping[Any, Any]] | None = None
 ) -> Callable[[type[T]], type[T]]:
-    """A class decorator: `renamed(old="new")` hands the argument `old` on as `new`, with a
-    `DeprecationWarning`. `values` maps old values of the new arguments to new ones, likewise.
+    """A class decorator: with `names = {"old": "new"}` the constructor takes its argument `new` as
+    `old` too, with a `DeprecationWarning`.
+
+    `values` maps old values of arguments to new ones, likewise, by the name of the argument.
     """
 
     def decorate(kind: type[T]) -> type[T]:
         init: Any = kind.__init__
-        order = list(kind.__dict__.get("__match_args__", ()))
+        order: tuple[str, ...] = vars(kind).get("__match_args__", ())
 
-        @functools.wraps(init)
-        def __init__(self: T, *args: Any, **given: Any) -> None:
-            for old in given.keys() & names.keys():
-                if names[old] in given:
-                    raise TypeError(f"{kind.__name__} got both {old}= and {names[old]}=")
-                _warn(f"{kind.__name__}({old}=...) is now {kind.__name__}({names[old]}=...)")
-                given[names[old]] = given.pop(old)
+        def translated(args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+            if len(args) > len(order):
+                raise TypeError(f"{kind.__name__} takes up to {len(order)} arguments")
+            taken = dict(zip(order, args, strict=False))
+            for name, value in given.items():
+                new = names.get(name, name)
+                if new != name:
+                    _warn(f"{kind.__name__}({name}=...) is now {kind.__name__}({new}=...)")
+                if new in taken:
+                    raise TypeError(f"{kind.__name__} got its argument {new} twice")
+                taken[new] = value
             for name, changed in (values or {}).items():
-                at = order.index(name)
-                value = args[at] if at < len(args) else given.get(name)
+                value = taken.get(name)
                 if isinstance(value, str) and value in changed:
-                    _warn(f"{name}={value!r} of {kind.__name__} is now {changed[value]!r}")
-                    if at < len(args):
-                        args = (*args[:at], changed[value], *args[at + 1 :])
-                    else:
-                        given[name] = changed[value]
-            init(self, *args, **given)
+                    _warn(f"{name}={value!r} of {kind.__name__} is now {name}={changed[value]!r}")
+                    taken[name] = changed[value]
+            return taken
 
-        kind.__init__ = __init__  # type: ignore[method-assign, assignment]
+        # The constructor itself refuses arguments that it does not have.
+        kind.__init__ = functools.wraps(init)(  # type: ignore[method-assign]
+            lambda self, *args, **given: init(self, **translated(args, given))
+        )
         return kind
 
     return decorate
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"{what}; the old name goes in 0.7", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{what}; the old name goes in 0.7", DeprecationWarning, stacklevel=4)

@@ -229,7 +229,7 @@ class _FeatureAccumulator:
                 " statistics"
             )
         facts = {"n": self.statistics.n, "extractor": self.extractor.describe(), **facts}
-        right = int(distributed.gather(self.right).sum())
+        right = int(distributed.all_gather(self.right).sum())
         if (
             not distributed.anyone(self.foreign, self.place)
             and labelled
@@ -240,7 +240,7 @@ class _FeatureAccumulator:
         return FeatureStatistics(
             self.statistics,
             facts,
-            distributed.gather(torch.cat(self.features)) if self.keep else None,
+            distributed.all_gather(torch.cat(self.features)) if self.keep else None,
         )
 
 
@@ -306,7 +306,7 @@ def _digest(pixels: Tensor) -> int:
 
 def _one_shape(shape: tuple[int, ...] | None, name: str, device: torch.device) -> tuple[int, ...]:
     """The shape of the pictures of all processes, some of which may have seen none."""
-    table = distributed.gather(torch.tensor([shape or (0, 0, 0)], device=device)).tolist()
+    table = distributed.all_gather(torch.tensor([shape or (0, 0, 0)], device=device)).tolist()
     seen = sorted({tuple(row) for row in table if any(row)})
     if len(seen) > 1:
         raise ValueError(f"the pictures of {name} differ in shape: {seen[0]} and {seen[1]}")
@@ -316,7 +316,7 @@ def _one_shape(shape: tuple[int, ...] | None, name: str, device: torch.device) -
 def _summed(number: int, device: torch.device) -> int:
     """The sum over all processes of a whole number of 256 bits, modulo 2^256."""
     words = [(number >> (32 * i)) & 0xFFFFFFFF for i in range(8)]
-    table = distributed.gather(torch.tensor([words], device=device)).sum(0).tolist()
+    table = distributed.all_gather(torch.tensor([words], device=device)).sum(0).tolist()
     return sum(word << (32 * i) for i, word in enumerate(table)) % (1 << 256)
 
 

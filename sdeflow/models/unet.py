@@ -66,10 +66,7 @@ class UNetConfig:
                 "UNetConfig: multipliers must be positive whole numbers, one a level, got"
                 f" {self.multipliers}"
             )
-        if self.num_classes < 0:
-            raise ValueError(
-                f"UNetConfig: num_classes must be 0 (unconditional) or more, got {self.num_classes}"
-            )
+        whole_number("UNetConfig: num_classes", self.num_classes, 0)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"UNetConfig: dropout must be in [0, 1), got {self.dropout}")
         if self.size % self.stride:
@@ -243,7 +240,7 @@ class UNet(nn.Module):
     """A UNet for images: `unet(x, time, label=None)` with `x` [B, C, H, W], `time` 0-d or [B],
     `label` int64 [B].
 
-    `time` is any number of order one that tells the noise level, such as `log(nsr) / 4` (see
+    `time` is any number of order one that gives the noise level, such as `log(nsr) / 4` (see
     `Preconditioned`); `label=None` means the null class everywhere. The output has the shape of
     `x`. Parameters are float32; run it under autocast for bf16. Raises `ValueError` if a label
     reaches an unconditional network or the image cannot be halved often enough.

@@ -1,5 +1,5 @@
-"""The loop over the batches of a solve: each is integrated or replayed, watched, checked and joined
-to the others.
+"""The loop over the batches of a solve: each is integrated or replayed, checked, and joined to the
+others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
 
 
 class ProgressBar:
-    """The progress bar of a solve, a step a network call; nothing where none is wanted."""
+    """The progress bar of a solve, one step a network call; or none."""
 
     def __init__(self, shown: bool, n: int, calls: int | None):
         self._calls, self._at = calls, 0
@@ -44,9 +44,7 @@ class ProgressBar:
         return self._bar is not None
 
     def begin(self, batches: int) -> None:
-        """A batch begins, of so many that are left; what a batch that was given up had counted is
-        taken back.
-        """
+        """A batch begins, of so many that are left. The count of an abandoned batch is undone."""
         if self._bar is not None:
             self._bar.n = self._at
             self._bar.total = None if self._calls is None else self._at + self._calls * batches
@@ -63,7 +61,7 @@ class ProgressBar:
 
     @contextlib.contextmanager
     def saying(self, text: str) -> Iterator[None]:
-        """Show what takes its time, meanwhile."""
+        """Show `text` within the block."""
         if self._bar is not None:
             self._bar.set_description(text)
         try:
@@ -73,7 +71,7 @@ class ProgressBar:
                 self._bar.set_description(self.title)
 
     def close(self) -> None:
-        """Leave it as it stands."""
+        """Leave it as it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -93,12 +91,12 @@ class Loop:
     bar: ProgressBar
     parts: list[Solution] = field(default_factory=list)
     _pending: tuple[slice, Solution, Tensor] | None = None
-    """A replayed batch whose result nobody has looked at: the device is still at work on it while
-    the next one is prepared.
+    """A replayed batch whose result is not checked yet: the device works on it while the next one
+    is prepared.
     """
 
     def run(self) -> Solution:
-        """The solution of all samples; what is done when an error comes is in its `finished`."""
+        """The solution of all samples. An error has the finished batches in its `finished`."""
         device = self.inputs.device
         self.size.find(device, self._entries, self._bytes_a_row)
         _memory.begin_peak(device)
@@ -192,17 +190,8 @@ class Loop:
                 x0s.append(x0.clone())
             if callback is not None:
                 s = float(call.s)
-                callback(
-                    CallInfo(
-                        index,
-                        index + 1,
-                        float(call.t),
-                        float(call.sigma) / s if s else float("inf"),
-                        x,
-                        x0,
-                        rows,
-                    )
-                )
+                nsr = float(call.sigma) / s if s else float("inf")
+                callback(CallInfo(index, index + 1, float(call.t), nsr, x, x0, rows))
             self.bar.update()
 
         return watch
@@ -210,11 +199,11 @@ class Loop:
     # ------------------------------------------------------------------------------ what went wrong
 
     def _settle(self) -> None:
-        """Look at the result of the batch that was replayed last; this waits for the device."""
+        """Check the result of the batch that was replayed last; this waits for the device."""
         if self._pending is None:
             return
         (rows, part, finite), self._pending = self._pending, None
-        # Rows that only filled the batch up are no one's concern.
+        # Rows that only filled the batch up do not matter.
         if not bool(finite) and not bool(torch.isfinite(part.x).all()):
             self._refuse(rows, part)
         self.parts.append(part)
@@ -222,8 +211,8 @@ class Loop:
         self.bar.end()
 
     def _refuse(self, rows: slice, part: Solution) -> None:
-        """Raise the error for a result that is not finite, having run the batch again to find the
-        first call at fault.
+        """Raise the error for a result that is not finite, after running the batch again to find
+        the first call at fault.
         """
         bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
         names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
@@ -232,12 +221,9 @@ class Loop:
 
             def check(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
                 if not bool(torch.isfinite(x0).all()):
-                    whose = (
-                        "the network returned it"
-                        if bool(torch.isfinite(x).all())
-                        else "its input was not finite"
-                    )
-                    raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {whose}.")
+                    sound = bool(torch.isfinite(x).all())
+                    why = "the network returned it" if sound else "its input was not finite"
+                    raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {why}.")
 
             source, state = self._begin(rows)
             reverse = Reverse(self.denoiser, self.conditions.rows(rows))
@@ -254,9 +240,7 @@ class Loop:
         raise error
 
     def _finished(self) -> Solution | None:
-        """The batches that are done; on the CPU where there is no room to join them on the
-        device.
-        """
+        """The finished batches; on the CPU if the device has no memory to join them."""
         if not self.parts:
             return None
         try:
@@ -267,8 +251,8 @@ class Loop:
         return join([_on_cpu(part) for part in self.parts])
 
     def _whole(self) -> Solution:
-        """All batches as one; `OutOfMemoryError`, with all of them, where there is no room on the
-        device.
+        """All batches as one; `OutOfMemoryError`, with all of them, if the device has no memory to
+        join them.
         """
         try:
             return join(self.parts)
@@ -286,7 +270,7 @@ class Loop:
     # --------------------------------------------------------------------------------------- memory
 
     def _release(self) -> None:
-        """Give back what can be done without, after a batch that did not fit."""
+        """Free what can be freed, after a batch that did not fit."""
         self._settle()
         self.graphs.release()
         _memory.release(self.inputs.device)
@@ -300,8 +284,8 @@ class Loop:
         return entries
 
     def _bytes_a_row(self, rows: int) -> int:
-        """What a row of a batch takes on CUDA, measured by one call of the network at a few rows;
-        the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call with
+        a few rows, the plan's states are counted.
         """
         device = self.inputs.device
         some = slice(0, rows)
@@ -324,7 +308,7 @@ class Loop:
         return -(-(peak - before) // rows) + states * self._entries * self.inputs.dtype.itemsize
 
     def _memory(self) -> dict[str, Memory]:
-        """What `Solution.statistics` says of memory."""
+        """The entry of `Solution.statistics` about memory."""
         first = self.parts[0]
         buffers = (
             None

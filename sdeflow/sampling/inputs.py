@@ -1,6 +1,4 @@
-"""Where a solve starts: how many samples of what shape, their seeds and states, and the conditions
-that go with them.
-"""
+"""Where a solve starts: the number and shape of the samples, their seeds, states and conditions."""
 
 from __future__ import annotations
 
@@ -50,11 +48,8 @@ class Inputs:
                 f"samples of this model have the shape {denoiser.shape}; x and x0 add a batch in"
                 f" front: got {tuple(given.shape)}"
             )
-        if (
-            t is not None
-            and not isinstance(t, int | float)
-            and not (isinstance(t, Tensor) and t.ndim == 0)
-        ):
+        number = isinstance(t, int | float) or (isinstance(t, Tensor) and t.ndim == 0)
+        if t is not None and not number:
             raise TypeError(f"t is one number for all samples; got {t!r}")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
@@ -85,13 +80,8 @@ class Inputs:
         self.shape, self.x, self.x0 = known, x, x0
         self.n = _count(n, seeds, given)
         self.seeds = _seeds(seeds, self.n)
-        self.device = (
-            check_device(device)
-            if device is not None
-            else given.device
-            if given is not None
-            else device_of(denoiser)
-        )
+        place = device_of(denoiser) if given is None else given.device
+        self.device = place if device is None else check_device(device)
         self.dtype = dtype or (given.dtype if given is not None else torch.float32)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise TypeError(
@@ -123,11 +113,8 @@ class Conditions:
         for name, value in (condition or {}).items():
             if isinstance(value, np.ndarray):
                 value = torch.from_numpy(value)
-            if (
-                isinstance(value, list | tuple)
-                and value
-                and all(isinstance(v, int | float) for v in value)
-            ):
+            listed = isinstance(value, list | tuple) and len(value) > 0
+            if listed and all(isinstance(v, int | float) for v in value):
                 value = torch.tensor(value)
             if isinstance(value, Tensor):
                 if value.ndim and value.shape[0] not in (1, n):
@@ -145,9 +132,8 @@ class Conditions:
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value[rows] if value.ndim else value
-            return (
-                value[rows] if isinstance(value, list | tuple) and len(value) == self.n else value
-            )
+            listed = isinstance(value, list | tuple) and len(value) == self.n
+            return value[rows] if listed else value
 
         return {name: cut(value) for name, value in self.values.items()}
 
@@ -192,18 +178,15 @@ def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | Non
     if given is not None:
         counts["the starting state"] = len(given)
     if len(set(counts.values())) > 1:
-        raise ValueError(
-            "how many samples? "
-            + ", ".join(f"{name} says {count}" for name, count in counts.items())
-        )
+        said = ", ".join(f"{name} says {count}" for name, count in counts.items())
+        raise ValueError(f"how many samples? {said}")
     count = next(iter(counts.values()), 1)
     return whole_number("the number of samples", count)
 
 
 def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
     if seeds is None:
-        # Fresh, and independent of torch's global generator, which a sampler has no business to
-        # move.
+        # Fresh, and without torch's global generator, whose state a sampler must not change.
         first = int.from_bytes(os.urandom(4), "little")
         return tuple(range(first, first + n))
     if isinstance(seeds, int):

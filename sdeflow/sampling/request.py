@@ -17,7 +17,9 @@ from sdeflow.process import Process
 from sdeflow.solvers.base import Solver
 
 GraphMode = bool | Literal["require"]
-"""The argument `compile`: whether batches run as CUDA graphs; `"require"` makes it an error if not."""
+"""The argument `compile`: whether batches run as CUDA graphs. With `"require"` it is an error if they
+cannot.
+"""
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,8 @@ def times_of(method: Solver | Plan, denoiser: Denoiser, request: Request) -> tup
             )
         levels = process.levels([t for t, _, _ in method.grid])
         for mine, (time, s, sigma) in zip(levels, method.grid, strict=True):
-            if abs(mine.s - s) > 1e-9 * (1 + abs(s)) or abs(mine.sigma - sigma) > 1e-9 * (
-                1 + abs(sigma)
-            ):
+            pairs = ((mine.s, s), (mine.sigma, sigma))
+            if any(abs(a - b) > 1e-9 * (1 + abs(b)) for a, b in pairs):
                 raise ValueError(
                     f"this plan was traced under {method.process}, and {process!r} differs from it"
                     f" at t={time:g}: pass process="
@@ -44,10 +43,8 @@ def times_of(method: Solver | Plan, denoiser: Denoiser, request: Request) -> tup
             raise ValueError(f"this plan starts at t={method.grid[0][0]:g}, not at t={t:g}")
         if finish != method.finished:
             raise ValueError(f"this plan was traced with finish={method.finished}")
-        return (
-            torch.tensor([time for time, _, _ in method.grid], dtype=torch.float64),
-            "the plan's own",
-        )
+        times = torch.tensor([time for time, _, _ in method.grid], dtype=torch.float64)
+        return times, "the plan's own"
     grid = grid_for(grid, method, denoiser, finish)
     # An adaptive solver refuses a budget.
     levels_asked = None if nfe is None else method.levels(nfe, finish=finish)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow._utils.math import value_of
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
@@ -187,18 +189,8 @@ class GridSolver(Solver):
         return self.calls_per_step
 
     def levels(self, nfe: int, *, finish: bool = True) -> int:
-        if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-            raise BudgetError(f"nfe is a whole number of network calls, at least 1; got {nfe!r}")
-        levels, below = 1 if finish else 2, 0
-        while (cost := self.calls(levels, finish=finish)) < nfe:
-            levels, below = levels + 1, cost
-        if cost != nfe:
-            near = f"{below} and {cost}" if below else f"{cost}"
-            raise BudgetError(
-                f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can"
-                f" {'are' if below else 'is'} {near}"
-            )
-        return levels
+        name, least = type(self).__name__, 1 if finish else 2
+        return search_levels(name, partial(self.calls, finish=finish), nfe, least)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -319,6 +311,20 @@ class GridSolver(Solver):
                 f"{type(self).__name__} only runs from noise to data; encode with a solver of the"
                 " ODE, such as Heun"
             )
+
+
+def search_levels(name: str, calls: Callable[[int], int], nfe: int, least: int) -> int:
+    """The levels, from `least` on, with which `calls(levels)` is exactly `nfe`; `BudgetError` names
+    the nearest budgets.
+    """
+    whole_number("nfe", nfe, of="network calls", error=BudgetError)
+    levels, below = least, 0
+    while (cost := calls(levels)) < nfe:
+        levels, below = levels + 1, cost
+    if cost != nfe:
+        near = f"are {below} and {cost}" if below else f"is {cost}"
+        raise BudgetError(f"{name} cannot spend nfe={nfe}; the nearest it can {near}")
+    return levels
 
 
 def run_plan(

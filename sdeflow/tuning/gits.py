@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import one_of, positive_number, whole_number
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import GridError
 from sdeflow.grid.base import GridFunction, count, ends, falling
@@ -144,15 +145,9 @@ def gits(
 
     Cost: `nodes - 1` network calls for `n` samples, and memory for as many states and predictions.
     """
-    if order not in (1, 2):
-        raise ValueError(f"gits counts the errors of steps of order 1 or 2; got {order!r}")
-    if unit not in ("spread", "signal"):
-        raise ValueError(
-            'gits measures errors in units of the "spread" of the states or of the "signal"; got'
-            f" {unit!r}"
-        )
-    if not (coefficient > 0 and math.isfinite(coefficient)):
-        raise ValueError(f"the coefficient of gits is a positive number; got {coefficient}")
+    one_of("order", order, (1, 2))
+    one_of("unit", unit, ("spread", "signal"))
+    positive_number("coefficient", coefficient)
     method = solver(teacher)
     if method.stochastic:
         raise ValueError(
@@ -201,8 +196,7 @@ def _fine(fine: str | GridFunction | Tensor | Sequence[float], nodes: int) -> Gr
     if isinstance(fine, str):
         fine = grid_function(fine)
     if callable(fine):
-        if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 3:
-            raise GridError(f"gits chooses from at least 3 nodes; got {nodes!r}")
+        whole_number("nodes", nodes, 3, of="levels to choose from", error=GridError)
         return fine
     times = check_times(fine)
     if len(times) < 3 or times[0] < times[-1]:

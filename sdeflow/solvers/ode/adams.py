@@ -37,7 +37,7 @@ StartUp = Literal["orders", "corrected", "singlestep"]
 """How a multistep method takes its first steps."""
 
 
-@renamed(frame="predicts", frame_scale="predicts_scale")
+@renamed({"frame": "predicts", "frame_scale": "predicts_scale"})
 @dataclass(frozen=True)
 class ExponentialAdams(Multistep):
     r"""Exponential Adams: `x_next = a x + sum_j b_j F_j` over the last `p` predictions, with exact

@@ -61,7 +61,7 @@ class EpsMultistep(Multistep):
         return adams("eps", self.clock, nodes, t, t_next, process)[1]
 
 
-@renamed({"clock": {"rho": "nsr", "logrho": "lam"}}, variable="clock")
+@renamed({"variable": "clock"}, {"clock": {"rho": "nsr", "logrho": "lam"}})
 @dataclass(frozen=True)
 class DEIS(EpsMultistep):
     r"""DEIS, multistep: `x_next = (s_next / s) x + sum_j b_j eps_j`, eps a polynomial through its

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.errors import unknown
@@ -39,7 +40,7 @@ DPMPredicts = Literal["eps", "x0"]
 Moment = Callable[[int, Any], Any]
 
 
-@renamed(frame="predicts")
+@renamed({"frame": "predicts"})
 @dataclass(frozen=True)
 class DPMSolver(GridSolver):
     r"""DPM-Solver 1, 2, 3 and DPM-Solver++ 2S, 3S: single steps over `p` calls, each a Runge-Kutta
@@ -77,7 +78,7 @@ class DPMSolver(GridSolver):
     source: ClassVar[str] = "Lu et al. 2022"
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or self.p not in STAGES:
+        if not is_whole(self.p, 1, 3):
             raise ValueError(
                 f"a single step of DPM-Solver is of order p = 1, 2 or 3; got p={self.p!r}"
             )
@@ -210,7 +211,7 @@ def corrections(
     return [b1 * change(first) + b2 * moved, b2 * change(second)]
 
 
-@renamed(frame="predicts")
+@renamed({"frame": "predicts"})
 @dataclass(frozen=True)
 class DPMSolverPP(Multistep):
     r"""DPM-Solver++ multistep, 2M and 3M: exponential Adams-Bashforth in `lam` over the last `p`

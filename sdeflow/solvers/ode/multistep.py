@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar, is_tensor
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
@@ -148,6 +149,6 @@ def from_differences(
 
 def check_p(p: object, most: int, who: str, hint: str = "") -> None:
     """A `ValueError` unless `p` is a whole number from 1 to `most`."""
-    if isinstance(p, bool) or not isinstance(p, int) or not 1 <= p <= most:
+    if not is_whole(p, 1, most):
         known = "1, 2 or 3" if most == 3 else f"1 to {most}"
         raise ValueError(f"{who} uses p = {known} predictions; got p={p!r}{hint}")

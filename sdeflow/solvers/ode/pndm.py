@@ -79,7 +79,7 @@ class IPNDM(EpsMultistep):
         return True  # the weights are constant
 
 
-@renamed(exact="exact_weights")
+@renamed({"exact": "exact_weights"})
 @dataclass(frozen=True)
 class IPNDMv(EpsMultistep):
     r"""iPNDM_v: iPNDM with weights for variable steps,

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 from sdeflow.errors import SolverError, unknown
 from sdeflow.process import Level
 from sdeflow.process.clock import Clock
-from sdeflow.reverse import Reverse, eps_of
+from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode import tableaus
 from sdeflow.solvers.ode.tableaus import Tableau
@@ -88,9 +88,7 @@ def _slope(reverse: Reverse, z: Any, t: Level, clock: Clock) -> Any:
     """`dz / dq` in the clock, at a level."""
     if clock.name == "t":
         return reverse.velocity(z, t)
-    x = z * t.s
-    x0 = reverse(x, t)
-    return clock.slope(z, x0, eps_of(x, x0, t), t)
+    return clock.slope(z, None, reverse.eps(z * t.s, t), t)
 
 
 def _between(reverse: Reverse, t: Level, h: Any, c: float, clock: Clock) -> Level:

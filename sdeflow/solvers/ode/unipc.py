@@ -16,7 +16,7 @@ from sdeflow.solvers.ode.multistep import Multistep, check_p
 from sdeflow.solvers.ode.weights import adams
 
 
-@renamed(frame="predicts")
+@renamed({"frame": "predicts"})
 @dataclass(frozen=True)
 class UniPC(Multistep):
     r"""UniPC: the predictor UniP-p over `p` predictions, and the corrector UniC-p, which takes the

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from sdeflow._utils import math as _math
+from sdeflow._utils.checks import is_number
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow.process import Level, Process
 from sdeflow.process.clock import Clock
@@ -233,7 +234,7 @@ def _times(process: Process, lam: Tensor, t: Level, t_next: Level) -> Tensor:
 
 def check_ratio(r: Any) -> None:
     """A `ValueError` unless `r` is a place for a stage."""
-    if isinstance(r, bool) or not isinstance(r, int | float) or not 0.0 < r <= 1.0:
+    if not is_number(r, 0.0, 1.0) or r == 0.0:
         raise ValueError(
             f"r is the fraction of the step at which its stage stands: above 0, up to 1; got {r!r}"
         )

@@ -19,7 +19,7 @@ from sdeflow.solvers.ode.weights import between, check_ratio, has_signal
 from sdeflow.solvers.sde.exponential import RateSolver, check_rate, ratio_weights
 
 
-@renamed(exact="exact_weights")
+@renamed({"exact": "exact_weights"})
 @dataclass(frozen=True)
 class SDEDPMSolverPP(RateSolver, Multistep):
     r"""SDE-DPM-Solver++ multistep: the prediction is a polynomial in `lam` through the last `p`,

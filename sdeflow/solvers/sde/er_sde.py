@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sdeflow._utils import math as _math
+from sdeflow._utils.checks import is_number
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.errors import unknown
@@ -69,7 +70,7 @@ noise, as functions of `n`.
 """
 
 
-@renamed(exact="exact_weights")
+@renamed({"exact": "exact_weights"})
 @dataclass(frozen=True)
 class ERSDE(Multistep):
     r"""ER-SDE-Solver-1, 2 and 3: Taylor steps in nsr, with noise after a noise scale `phi(nsr)`.
@@ -109,11 +110,7 @@ class ERSDE(Multistep):
         if isinstance(self.phi, str):
             if self.phi not in POWERS and self.phi not in SCALES:
                 raise unknown("noise scale", self.phi, (*POWERS, *SCALES))
-        elif (
-            isinstance(self.phi, bool)
-            or not isinstance(self.phi, int | float)
-            or not 1.0 <= self.phi < math.inf
-        ):
+        elif not is_number(self.phi, 1.0):
             raise ValueError(
                 "phi is a noise scale's name, or the power of nsr that it is, 1 (the ODE) or more;"
                 f" got {self.phi!r}"

@@ -49,6 +49,7 @@ import math
 from typing import Any
 
 from sdeflow._utils import math as _math
+from sdeflow._utils.checks import is_number
 from sdeflow._utils.math import Scalar
 from sdeflow.process import Level
 from sdeflow.solvers.base import GridSolver
@@ -79,8 +80,7 @@ class RateSolver(GridSolver):
 
 def check_rate(name: str, rate: Any, most: float = math.inf) -> None:
     """A `ValueError` unless `rate` is a finite number from 0 to `most`."""
-    number = isinstance(rate, int | float) and not isinstance(rate, bool)
-    if not (number and math.isfinite(rate) and 0.0 <= rate <= most):
+    if not is_number(rate, 0.0, most):
         upper = "" if most == math.inf else f" to {most:g}"
         raise ValueError(
             f"{name} says how much noise is added: a number from 0 (the ODE){upper}, 1 for the"

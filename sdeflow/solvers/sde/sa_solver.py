@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow.process import Level, Process
 from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
@@ -56,8 +57,7 @@ class SASolver(Multistep):
 
     def __post_init__(self) -> None:
         check_p(self.p, 6, "SA-Solver's predictor")
-        whole = isinstance(self.c, int) and not isinstance(self.c, bool)
-        if not whole or self.c not in (0, 2, 3, 4, 5, 6):
+        if not (is_whole(self.c, 2, 6) or is_whole(self.c, 0, 0)):
             raise ValueError(
                 "a corrector interpolates c = 2 or more predictions, up to 6, the new one counted;"
                 f" c=0 is none; got c={self.c!r}"

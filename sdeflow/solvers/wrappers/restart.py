@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from sdeflow._utils import math as _math
+from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import value_of
 from sdeflow.errors import GridError
 from sdeflow.process import Level
@@ -64,9 +65,7 @@ class Restart(Nested):
         intervals = tuple(tuple(interval) for interval in self.intervals)
         object.__setattr__(self, "intervals", intervals)
         for interval in intervals:
-            if len(interval) != 4 or not all(
-                isinstance(n, int) and not isinstance(n, bool) for n in interval[:2]
-            ):
+            if len(interval) != 4 or not all(is_whole(n, -math.inf) for n in interval[:2]):
                 raise ValueError(
                     "an interval is (steps, repeats, nsr_min, nsr_max), two whole numbers first;"
                     f" got {interval}"
