@@ -20,7 +20,7 @@ NAME and ARGUMENT are one of:
     card                      the card of the bundled checkpoint
     help                      the help of every command of the command line
     errors                    every error, with its first sentence
-    moved                     modules that moved: old and new name
+    moved                     modules and names that moved, old and new
     defaults                  the numerical defaults
     include FILE PART         a part of another file, between its comments "PART" and "/PART"
 
@@ -400,10 +400,10 @@ def errors(page: Path = DOCS / "index.md") -> str:
 
 
 def moved() -> str:
-    """Modules that moved, old and new, from `sdeflow/_utils/moved.py`."""
-    from sdeflow._utils.moved import MOVED
+    """Modules and names that moved, old and new, from `sdeflow/_utils/moved.py`."""
+    from sdeflow._utils.moved import MOVED, RENAMED
 
-    rows = [[f"`sdeflow.{old}`", f"`sdeflow.{new}`"] for old, new in MOVED.items()]
+    rows = [[f"`sdeflow.{old}`", f"`sdeflow.{new}`"] for old, new in (MOVED | RENAMED).items()]
     return _table(["0.5", "0.6"], rows)
 
 
