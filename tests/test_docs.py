@@ -129,6 +129,16 @@ def test_a_wrong_comment_is_noticed() -> None:
     assert run_block("print(1 + 1)  # 2", {}, "here") == "2\n"
 
 
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_code_has_short_lines(page: Path) -> None:
+    """At most 100 characters, but for what a line prints."""
+    for _, code, _ in blocks(page):
+        for line in code.splitlines():
+            assert len(line) <= 100 or line.lstrip().startswith("print("), (
+                f"{name_of(page)}: {line}"
+            )
+
+
 def test_every_block_of_code_is_seen() -> None:
     for page in WITH_CODE:
         assert len(list(blocks(page))) == page.read_text().count("```python"), name_of(page)
