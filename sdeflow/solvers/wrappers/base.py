@@ -69,7 +69,7 @@ def from_pure_noise(
     reverse: Reverse, x: Any, t: Level, t_next: Level, calls: int, noise: Any, eta: float = 0.0
 ) -> Any:
     """The way from a level where no signal is left, in `calls` steps of `DDIM(eta)`,
-    batch_invariant spaced in the angle `atan nsr`.
+    evenly spaced in the angle `atan nsr`.
     """
     flows = isinstance(t_next.s, Tensor)  # gradients, through the levels between too
     end: Any = torch.atan2(t_next.sigma, t_next.s) if flows else math.atan2(t_next.sigma, t_next.s)
