@@ -1,4 +1,4 @@
-"""ImageSource: pixels, grids, and files that are written whole or not at all."""
+"""Images: pixels, grids, and files that are written whole or not at all."""
 
 from __future__ import annotations
 

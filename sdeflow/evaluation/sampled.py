@@ -1,4 +1,4 @@
-"""ImageSource drawn from a denoiser as an evaluation needs them, the same ones that `generate`
+"""Images sampled from a denoiser as an evaluation needs them, the same ones that `generate`
 writes.
 """
 
@@ -55,7 +55,7 @@ class Sampling:
 
 
 def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
-    """ImageSource drawn from a denoiser where it is, as they are needed, this process's share of
+    """Images sampled from a denoiser where it is, as they are needed, this process's share of
     them; nothing is written.
     """
     labels = Labels.of(denoiser, sampling.classes)
