@@ -22,7 +22,7 @@ P(x_0 = a \mid x_t), \qquad t' < t .$$
 With the exact denoiser these are the exact marginals of every entry of $x_{t'}$, the best that a
 reverse process with independent entries can do.
 
-Source. Sohl-Dickstein et al. 2015, section 2 and appendix B.2 (binomial diffusion); Austin et al.
+Source. Sohl-Dickstein et al. 2015, sections 2.1 to 2.4 and table 1 of the appendix; Austin et al.
 2021, sections 3 and 4 (kernels as matrices).
 """
 
@@ -383,7 +383,7 @@ class BinomialProcess(CategoricalProcess):
     - `rate`: the probability of a 1 in pure noise, in (0, 1); it is the prior.
 
     Errors: `ValueError` for numbers out of range, or states that are not in [0, 1]. Source:
-    Sohl-Dickstein et al. 2015, appendix B.2 (with rate 0.5).
+    Sohl-Dickstein et al. 2015, appendix, table 1 (with rate 0.5).
     """
 
     _dtype = torch.float32
