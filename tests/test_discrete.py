@@ -558,12 +558,6 @@ def test_the_measured_bound_is_between_the_ideal_and_the_papers() -> None:
         assert 0.1 < result["rarest_phase"] <= result["commonest_phase"] < 0.3
 
 
-def test_the_page_shows_the_measured_table() -> None:
-    pages = (ROOT / "docs").rglob("discrete.md")
-    (page,) = [path for path in pages if path.parent.name != "api"]
-    assert (ROOT / "benchmarks/results/heartbeat.md").read_text().strip() in page.read_text()
-
-
 def test_a_network_learns(heartbeat: ModuleType) -> None:
     """On a short chain, in a second: better than independent bits, which cost 14.4."""
     process = BinomialProcess(harmonic_betas(50))

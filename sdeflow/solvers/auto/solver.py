@@ -15,7 +15,7 @@ from sdeflow.solvers.auto.grid import auto
 from sdeflow.solvers.auto.recipes import DATA_STD, Recipe, recipe
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.adams import ExponentialAdams
-from sdeflow.solvers.ode.weights import Frame, NodeClock
+from sdeflow.solvers.ode.weights import NodeClock, Predicts
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Auto(GridSolver):
 
 def member(r: Recipe) -> ExponentialAdams:
     """The method of a recipe."""
-    frame, clock = cast(Frame, r.frame), cast(NodeClock, r.clock)
+    predicts, clock = cast(Predicts, r.frame), cast(NodeClock, r.clock)
     return ExponentialAdams(
-        r.p, frame, clock, r.corrector, frame_scale=r.frame_scale, clock_scale=r.clock_scale
+        r.p, predicts, clock, r.corrector, predicts_scale=r.frame_scale, clock_scale=r.clock_scale
     )
