@@ -536,7 +536,7 @@ def test_a_condition_reaches_the_denoiser() -> None:
     close(process.bound(told, HEARTBEATS[phase], phase=phase).total, torch.zeros(3).double())
 
 
-# --------------------------------------------------------------------------------- a trained network
+# ------------------------------------------------------------------------------ a trained network
 
 
 @pytest.fixture(scope="module")
