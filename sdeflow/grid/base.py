@@ -58,7 +58,7 @@ def pin(times: Tensor, low: float, high: float) -> Tensor:
 
 def positive(who: str, what: str, value: float) -> None:
     """`GridError` unless `value` is a positive finite number."""
-    positive_number(f"{what} of {who}", value, error=GridError)
+    positive_number(f"{who}: {what}", value, error=GridError)
 
 
 def falling(times: Tensor, process: Process) -> Tensor:
