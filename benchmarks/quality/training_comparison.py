@@ -61,7 +61,7 @@ from benchmarks.quality.nfe_fid import Scorer
 from benchmarks.report import provenance, table, write
 from benchmarks.speed.networks import EDMNetwork
 from sdeflow._utils.distributed import Rank
-from sdeflow._utils.files import check_writable, write_whole
+from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow._utils.run_control import Log, Stop, attempted, machine
 from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, NonFiniteError
@@ -425,7 +425,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "entry": asdict(entry), "runs": facts["runs"], "evaluation": provenance(),
     }  # fmt: skip
-    write_whole(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode(), "result")
+    write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode(), "result")
     print(
         f"{entry.network}: FD-CIFAR {distance:.4f} of {arguments.n} pictures, floor"
         f" {scorer.floor:.4f}"
