@@ -383,6 +383,18 @@ def test_the_ideal_bound_of_the_heartbeats(steps: int, rate: float) -> None:
     assert ideal_bits(process) == pytest.approx(IDEAL[rate, steps], abs=1e-6)
 
 
+def test_the_table_of_betas_matters() -> None:
+    """Ideal bounds at T = 20 and rate 0.5; the constant table also pays for its prior."""
+    kept = f64([math.cos(math.pi * t / 40) for t in range(20)] + [0.0])
+    for alpha_bar, bits in ((kept, 2.6500), (kept**2, 2.7031)):
+        process = BinomialProcess(1 - alpha_bar[1:] / alpha_bar[:-1])
+        assert ideal_bits(process) == pytest.approx(bits, abs=1e-4)
+    process = BinomialProcess([0.2] * 20)
+    prior = process.bound(BinaryEmpirical(HEARTBEATS, process), HEARTBEATS, draws=1).prior
+    assert float(prior.mean()) == pytest.approx(0.0019, abs=1e-4)
+    assert ideal_bits(process) + float(prior.mean()) == pytest.approx(3.1308, abs=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.5, 0.2])
 def test_the_ideal_bound_of_the_papers_chain(rate: float) -> None:
