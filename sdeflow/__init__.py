@@ -45,6 +45,7 @@ from sdeflow.process import (
     Process,
     RectifiedFlow,
     SubVP,
+    betas,
 )
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import Step, encode, sample, solve
@@ -68,6 +69,7 @@ from sdeflow.solvers.sde.adams import StochasticAdams
 from sdeflow.solvers.sde.classic import DDPM, AnnealedLangevin, EulerMaruyama
 from sdeflow.solvers.sde.dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
 from sdeflow.solvers.sde.er_sde import ERSDE
+from sdeflow.solvers.sde.optimal import Optimal
 from sdeflow.solvers.sde.sa_solver import SASolver
 from sdeflow.solvers.sde.seeds import SEEDS
 from sdeflow.solvers.wrappers.ancestral import Ancestral
@@ -133,6 +135,7 @@ __all__ = [
     "MissingExtraError",
     "Noise",
     "NonFiniteError",
+    "Optimal",
     "OutOfMemoryError",
     "Plan",
     "PlanReport",
@@ -162,6 +165,7 @@ __all__ = [
     "Unrolled",
     "Wrapper",
     "__version__",
+    "betas",
     "encode",
     "gits",
     "grid",

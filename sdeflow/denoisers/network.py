@@ -57,6 +57,9 @@ class Network(Denoiser):
     about.
     """
 
+    channels: int = 1
+    """How many times the channels of a state the network returns."""
+
     def __init__(
         self,
         network: Callable[..., Tensor],
@@ -114,14 +117,18 @@ class Network(Denoiser):
         return affine
 
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
+        skip, out, scale, time = self._placed(x, t)
+        return skip * x + out * self._run(x * scale, time, condition, self.dtype)
+
+    def _placed(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four numbers, shaped to multiply `x`, and the network's times."""
         t = as_time(t).to("cpu", torch.float64)
         # A time a sample: rounded the same way whatever the batch (see `_math.batch_invariant`).
         numbers = self.numbers(t if t.ndim == 0 else torch.cat([t, t[-1:].expand(-len(t) % 16)]))
         if t.ndim:
             numbers = Affine(*(c[: len(t)] if c.ndim else c for c in numbers))
         skip, out, scale = (expand(c, x) for c in numbers[:3])
-        time = self._network_time(numbers.time, x)
-        return skip * x + out * self._run(x * scale, time, condition, self.dtype)
+        return skip, out, scale, self._network_time(numbers.time, x)
 
     def at(
         self, times: Tensor, x: Tensor, /, **condition: Any
@@ -174,10 +181,22 @@ class Network(Denoiser):
     def _run(
         self, x: Tensor, time: Tensor, condition: dict[str, Any], dtype: torch.dtype | None
     ) -> Tensor:
+        output = self._output(x, time, condition, dtype)
+        return output if self.channels == 1 else output[:, : x.shape[1]]
+
+    def _output(
+        self, x: Tensor, time: Tensor, condition: dict[str, Any], dtype: torch.dtype | None
+    ) -> Tensor:
+        """All that the network returns, `channels` times the channels of `x`, in the dtype of
+        `x`.
+        """
         output = self.network(
             x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
         )
-        if not isinstance(output, Tensor) or output.shape != x.shape:
+        expected = tuple(x.shape)
+        if self.channels != 1:
+            expected = (x.shape[0], self.channels * x.shape[1], *x.shape[2:])
+        if not isinstance(output, Tensor) or tuple(output.shape) != expected:
             got = (
                 f"shape {tuple(output.shape)}"
                 if isinstance(output, Tensor)
@@ -186,17 +205,19 @@ class Network(Denoiser):
             hint = ""
             if (
                 isinstance(output, Tensor)
+                and self.channels == 1
                 and x.ndim > 1
                 and output.ndim == x.ndim
                 and output.shape[1] == 2 * x.shape[1]
             ):
                 hint = (
-                    "; twice the channels is a learned variance: wrap the network so that it"
-                    " returns the first half"
+                    "; twice the channels is a learned variance: Prediction(...,"
+                    " learned_variance=True) reads it"
                 )
+            must = "the same shape" if self.channels == 1 else f"twice the channels, {expected}"
             raise ValueError(
                 f"the network returned {got} for a state of shape {tuple(x.shape)}; it must return"
-                f" the same shape{hint}"
+                f" {must}{hint}"
             )
         return output.to(x.dtype)
 
@@ -249,6 +270,13 @@ class Prediction(Network):
 
         Prediction(unet, "eps", Process.from_betas(betas), time="index", shape=(3, 32, 32))
 
+    `learned_variance=True` is for a network that returns twice the channels, `[B, 2 C, ...]`. The
+    first half predicts, the second half `w` says the variance of a step of the chain: with
+    `fraction = (w + 1) / 2`, `log variance = fraction log beta + (1 - fraction) log beta_tilde`,
+    between the variances "large" and "small" of `DDPM`. `predict` then returns `(x0, fraction)`,
+    `outputs` is `("x0", "fraction")`, and `DDPM(variance="learned")` samples with it. All other
+    solvers use `x0` alone. Source: Nichol & Dhariwal 2021, equation 15.
+
     Errors: `ValueError` for an unknown prediction, for `time="index"` without a table, and, in a
     call, for an output of another shape or a level where the prediction does not determine x0.
     """
@@ -262,6 +290,7 @@ class Prediction(Network):
         time: Literal["continuous", "index"] | Callable[[Tensor], Tensor] = "continuous",
         nsr_range: tuple[float, float] | None = None,
         shape: Sequence[int] | None = None,
+        learned_variance: bool = False,
     ):
         if predicts not in get_args(Parametrisation):
             raise unknown("prediction", predicts, get_args(Parametrisation))
@@ -281,12 +310,22 @@ class Prediction(Network):
             nsr_range = (0.0, 1e3)
         super().__init__(network, process, nsr_range, shape)
         self.predicts, self.time = predicts, time
+        if learned_variance:
+            self.channels, self.outputs = 2, ("x0", "fraction")
 
     def __repr__(self) -> str:
         return (
             f"Prediction({type(self.network).__name__}, {self.predicts!r},"
             f" {type(self.native).__name__})"
         )
+
+    def predict(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> tuple[Tensor, ...]:
+        """`(x0,)`; with a learned variance `(x0, fraction)`, both of the shape of `x`."""
+        if self.channels == 1:
+            return (self(x, t, **condition),)
+        skip, out, scale, time = self._placed(x, t)
+        output, w = self._output(x * scale, time, condition, self.dtype).chunk(2, 1)
+        return skip * x + out * output, (w + 1.0) / 2.0
 
     def affine(self, t: Tensor) -> Affine:
         s, sigma = self.native.kernel(t)

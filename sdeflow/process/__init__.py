@@ -1,5 +1,6 @@
 """Processes: the law of the noise, as two functions of time, `s(t)` and `sigma(t)`."""
 
+from sdeflow.process import betas
 from sdeflow.process.base import Level, Process
 from sdeflow.process.clock import Clock
 from sdeflow.process.from_betas import FromBetas
@@ -18,4 +19,5 @@ __all__ = [
     "Process",
     "RectifiedFlow",
     "SubVP",
+    "betas",
 ]
