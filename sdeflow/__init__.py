@@ -29,6 +29,7 @@ from sdeflow.errors import (
     SolverError,
     UnknownNameError,
 )
+from sdeflow.likelihood import Bound, LogLikelihood, log_likelihood, variational_bound
 from sdeflow.models.checkpoint import load
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.plan.check import PlanReport
@@ -41,6 +42,7 @@ from sdeflow.process import (
     Cosine,
     FromBetas,
     FromSDE,
+    LearnedBetas,
     Level,
     Process,
     RectifiedFlow,
@@ -100,6 +102,7 @@ __all__ = [
     "Auto",
     "BinaryEmpirical",
     "BinomialProcess",
+    "Bound",
     "BrownianNoise",
     "BudgetError",
     "CapturedSolve",
@@ -130,7 +133,9 @@ __all__ = [
     "Heun",
     "IPNDMv",
     "Langevin",
+    "LearnedBetas",
     "Level",
+    "LogLikelihood",
     "Midpoint",
     "MissingExtraError",
     "Noise",
@@ -171,8 +176,10 @@ __all__ = [
     "grid",
     "harmonic_betas",
     "load",
+    "log_likelihood",
     "sample",
     "solve",
+    "variational_bound",
 ]
 
 moved.install()

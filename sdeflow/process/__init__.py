@@ -5,6 +5,7 @@ from sdeflow.process.base import Level, Process
 from sdeflow.process.clock import Clock
 from sdeflow.process.from_betas import FromBetas
 from sdeflow.process.from_sde import FromSDE
+from sdeflow.process.learned import LearnedBetas
 from sdeflow.process.standard import EDM, VE, VP, Cosine, RectifiedFlow, SubVP
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Cosine",
     "FromBetas",
     "FromSDE",
+    "LearnedBetas",
     "Level",
     "Process",
     "RectifiedFlow",
