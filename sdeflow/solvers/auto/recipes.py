@@ -19,6 +19,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
+
+from sdeflow.errors import unknown
+
+Table = Literal["network", "noise", "density"]
+"""What a denoiser is made of."""
 
 DATA_STD = 0.5
 """Standard deviation of the data for which the table stands."""
@@ -39,6 +45,8 @@ class Recipe:
     low: float
     nsr_end: float
     nsr_top: float
+    nsr_asked: float = math.inf
+    to_zero: str = "prediction"
 
 
 # A row: p, frame, clock, corrector; frame_scale, clock_scale; center, high, low; nsr_end, nsr_top.
@@ -62,7 +70,12 @@ NETWORK = {
 }
 """The table for networks, and for whatever is not known to be exact."""
 
-EXACT = {
+NOISE = {
+    n: replace(r, nsr_asked=20.0) for n, r in NETWORK.items()
+}
+"""The table for networks that predict eps or the score."""
+
+DENSITY = {
     2: Recipe(2, "v", "bounded_lam", False, 2.15, 4.24, -0.0704, 0.886, 0.47, 1, 14.4),
     3: Recipe(2, "v", "bounded_lam", False, 0.946, 23, -2.51, 0.398, 0.263, 0.223, 2.66),
     4: Recipe(2, "v", "bounded_lam", False, 1.05, 75.8, 0.739, 0.762, 0.37, 0.171, 7.86),
@@ -81,11 +94,21 @@ EXACT = {
 """The table for denoisers of known densities."""
 
 
+TABLES: dict[str, dict[int, Recipe]] = {"network": NETWORK, "noise": NOISE, "density": DENSITY}
+"""The tables by the kind of denoiser that they are for."""
+
+
 @lru_cache(maxsize=512)
-def recipe(nfe: int, data_std: float = DATA_STD, exact: bool = False) -> Recipe:
-    """The recipe of a budget, for data of a standard deviation."""
-    table = EXACT if exact else NETWORK
-    r = table[max((n for n in table if n <= nfe), default=min(table))]
+def recipe(nfe: int, data_std: float = DATA_STD, table: Table = "network") -> Recipe:
+    """The recipe of a budget, for data of a standard deviation and a kind of denoiser.
+
+    Between two rows of one kind of method its numbers lie between theirs: along straight lines in
+    their logarithms (`center` is one) over the logarithm of the budget, so that a call more changes
+    them little. Where the methods differ a row serves until the next.
+    """
+    if table not in TABLES:
+        raise unknown("table", table, TABLES)
+    r = _between(TABLES[table], nfe)
     unit = data_std / DATA_STD
     return replace(
         r,
@@ -94,4 +117,21 @@ def recipe(nfe: int, data_std: float = DATA_STD, exact: bool = False) -> Recipe:
         center=r.center - math.log(unit),
         nsr_end=r.nsr_end * unit,
         nsr_top=r.nsr_top * unit,
+        nsr_asked=r.nsr_asked * unit,
     )
+
+
+_METHOD = ("p", "frame", "clock", "corrector", "to_zero")
+_NUMBERS = ("frame_scale", "clock_scale", "high", "low", "nsr_end", "nsr_top", "nsr_asked")
+
+
+def _between(rows: dict[int, Recipe], nfe: int) -> Recipe:
+    """The row of a budget, between those beside it."""
+    low = max((n for n in rows if n <= nfe), default=min(rows))
+    high = min((n for n in rows if n > nfe), default=low)
+    a, b = rows[low], rows[high]
+    if high == low or nfe <= low or any(getattr(a, k) != getattr(b, k) for k in _METHOD):
+        return a
+    u = math.log(nfe / low) / math.log(high / low)
+    mixed = {k: getattr(a, k) ** (1.0 - u) * getattr(b, k) ** u for k in _NUMBERS}
+    return replace(a, center=a.center * (1.0 - u) + b.center * u, **mixed)

@@ -34,6 +34,7 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.ddim import STAGES, exponential_step, stage_times
+from sdeflow.solvers.ode.to_zero import TO_ZERO, ToZero, integrated, kept_with
 from sdeflow.solvers.ode.weights import (
     CLOCKS,
     FRAMES,
@@ -80,6 +81,7 @@ class ExponentialAdams(GridSolver):
     lower_final: bool = False
     frame_scale: float = 1.0
     clock_scale: float = 1.0
+    to_zero: ToZero = "prediction"
 
     source: ClassVar[str] = "Hochbruck & Ostermann 2010; Zhang & Chen 2022"
 
@@ -92,6 +94,7 @@ class ExponentialAdams(GridSolver):
             ("frame", self.frame, FRAMES),
             ("clock", self.clock, CLOCKS),
             ("start-up", self.start_up, ("orders", "corrected", "singlestep")),
+            ("step to zero noise", self.to_zero, TO_ZERO),
         ):
             if value not in known:
                 raise unknown(kind, value, known)
@@ -131,14 +134,16 @@ class ExponentialAdams(GridSolver):
 
     def start(self, steps: int) -> Any:
         # Steps left; (level, F) of the last predictions, newest first; the step that may be
-        # corrected.
-        return steps, (), None
+        # corrected; (level, eps) for the step to zero noise.
+        return steps, (), None, ()
 
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
-        left, history, last = state
+        left, history, last, kept = state
         x0 = reverse(x, t)
+        if self.to_zero != "prediction":
+            kept = kept_with(kept, x, x0, t)
         value = frame_value(self.frame, x, x0, t, self.frame_scale)
         if last is not None:
             x = self._correct(reverse, x, t, value, last)
@@ -151,12 +156,13 @@ class ExponentialAdams(GridSolver):
                     x0 = reverse(x, t)
                 level = between(reverse, first, t_next, ratio)
                 x, t = level.s * x0 + level.sigma * eps_of(x, x0, t), level
-            return x, (left - 1, history, None)
+            return x, (left - 1, history, None, kept)
         if taken <= self._single:
             return exponential_step(reverse, x, x0, t, t_next, STAGES[self.p - 1]), (
                 left - 1,
                 history,
                 None,
+                kept,
             )
         p = min(self.p, left + 1) if self.lower_final else self.p
         used = self._usable(history)[:p]
@@ -165,7 +171,18 @@ class ExponentialAdams(GridSolver):
         for weight, (_, F) in zip(b, used, strict=True):
             x_next = x_next + weight * F
         again = self.corrector or (self.start_up == "corrected" and len(used) < self.p)
-        return x_next, (left - 1, history, (t, used, tuple(b)) if again else None)
+        return x_next, (left - 1, history, (t, used, tuple(b)) if again else None, kept)
+
+    def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
+        _, _, last, kept = state
+        x0 = reverse(x, t)
+        if self.to_zero == "prediction":
+            return x0
+        kept = kept_with(kept, x, x0, t)
+        if last is not None:
+            value = frame_value(self.frame, x, x0, t, self.frame_scale)
+            x = self._correct(reverse, x, t, value, last)
+        return integrated(self.to_zero, x, x0, t, kept)
 
     def _correct(self, reverse: Reverse, x: Any, t: Level, value: Any, last: Any) -> Any:
         """The state at `t`, the step to it done again over one more node."""
