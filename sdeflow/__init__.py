@@ -10,6 +10,14 @@ from sdeflow._utils import moved
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, Preconditioned, Prediction
 from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
+from sdeflow.discrete import (
+    BinaryEmpirical,
+    BinomialProcess,
+    CategoricalEmpirical,
+    CategoricalProcess,
+    DiscreteBound,
+    harmonic_betas,
+)
 from sdeflow.errors import (
     BudgetError,
     CheckpointError,
@@ -88,9 +96,13 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "Auto",
+    "BinaryEmpirical",
+    "BinomialProcess",
     "BrownianNoise",
     "BudgetError",
     "CapturedSolve",
+    "CategoricalEmpirical",
+    "CategoricalProcess",
     "CheckpointError",
     "Churn",
     "Clip",
@@ -101,6 +113,7 @@ __all__ = [
     "DPMSolver",
     "DPMSolverPP",
     "Denoiser",
+    "DiscreteBound",
     "DynamicThreshold",
     "Empirical",
     "Euler",
@@ -151,6 +164,7 @@ __all__ = [
     "encode",
     "gits",
     "grid",
+    "harmonic_betas",
     "load",
     "sample",
     "solve",

@@ -51,6 +51,10 @@ class CheckpointError(SdeflowError, ValueError):
     """A checkpoint that is missing, corrupt, or could not be written."""
 
 
+class ImageError(SdeflowError, ValueError):
+    """An image, or a file of images, that is missing, damaged, or unlike the others."""
+
+
 class MissingExtraError(SdeflowError, ImportError):
     """A feature whose optional packages are not installed."""
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import fraction, positive_number
+
 
 @dataclass(frozen=True)
 class EDMLoss:
@@ -39,13 +41,9 @@ class EDMLoss:
     null_label: int | None = None
 
     def __post_init__(self) -> None:
-        if self.std <= 0 or self.sigma_data <= 0:
-            raise ValueError(
-                f"EDMLoss: std and sigma_data must be positive, got {self.std} and"
-                f" {self.sigma_data}"
-            )
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"EDMLoss: label_dropout is a probability, got {self.label_dropout}")
+        positive_number("std of EDMLoss", self.std)
+        positive_number("sigma_data of EDMLoss", self.sigma_data)
+        fraction("label_dropout of EDMLoss", self.label_dropout)
 
     def nsr(self, batch: int, generator: torch.Generator) -> Tensor:
         """Noise-to-signal ratios [B], float32, one from each of B equally likely slices."""

@@ -82,10 +82,10 @@ SOLVERS = _table(
     Entry("deis_tab1", DEIS, (), {"p": 2}),
     Entry("deis_tab2", DEIS, ("deis", "sample_deis"), {"p": 3}),
     Entry("deis_tab3", DEIS, (), {"p": 4}),
-    Entry("deis_rho1", DEIS, (), {"p": 2, "variable": "rho"}),
-    Entry("deis_rho2", DEIS, (), {"p": 3, "variable": "rho"}),
-    Entry("deis_rho3", DEIS, (), {"p": 4, "variable": "rho"}),
-    Entry("deis_logrho", DEIS, ("deismultistepscheduler",), {"p": 2, "variable": "logrho"}),
+    Entry("deis_rho1", DEIS, (), {"p": 2, "clock": "nsr"}),
+    Entry("deis_rho2", DEIS, (), {"p": 3, "clock": "nsr"}),
+    Entry("deis_rho3", DEIS, (), {"p": 4, "clock": "nsr"}),
+    Entry("deis_logrho", DEIS, ("deismultistepscheduler",), {"p": 2, "clock": "lam"}),
     Entry("deis_rho_heun", DEISRungeKutta, (), {"method": "heun"}),
     Entry("deis_rho_kutta3", DEISRungeKutta, (), {"method": "kutta3"}),
     Entry("lms", LMS, ("sample_lms", "lmsdiscretescheduler")),
@@ -103,17 +103,19 @@ SOLVERS = _table(
     Entry(
         "dpm_solver_fast", DPMSolver, ("dpm_fast", "sample_dpm_fast"), {"p": 3, "stages": "grid"}
     ),
-    Entry("dpmpp_2s", DPMSolver, ("dpm++_2s", "dpmsolver++_2s"), {"p": 2, "frame": "x0"}),
-    Entry("dpmpp_3s", DPMSolver, ("dpm++_3s", "dpmsolver++_3s"), {"p": 3, "frame": "x0"}),
+    Entry("dpmpp_2s", DPMSolver, ("dpm++_2s", "dpmsolver++_2s"), {"p": 2, "predicts": "x0"}),
+    Entry("dpmpp_3s", DPMSolver, ("dpm++_3s", "dpmsolver++_3s"), {"p": 3, "predicts": "x0"}),
     Entry(
         "dpmpp_2s_fast",
         DPMSolver,
         ("dpmsolversinglestepscheduler",),
-        {"p": 2, "frame": "x0", "stages": "grid"},
+        {"p": 2, "predicts": "x0", "stages": "grid"},
     ),
-    Entry("dpmpp_3s_fast", DPMSolver, ("dpmpp_fast",), {"p": 3, "frame": "x0", "stages": "grid"}),
-    Entry("dpm_solver_2m", DPMSolverPP, (), {"p": 2, "frame": "eps"}),
-    Entry("dpm_solver_3m", DPMSolverPP, (), {"p": 3, "frame": "eps"}),
+    Entry(
+        "dpmpp_3s_fast", DPMSolver, ("dpmpp_fast",), {"p": 3, "predicts": "x0", "stages": "grid"}
+    ),
+    Entry("dpm_solver_2m", DPMSolverPP, (), {"p": 2, "predicts": "eps"}),
+    Entry("dpm_solver_3m", DPMSolverPP, (), {"p": 3, "predicts": "eps"}),
     Entry("dpmpp_1m", DPMSolverPP, (), {"p": 1}),
     Entry(
         "dpmpp_2m",
@@ -179,7 +181,7 @@ SOLVERS = _table(
         "dpmpp_2m_sde_heun",
         SDEDPMSolverPP,
         ("sample_dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
-        {"p": 2, "exact": True},
+        {"p": 2, "exact_weights": True},
     ),
     Entry("dpmpp_3m_sde", SDEDPMSolverPP, ("sample_dpmpp_3m_sde", "dpmpp_3m_sde_gpu"), {"p": 3}),
     Entry(

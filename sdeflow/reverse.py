@@ -25,40 +25,53 @@ class Reverse:
     (`sdeflow.plan.plan`).
     """
 
-    _by_lam: Sequence[Level] = ()  # what is known, by `lam`
-
     def __init__(self, denoiser: Denoiser, condition: Mapping[str, Any] | None = None):
         self.denoiser = denoiser
         self.process: Process = denoiser.process
         self.condition = dict(condition or {})
         denoiser.check_condition(self.condition)
         self.nfe = 0
-        self._known: dict[float, Level] = {}
+        self._at_time: dict[float, Level] = {}
+        self._at_lam: list[tuple[float, Level]] = []
 
-    def prepare(self, times: Tensor) -> list[Level]:
-        """The levels at `times`, computed in one vectorised pass and remembered."""
+    def prepare(self, times: Tensor, lams: Sequence[float] = ()) -> list[Level]:
+        """The levels at `times`; they, and those where `log(s / sigma)` is one of `lams`, are
+        computed in one vectorised pass and remembered.
+        """
+        given = len(times)
+        if lams:
+            at = self.process.t_of_lam(torch.tensor(lams, dtype=torch.float64))
+            times = torch.cat([times, at])
         levels = self.process.levels(times)
         if levels and isinstance(levels[0].t, float):
-            self._known.update((level.t, level) for level in levels)
-            self._by_lam = sorted(self._known.values(), key=_lam)
-        return levels
+            self._at_time.update((level.t, level) for level in levels)
+            # A process may not reach a `lam` that is asked for: it is known by what was asked.
+            asked = [*(level.lam for level in levels[:given]), *lams]
+            self._at_lam += zip(asked, levels, strict=True)
+            self._at_lam.sort(key=_first)
+        return levels[:given]
 
     def level(self, t: float | Tensor) -> Level:
         """The process at one time; a lookup where `prepare` has seen it."""
-        known = self._known.get(t) if isinstance(t, float) else None
+        known = self._at_time.get(t) if isinstance(t, float) else None
         return known if known is not None else self.process.level(t)
 
     def level_of_lam(self, lam: float | Tensor) -> Level:
         """The process at the time where `log(s / sigma) = lam`; a lookup where `prepare` has seen
         it, to rounding.
         """
-        if isinstance(lam, float):
-            i = bisect_left(self._by_lam, lam, key=_lam)
-            for known in self._by_lam[max(i - 1, 0) : i + 1]:
-                if abs(known.lam - lam) <= 1e-13 * (1.0 + abs(lam)):
-                    return known
+        if isinstance(lam, float) and (known := self._find(lam)) is not None:
+            return known
         t = self.process.t_of_lam(lam)
         return self.level(t if isinstance(lam, Tensor) else float(t))
+
+    def _find(self, lam: float) -> Level | None:
+        """The level that is known for a `lam`, if any."""
+        i = bisect_left(self._at_lam, lam, key=_first)
+        for known, level in self._at_lam[max(i - 1, 0) : i + 1]:
+            if abs(known - lam) <= 1e-13 * (1.0 + abs(lam)):
+                return level
+        return None
 
     def __call__(self, x: Any, t: Level) -> Any:
         """`E[x0 | x(t) = x]`."""
@@ -120,5 +133,5 @@ def eps_of(x: Any, x0: Any, t: Level) -> Any:
     return (x - t.s * x0) * (1.0 / t.sigma)
 
 
-def _lam(t: Level) -> float:
-    return t.lam
+def _first(entry: tuple[float, Level]) -> float:
+    return entry[0]

@@ -17,8 +17,9 @@ from sdeflow._utils.math import batch_invariant
 from sdeflow.denoisers import Denoiser, Prediction
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
 from sdeflow.process import EDM, VP, Cosine, Process, RectifiedFlow
+from sdeflow.process.clock import Clock, ClockRange
 from sdeflow.reverse import Reverse
-from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45, Adaptive, _Clock
+from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45, Adaptive
 from sdeflow.solvers.base import Solution
 from sdeflow.solvers.ode import tableaus
 from sdeflow.targets import GaussianMixture
@@ -89,10 +90,10 @@ def test_the_equation_in_the_clock_is_that_of_the_process(process: Process) -> N
 
 def test_the_clock_meets_given_times_exactly_and_inverts_elsewhere(process: Process) -> None:
     times = ends(process)
-    clock = _Clock(process, times)
+    clock = ClockRange(Clock("asinh"), process, times)
     assert clock.time(clock.levels).tolist() == times.tolist()
     a = torch.linspace(float(clock.levels[0]), float(clock.levels[-1]), 33, dtype=torch.float64)
-    t, scale, tanh = clock.read(a)
+    t, scale, tanh = clock.read(a, lambda a, t, s, sigma: (t, torch.hypot(s, sigma), torch.tanh(a)))
     s, sigma = process.kernel(t)
     assert torch.allclose(torch.asinh(s / sigma), a, rtol=1e-9, atol=1e-12)
     assert torch.allclose(scale * tanh, s, rtol=1e-9, atol=1e-12)
@@ -202,7 +203,7 @@ def test_order_at_fixed_steps(solver: type[Adaptive]) -> None:
     process = EDM()
     t, t_next = 2.0, 0.3
     x, exact = reference(process, t, t_next, n=6)
-    clock = _Clock(process, at(t, t_next))
+    clock = ClockRange(Clock("asinh"), process, at(t, t_next))
     span = float(clock.levels[-1] - clock.levels[0])
     errors = []
     for n in (6, 12, 24):
@@ -528,7 +529,7 @@ def test_interpolant_has_its_order_within_a_step(solver: type[Adaptive], order: 
     process = EDM()
     t, t_next = 2.0, 0.3
     x, _ = reference(process, t, t_next)
-    clock = _Clock(process, at(t, t_next))
+    clock = ClockRange(Clock("asinh"), process, at(t, t_next))
     span = float(clock.levels[-1] - clock.levels[0])
     _, exact = reference(process, t, 0.71)
     errors = []

@@ -13,11 +13,12 @@ import pytest
 import torch
 from problems import PROCESSES, Mixture, law, reference
 
-from sdeflow import grid, registry
+from sdeflow import registry
 from sdeflow.denoisers import Prediction, as_denoiser
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import encode, sample, solve
+from sdeflow.solvers.auto.grid import auto as auto_grid
 from sdeflow.solvers.auto.recipes import TABLES, recipe
 from sdeflow.solvers.auto.solver import Auto
 from sdeflow.solvers.ode.adams import ExponentialAdams
@@ -61,7 +62,7 @@ def test_the_denoiser_chooses_the_table() -> None:
         named = solve(denoiser, solver="auto", grid="auto", nfe=12, n=2, seeds=0)
         assert torch.equal(named.x, solution.x)
         assert solution.times is not None
-        assert torch.equal(solution.times, grid.auto(denoiser.process, 12, table=table))
+        assert torch.equal(solution.times, auto_grid(denoiser.process, 12, table=table))
         other = "network" if table == "density" else "density"
         asked = solve(denoiser, solver=Auto(table=other), nfe=12, n=2, seeds=0)
         assert asked.solver == Auto(table=other)
@@ -70,7 +71,7 @@ def test_the_denoiser_chooses_the_table() -> None:
 @pytest.mark.parametrize("nfe", [1, 2, 5, 6, 11, 33, 100, 400])
 def test_it_is_the_member_that_it_names(nfe: int) -> None:
     process, solver = VP(), Auto()
-    times = grid.auto(process, solver.levels(nfe))
+    times = auto_grid(process, solver.levels(nfe))
     plan, member = solver.plan(process, times), solver.member(len(times))
     assert isinstance(member, ExponentialAdams)
     assert plan.nfe == nfe
@@ -152,7 +153,7 @@ def test_many_calls_have_no_floor(nfe: int, percent: float, std: float) -> None:
         percent = 0.1 if nfe < 100 else 0.05
     process = VP()
     solver = Auto(table="density")
-    plan = solver.plan(process, grid.auto(process, nfe, table="density"))
+    plan = solver.plan(process, auto_grid(process, nfe, table="density"))
     assert plan.finish == "integrated"
     assert law(plan, 0.0, std)[1] == pytest.approx(std, rel=percent / 100)
 
@@ -174,8 +175,8 @@ def test_data_of_another_scale_are_the_same_problem(nfe: int) -> None:
 def test_a_given_end_is_honoured(under: str) -> None:
     process = PROCESSES[under]
     for n in (2, 5, 20):
-        assert float(grid.auto(process, n, t_min=process.t_min)[-1]) == process.t_min
-        assert float(grid.auto(process, n)[-1]) >= process.t_min
+        assert float(auto_grid(process, n, t_min=process.t_min)[-1]) == process.t_min
+        assert float(auto_grid(process, n)[-1]) >= process.t_min
     solution = solve(Mixture(process), solver="auto", nfe=6, n=2, seeds=0, finish=False)
     assert solution.times is not None
     assert float(solution.times[-1]) == process.t_min
@@ -223,4 +224,4 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="data_std"):
         Auto(data_std=0.0)
     with pytest.raises(ValueError, match="t_max down to a smaller t_min"):
-        grid.auto(VP(), 5, t_min=0.5, t_max=0.2)
+        auto_grid(VP(), 5, t_min=0.5, t_max=0.2)

@@ -118,6 +118,7 @@ def test_importing_and_sampling_write_and_compile_nothing(home: str, tmp_path: P
     assert [p.name for p in tmp_path.rglob("*")] == ([] if home == "missing" else ["home"])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_solve_can_be_traced() -> None:
     """`torch.jit.trace` sees every operation of the loop."""
     target = Gaussian(torch.zeros(5, dtype=torch.float64), std=0.5).under(VP())

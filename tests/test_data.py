@@ -113,12 +113,12 @@ def test_a_float_tensor_is_not_guessed_at() -> None:
 
 @pytest.mark.parametrize("source", ["nowhere", "./nowhere", "/no/such/folder"])
 def test_missing_sources_are_told(source: str) -> None:
-    with pytest.raises(ValueError, match="neither a folder of pictures, nor a parquet file"):
+    with pytest.raises(ValueError, match="neither a folder of images, nor a parquet file"):
         load_images(source)
 
 
 def test_empty_and_broken_sources_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         load_images(tmp_path)
     (tmp_path / "a.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read"):

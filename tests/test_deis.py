@@ -32,9 +32,9 @@ from sdeflow.solvers.ode.pndm import ADAMS_BASHFORTH, IPNDM, PNDM, IPNDMv, publi
 from sdeflow.solvers.ode.runge_kutta import RK4, Heun
 from sdeflow.solvers.ode.weights import _times
 
-CLOCK = {"t": "t", "rho": "nsr", "logrho": "lam"}
+CLOCK = {"t": "t", "nsr": "nsr", "lam": "lam"}
 MULTISTEP: list[EpsMultistep] = [
-    *(DEIS(p, variable) for p in (2, 3, 4) for variable in ("t", "rho", "logrho")),  # type: ignore[arg-type]
+    *(DEIS(p, variable) for p in (2, 3, 4) for variable in ("t", "nsr", "lam")),  # type: ignore[arg-type]
     *(kind(p) for kind in (LMS, IPNDM, IPNDMv, PNDM) for p in (2, 3, 4)),
     *(PNDM(p, "heun") for p in (2, 4)),
 ]
@@ -72,7 +72,7 @@ def test_lms_integrates_its_polynomial(p: int) -> None:
     process = PROCESSES["vp"]
     nsr = [8.0, 3.0, 2.2, 0.7, 0.3][-p - 1 :]
     *nodes, t_next = process.levels(in_nsr(process, nsr))
-    b = LMS(p).weights(nodes[::-1], t_next, process)
+    b = LMS(p).weights(nodes[::-1], nodes[-1], t_next, process)
     for weight, at in zip(b, nodes[::-1], strict=True):
         basis = Polynomial([1.0])
         for other in nodes:
@@ -102,7 +102,7 @@ def test_tab_integrates_the_papers_kernel(p: int) -> None:
             (0.1 + 19.9 * tau) / (2 * math.exp(log_s) * math.sqrt(-math.expm1(2 * log_s))) * basis
         )
 
-    for j, weight in enumerate(DEIS(p, "t").weights(nodes, t_next, process)):
+    for j, weight in enumerate(DEIS(p, "t").weights(nodes, nodes[0], t_next, process)):
         integral = quad(kernel, nodes[0].t, t_next.t, args=(j,), epsabs=1e-13, epsrel=1e-12)[0]
         assert weight == pytest.approx(t_next.s * integral, rel=1e-9)
 
@@ -138,7 +138,7 @@ def test_logrho_is_the_form_of_diffusers() -> None:
         primitive(end.nsr, *pair) - primitive(b.nsr, *pair)
         for pair in ((b.nsr, c.nsr), (c.nsr, b.nsr))
     ]
-    assert DEIS(2, "logrho").weights([b, c], end, process) == pytest.approx(
+    assert DEIS(2, "lam").weights([b, c], b, end, process) == pytest.approx(
         [end.s * w for w in expected], rel=1e-12
     )
 
@@ -149,7 +149,7 @@ def test_logrho_is_the_form_of_diffusers() -> None:
 def test_weights_sum_to_the_whole_step(solver: EpsMultistep) -> None:
     process = PROCESSES["cosine"]
     *nodes, t_next = process.levels(in_nsr(process, [8.0, 3.0, 2.2, 0.7, 0.3][-solver.p - 1 :]))
-    total = sum(solver.weights(nodes[::-1], t_next, process))
+    total = sum(solver.weights(nodes[::-1], nodes[-1], t_next, process))
     assert total == pytest.approx(t_next.s * (t_next.nsr - nodes[-1].nsr), rel=1e-13)
 
 
@@ -179,7 +179,10 @@ def test_published_weights_of_ipndm_v() -> None:
     assert published_weights([-1.2, -1.3, -1.5]) == pytest.approx([1.896, -1.272, 0.376], abs=5e-4)
     process = EDM()
     *nodes, t_next = process.levels(torch.tensor([5.0, 3.5, 2.2, 1.0], dtype=torch.float64))
-    exact = [b / -1.2 for b in IPNDMv(3, exact=True).weights(nodes[::-1], t_next, process)]
+    exact = [
+        b / -1.2
+        for b in IPNDMv(3, exact_weights=True).weights(nodes[::-1], nodes[-1], t_next, process)
+    ]
     assert exact == pytest.approx([1.808, -1.108, 0.300], abs=5e-4)
     assert sum(published_weights([-1.2, -1.3, -1.5])) == pytest.approx(1.0, rel=1e-14)
     assert sum(published_weights([-1.0, -2.0, -4.0, -8.0])) == pytest.approx(
@@ -193,7 +196,7 @@ def test_published_weights_of_ipndm_v() -> None:
 
 @pytest.mark.parametrize("under", ["vp", "rectified_flow", "edm"])
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
-@pytest.mark.parametrize("variable", ["t", "rho", "logrho"])
+@pytest.mark.parametrize("variable", ["t", "nsr", "lam"])
 def test_deis_is_exponential_adams_in_eps(variable: Any, p: int, under: str) -> None:
     """From the end of time, where rectified flow has no signal; and to zero noise."""
     process = PROCESSES[under]
@@ -207,8 +210,8 @@ def test_deis_is_exponential_adams_in_eps(variable: Any, p: int, under: str) -> 
     torch.testing.assert_close(
         run(DEIS(p, variable), process, times, x, finish=True), expected, rtol=1e-12, atol=1e-12
     )
-    if variable == "rho":
-        for same in (LMS(p), IPNDMv(p, exact=True)):
+    if variable == "nsr":
+        for same in (LMS(p), IPNDMv(p, exact_weights=True)):
             torch.testing.assert_close(
                 run(same, process, times, x, finish=True), expected, rtol=1e-12, atol=1e-12
             )
@@ -309,7 +312,7 @@ def test_constant_weights_are_of_order_one_where_steps_jump() -> None:
     assert abs(shown(LMS(2)) - 2.0) < 0.2
     assert abs(shown(IPNDMv(3)) - 2.0) < 0.3
     assert shown(IPNDMv(4)) < 0.3
-    assert abs(shown(IPNDMv(4, exact=True)) - 2.0) < 0.3
+    assert abs(shown(IPNDMv(4, exact_weights=True)) - 2.0) < 0.3
 
 
 # ----------------------------------------------------------------------------------------- the ends
@@ -389,7 +392,7 @@ def test_plans_are_lean(p: int, combinations: int, terms: int) -> None:
         (lambda: DEIS(5), "p = 1 to 4"),
         (lambda: DEIS(0), "p = 1 to 4"),
         (lambda: DEIS(2.0), "p = 1 to 4"),  # type: ignore[arg-type]
-        (lambda: DEIS(2, "lam"), "logrho"),  # type: ignore[arg-type]
+        (lambda: DEIS(2, "rh"), "nsr"),  # type: ignore[arg-type]
         (lambda: LMS(7), "p = 1 to 6"),
         (lambda: PNDM(1), "with one it is DDIM"),
         (lambda: PNDM(4, "euler"), "heun"),  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods import exponential_step
 from problems import PROCESSES, GaussianData, Mixture, Point, Problem, reference, slopes
 from test_adaptive import at, ends, rms, rowwise, run, starts
 from torch import Tensor
@@ -21,10 +22,9 @@ from sdeflow.process import EDM, VP, Cosine, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import solve
 from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
-from sdeflow.solvers.ode.ddim import exponential_step
 from sdeflow.solvers.ode.dpm_solver import DPMSolver
 
-PAIRS = [DPMAdaptive(p=p, frame=frame) for p in (2, 3) for frame in ("eps", "x0")]  # type: ignore[arg-type]
+PAIRS = [DPMAdaptive(p=p, predicts=predicts) for p in (2, 3) for predicts in ("eps", "x0")]  # type: ignore[arg-type]
 
 
 def tight(solver: DPMAdaptive, tol: float) -> DPMAdaptive:
@@ -64,7 +64,7 @@ def test_at_fixed_steps_it_is_the_single_step_method(solver: DPMAdaptive, taylor
         solution = run(Mixture(process), x, at(t, t_next), method)
         assert solution.statistics["accepted"].tolist() == [n] * 6
         assert solution.nfe == n * solver.p
-        fixed = DPMSolver(solver.p, solver.frame, taylor)
+        fixed = DPMSolver(solver.p, solver.predicts, taylor)
         times = process.t_of_lam(
             torch.linspace(-math.log(t), -math.log(t_next), n + 1, dtype=torch.float64)
         )
@@ -85,8 +85,10 @@ def test_an_attempt_is_that_of_the_paper(solver: DPMAdaptive) -> None:
     reverse = Reverse(den)
     t_next = process.level(float(process.t_of_lam(torch.tensor(t.lam + h, dtype=torch.float64))))
     x0 = reverse(x, t)
-    high = exponential_step(reverse, x, x0, t, t_next, ratios, solver.frame, taylor=False)
-    low = exponential_step(reverse, x, x0, t, t_next, ratios[: p - 2], solver.frame, taylor=False)
+    high = exponential_step(reverse, x, x0, t, t_next, ratios, solver.predicts, taylor=False)
+    low = exponential_step(
+        reverse, x, x0, t, t_next, ratios[: p - 2], solver.predicts, taylor=False
+    )
     delta = torch.maximum(torch.full_like(x, 0.0078), 0.05 * torch.maximum(low.abs(), x.abs()))
     error = float(((high - low) / delta).pow(2).mean().sqrt())
     factor = 0.9 * error ** (-1 / p)
@@ -151,9 +153,9 @@ def test_an_error_of_zero_grows_the_step_by_its_bound(name: str, solver: DPMAdap
     ("predicts", "solver", "dtype"),
     [
         ("x0", DPMAdaptive(), torch.float32),
-        ("x0", DPMAdaptive(p=2, frame="x0"), torch.float64),
+        ("x0", DPMAdaptive(p=2, predicts="x0"), torch.float64),
         ("velocity", DPMAdaptive(), torch.float64),
-        ("velocity", DPMAdaptive(p=2, frame="x0"), torch.float32),
+        ("velocity", DPMAdaptive(p=2, predicts="x0"), torch.float32),
     ],
     ids=repr,
 )
@@ -403,8 +405,8 @@ def test_budgets_and_parameters_are_checked() -> None:
     with pytest.raises(BudgetError, match="max_nfe"):
         DPMAdaptive().levels(35)
     for wrong in ({"rtol": -1.0}, {"atol": 0.0}, {"max_nfe": 0}, {"min_step": 0.0}, {"first_step": -1.0}, {"shrink": 1.5},
-                  {"theta": 0.0}, {"grow": 1.0}, {"max_step": 0.0}, {"p": 1}, {"frame": "v"}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"tolerances|max_nfe|steps|controller|p=2|frame"):
+                  {"safety": 0.0}, {"grow": 1.0}, {"max_step": 0.0}, {"p": 1}, {"predicts": "v"}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"tolerances|max_nfe|steps|controller|p=2|prediction"):
             DPMAdaptive(**wrong)  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from methods import exponential_step
 from problems import GRID_SOLVERS, PROCESSES, Mixture, reference, slopes, warped
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import solve
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.adams import ExponentialAdams
-from sdeflow.solvers.ode.ddim import DDIM, exponential_step
+from sdeflow.solvers.ode.ddim import DDIM
 from sdeflow.solvers.ode.dpm_solver import DPMSolver, DPMSolverPP, step_order
 
 
@@ -103,7 +104,7 @@ def test_order_one_is_ddim_in_every_form() -> None:
         DPMSolver(1),
         DPMSolver(1, "x0", stages="grid"),
         DPMSolverPP(1),
-        DPMSolverPP(1, frame="eps"),
+        DPMSolverPP(1, predicts="eps"),
     ):
         same(solver, DDIM(), process, times)
 
@@ -245,7 +246,7 @@ def test_every_budget_is_spent_and_stable(name: str, nfe: int) -> None:
         Mixture(VP()), solver=name, nfe=nfe, grid="uniform_lam", seeds=range(8), dtype=torch.float64
     )
     assert solution.nfe == nfe
-    if nfe > (6 if solution.solver.frame == "eps" else 3):  # type: ignore[union-attr]  # eps extrapolates by e^h
+    if nfe > (6 if solution.solver.predicts == "eps" else 3):  # type: ignore[union-attr]  # eps extrapolates by e^h
         assert float(solution.x.abs().max()) < 6.0
 
 
@@ -308,7 +309,7 @@ def test_kappa_bounds_the_order_whatever_the_start() -> None:
         * t_next.s
     )
     for kappa, meets in ((1.0, True), (0.5, False)):
-        weights = DPMSolverPP(3, kappa=kappa)._weights(levels[2::-1], t_next)
+        weights = DPMSolverPP(3, kappa=kappa).weights(levels[2::-1], levels[2], t_next, process)
         got = sum(w * f(level.lam) for w, level in zip(weights, levels[2::-1], strict=True))
         assert (abs(got - exact) < 1e-8) is meets
 
@@ -339,9 +340,9 @@ def test_parameters_are_checked() -> None:
         with pytest.raises(ValueError, match="p = 1, 2 or 3"):
             DPMSolverPP(p)  # type: ignore[arg-type]
     for make in (
-        lambda: DPMSolver(frame="v"),  # type: ignore[arg-type]
+        lambda: DPMSolver(predicts="v"),  # type: ignore[arg-type]
         lambda: DPMSolver(stages="outer"),  # type: ignore[arg-type]
-        lambda: DPMSolverPP(frame="v"),  # type: ignore[arg-type]
+        lambda: DPMSolverPP(predicts="v"),  # type: ignore[arg-type]
         lambda: DPMSolverPP(solver_type="taylor"),  # type: ignore[arg-type]
         lambda: DPMSolverPP(kappa=1.5),
     ):

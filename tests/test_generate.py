@@ -32,7 +32,8 @@ from sdeflow.errors import MissingExtraError, NonFiniteError, SdeflowError, Unkn
 from sdeflow.generate.api import Labels, generate
 from sdeflow.images import datasets as data
 from sdeflow.images import shards
-from sdeflow.images.shards import RUN, Shards, read_images, read_settings
+from sdeflow.images.datasets import read_images
+from sdeflow.images.shards import RUN, Shards, read_settings
 from sdeflow.models.checkpoint import load, save_model
 from sdeflow.process import EDM, VP
 from sdeflow.sampling.api import sample
@@ -166,14 +167,14 @@ def test_a_last_smaller_shard_is_compiled_as_the_others_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    solve = generating.solve
+    run = generating.run
 
-    def counted(denoiser: Any, **named: Any) -> Any:
-        sizes.append(named["n"])
-        return solve(denoiser, **named)
+    def counted(request: Any) -> Any:
+        sizes.append(request.n)
+        return run(request)
 
     make(tmp_path / "a", n=17, shard_size=6, batch_size=3)
-    monkeypatch.setattr(generating, "solve", counted)
+    monkeypatch.setattr(generating, "run", counted)
     make(tmp_path / "b", n=13, shard_size=6, batch_size=3, compile=True)
     make(tmp_path / "b", n=17, shard_size=6, batch_size=3, compile=True)
     assert sizes == [1, 6, 6, 3, 1, 5]  # a sentence first; the last shard of 13 holds one picture
@@ -182,10 +183,10 @@ def test_a_last_smaller_shard_is_compiled_as_the_others_are(
 
 def test_classes_take_turns_by_index(tmp_path: Path, tiny: Path) -> None:
     model = load(tiny)
-    assert Labels.of(model, "all").told(range(4, 9)).tolist() == [1, 2, 0, 1, 2]
-    assert Labels.of(model, ["Cat", 0]).told(range(3)).tolist() == [2, 0, 2]
+    assert Labels.of(model, "all").numbers(range(4, 9)).tolist() == [1, 2, 0, 1, 2]
+    assert Labels.of(model, ["Cat", 0]).numbers(range(3)).tolist() == [2, 0, 2]
     none = Labels.of(model, "none")
-    assert none.told(range(2)).tolist() == [-1, -1]
+    assert none.numbers(range(2)).tolist() == [-1, -1]
     given = none.given(range(2))
     assert given is not None
     assert given.tolist() == [3, 3]
@@ -337,7 +338,7 @@ def test_a_process_that_dies_takes_the_others_down_and_a_rerun_completes(tmp_pat
     assert time.monotonic() - began < 60
     assert not (tmp_path / "out" / "shard-00003").exists()
     there = Shards(tmp_path / "out", "png", 17, 5, (4, 4, 3))
-    assert there.whole(1)
+    assert there.is_sound(1)
     assert make(tmp_path / "out").finished
     make(tmp_path / "one")
     assert files(tmp_path / "out") == files(tmp_path / "one")
@@ -389,9 +390,9 @@ def test_a_run_that_is_killed_goes_on_without_gaps_or_duplicates(tmp_path: Path,
     """
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\nfrom sdeflow.generate import run\nsolve = run.solve\n"
-        "def slow(*a, **k):\n    time.sleep(0.03)\n    return solve(*a, **k)\n"
-        "run.solve = slow\n" + SCRIPT
+        "import time\nfrom sdeflow.generate import api\nrun = api.run\n"
+        "def slow(request):\n    time.sleep(0.03)\n    return run(request)\n"
+        "api.run = slow\n" + SCRIPT
     )
     command = [
         sys.executable,
@@ -429,7 +430,7 @@ def test_what_is_torn_is_made_again_and_nothing_else(tmp_path: Path, kind: str, 
     make(tmp_path / "out", format=kind)
     good = files(tmp_path / "out")
     damage(first_file(tmp_path / "out", kind, 1), how)
-    with pytest.raises(SdeflowError, match=r"shard 1 of .*pictures 5 to 9, is damaged"):
+    with pytest.raises(SdeflowError, match=r"shard 1 of .*images 5 to 9, is damaged"):
         everything(tmp_path / "out")
     made = make(tmp_path / "out", format=kind)
     assert (made.there, made.made) == (12, 5)
@@ -481,7 +482,7 @@ def test_a_shard_in_another_ones_place_is_noticed(tmp_path: Path) -> None:
             shutil.copy(place.path(0) / "00000003.png", place.path(1) / "00000007.png")
         else:
             shutil.copy(place.path(0), place.path(1))
-        assert [place.whole(k) for k in range(4)] == [True, False, True, True]
+        assert [place.is_sound(k) for k in range(4)] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -574,7 +575,7 @@ def test_models_are_told_apart_by_all_that_they_hold() -> None:
 def test_it_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
     made = make(tmp_path / "out", max_seconds=0.0)
     assert (made.finished, made.made, made.reason) == (False, 0, "time limit")
-    assert "the same command goes on" in str(made)
+    assert "the same command continues" in str(made)
     assert make(tmp_path / "out").finished
 
 
@@ -602,7 +603,7 @@ def test_nan_names_the_pictures_and_writes_nothing_of_the_shard(tmp_path: Path, 
     with pytest.raises(
         NonFiniteError,
         match=(
-            r"pictures 7, 8 \(seed 20 \+ number\).*nothing was written of shard 1.*first at call 1"
+            r"images 7, 8 \(seed 20 \+ number\).*nothing was written of shard 1.*first at call 1"
         ),
     ):
         generate(
@@ -808,7 +809,7 @@ def test_unreadable_pictures_of_others_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not there"):
         read_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         read_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="batch"):
         read_images(tmp_path, batch=0)
@@ -817,7 +818,7 @@ def test_unreadable_pictures_of_others_are_named(tmp_path: Path) -> None:
     with pytest.raises(SdeflowError, match="number 0 is 4 x 4 pixels, number 1 is 5 x 4"):
         everything(tmp_path)
     damage(tmp_path / "b.png", "cut")
-    with pytest.raises(SdeflowError, match=r"b\.png cannot be read as a picture"):
+    with pytest.raises(SdeflowError, match=r"b\.png cannot be read as an image"):
         everything(tmp_path)
     (tmp_path / "c.npz").write_bytes(b"no archive")
     with pytest.raises(SdeflowError, match=r"c\.npz cannot be read"):

@@ -19,7 +19,7 @@ _version errors
 _utils
 noise process
 images denoisers grid
-reverse targets models losses
+reverse targets models losses discrete
 plan
 solvers
 registry

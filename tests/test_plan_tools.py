@@ -29,7 +29,7 @@ from sdeflow import grid, registry
 from sdeflow.cli import main
 from sdeflow.errors import CheckpointError, MissingExtraError, SolverError
 from sdeflow.plan.plan import Plan
-from sdeflow.plan.unroll import FRAMES
+from sdeflow.plan.unroll import PREDICTS
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
@@ -80,7 +80,7 @@ def test_the_matrix_is_what_an_execution_does(name: str) -> None:
             lambda k, call, x, x0: seen.append((x.clone(), x0.clone())),
         )
     expected = torch.stack([*(given for given, _ in seen), end])
-    for frame in FRAMES:
+    for frame in PREDICTS:
         rows = plan.unrolled(frame)
         assert rows.matrix.shape == (plan.nfe + 1, 1 + plan.nfe + plan.draws)
         assert torch.equal(rows.t[:-1], plan.times)
@@ -111,10 +111,10 @@ def test_the_spread_is_the_exact_law(name: str) -> None:
 def test_frames_turn_back_and_are_checked() -> None:
     plan = Heun().plan(VP(), warped(VP(), 4))
     rows = plan.unrolled("eps")
-    assert torch.equal(rows.in_frame("x0").matrix, plan.matrix())
-    assert torch.equal(rows.in_frame("v").matrix, plan.matrix("v"))
+    assert torch.equal(rows.predicting("x0").matrix, plan.matrix())
+    assert torch.equal(rows.predicting("v").matrix, plan.matrix("v"))
     assert rows.columns[:3] == ("x", "F0", "F1")
-    with pytest.raises(ValueError, match="unknown frame 'noise'"):
+    with pytest.raises(ValueError, match="unknown predicts 'noise'"):
         plan.matrix("noise")
     with pytest.raises(ValueError, match="no signal is left"):
         DDIM().plan(RectifiedFlow(), grid.uniform_t(RectifiedFlow(), 4)).matrix("eps")
@@ -179,7 +179,7 @@ PUBLISHED = [
     *((ExponentialAdams(p, start_up="orders"), "x0 in lam", p - 1) for p in (2, 3, 4)),
     *(
         (ExponentialAdams(3, frame, clock), f"{frame} in {clock}", 2)
-        for frame in FRAMES
+        for frame in PREDICTS
         for clock in ("lam", "nsr", "angle", "t")
     ),
 ]
@@ -255,18 +255,18 @@ def test_the_gaussian_variance_converges_as_the_solver_does() -> None:
 
 def test_a_report_needs_what_it_asks_for() -> None:
     plan = Heun("t").plan(VP(), warped(VP(), 3))
-    assert plan.check(VP(), frame="velocity").degree == 1
-    assert plan.check(frame="eps", clock="nsr").function == "eps in nsr"
+    assert plan.check(VP(), predicts="velocity").degree == 1
+    assert plan.check(predicts="eps", clock="nsr").function == "eps in nsr"
     with pytest.raises(ValueError, match="pass process="):
         plan.check(clock="t")
     with pytest.raises(ValueError, match="pass process="):
-        plan.check(frame="velocity")
+        plan.check(predicts="velocity")
     with pytest.raises(ValueError, match="was traced under VP"):
         plan.check(EDM())
     with pytest.raises(ValueError, match="unknown clock"):
         plan.check(clock="rho")
     with pytest.raises(ValueError, match="in the clock lam alone"):
-        plan.check(frame="slope", clock="nsr")
+        plan.check(predicts="slope", clock="nsr")
     with pytest.raises(ValueError, match="std is"):
         plan.check(std=0.0)
 
@@ -653,7 +653,7 @@ def test_the_command_says_what_is_in_t_too(capsys: pytest.CaptureFixture[str]) -
         (["--solver", "heun", "--nfe", "10"], 2, "9 and 11"),
         (["--process", "vpp"], 2, "did you mean"),
         (["--grid", "karas"], 2, "did you mean 'karras'"),
-        (["--frame", "noise", "--matrix"], 2, "unknown frame"),
+        (["--predicts", "noise", "--matrix"], 2, "unknown predicts"),
         (["--file", "nowhere.json"], 1, "cannot read the plan nowhere.json"),
         (["--file", "broken.safetensors"], 1, "not a plan saved by sdeflow"),
         (["--out", "broken.safetensors/a.json"], 1, "broken.safetensors"),

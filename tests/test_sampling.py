@@ -30,6 +30,7 @@ from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import Step, encode, sample, solve
+from sdeflow.solvers.auto.grid import auto as auto_grid
 from sdeflow.solvers.auto.solver import Auto
 from sdeflow.solvers.ode.runge_kutta import Heun
 from sdeflow.solvers.sde.classic import DDPM
@@ -609,7 +610,7 @@ def test_sampling_is_what_the_solver_integrates() -> None:
     with torch.no_grad():
         by_hand = (
             Auto(table="density")
-            .integrate(Reverse(Mixture(process)), start, grid.auto(process, 35, table="density"), None)
+            .integrate(Reverse(Mixture(process)), start, auto_grid(process, 35, table="density"), None)
             .x
         )
         heun = (

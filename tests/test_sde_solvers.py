@@ -78,15 +78,15 @@ ODE: list[tuple[GridSolver, GridSolver]] = [
     (SDEDPMSolverPP(1, 0.0), DDIM()),
     (SDEDPMSolverPP(2, 0.0), DPMSolverPP(2, lower_final=False)),
     (SDEDPMSolverPP(3, 0.0), DPMSolverPP(3, "heun", lower_final=False)),
-    (SDEDPMSolverPP(2, 0.0, exact=True), ExponentialAdams(2, start_up="orders")),
-    (SDEDPMSolverPP(3, 0.0, exact=True), ExponentialAdams(3, start_up="orders")),
+    (SDEDPMSolverPP(2, 0.0, exact_weights=True), ExponentialAdams(2, start_up="orders")),
+    (SDEDPMSolverPP(3, 0.0, exact_weights=True), ExponentialAdams(3, start_up="orders")),
     *[(StochasticAdams(p, 0.0, c), ExponentialAdams(p, "x0", c, start_up="orders"))
       for p, c in ((1, "lam"), (2, "t"), (3, "nsr"), (4, "angle"), (5, "lam"))],
     *[(StochasticAdams(p, 0.0, corrector=True), ExponentialAdams(p, corrector=True, start_up="orders")) for p in (1, 2, 3)],
     (SASolver(3, 4, 0.0, lower_final=False), ExponentialAdams(3, corrector=True, start_up="orders")),
     (SASolver(3, 0, 0.0), ExponentialAdams(3, start_up="orders", lower_final=True)),
     (SASolver(2, 0, nsr_min=1e5, nsr_max=1e6), ExponentialAdams(2, start_up="orders")),
-    *[(ERSDE(p, "ode", exact=True), ExponentialAdams(p, "x0", "nsr", start_up="orders")) for p in (1, 2, 3)],
+    *[(ERSDE(p, "ode", exact_weights=True), ExponentialAdams(p, "x0", "nsr", start_up="orders")) for p in (1, 2, 3)],
     (ERSDE(2, 1.0), ExponentialAdams(2, "x0", "nsr", start_up="orders")),
 ]  # fmt: skip
 
@@ -133,9 +133,9 @@ def test_without_noise_single_steps_are_the_ode_s(
     [
         *[(first, DDPM()) for first in (SDEDPMSolverPP(1), SEEDS(1), StochasticAdams(1), ERSDE(1, "sde"), SASolver(1, 0))],
         (SDEDPMSolverPP(1, 0.3), SEEDS(1, 0.3)),
-        (SDEDPMSolverPP(2, 0.3, exact=True), StochasticAdams(2, 0.3)),
-        (SDEDPMSolverPP(3, 1.7, exact=True), StochasticAdams(3, 1.7)),
-        *[(StochasticAdams(p, 0.6, "nsr"), ERSDE(p, 1.6, exact=True)) for p in (1, 2, 3)],
+        (SDEDPMSolverPP(2, 0.3, exact_weights=True), StochasticAdams(2, 0.3)),
+        (SDEDPMSolverPP(3, 1.7, exact_weights=True), StochasticAdams(3, 1.7)),
+        *[(StochasticAdams(p, 0.6, "nsr"), ERSDE(p, 1.6, exact_weights=True)) for p in (1, 2, 3)],
         (ERSDE(3, "sde_2"), ERSDE(3, 1.5)),
         (ERSDE(3, "sde_3"), ERSDE(3, 2.5)),
         (StochasticAdams(3, 0.64, corrector=True), SASolver(3, 4, 0.8, lower_final=False)),
@@ -191,7 +191,7 @@ def test_published_weights_of_two_and_three_predictions() -> None:
     H = (1 + eta) * h
     for solver, halves in (
         (SDEDPMSolverPP(3, eta), 1.0),
-        (SDEDPMSolverPP(3, eta, exact=True), 2.0),
+        (SDEDPMSolverPP(3, eta, exact_weights=True), 2.0),
     ):
         row = solver.plan(process, times).unrolled().predictions[3]
         # The change over the step: x_3 - kept x_2 in terms of the predictions.
@@ -223,7 +223,7 @@ def test_weights_are_the_integrals_of_the_lagrange_polynomials(clock: str, rate:
         t, t_next = levels[2], levels[3]
         solver = StochasticAdams(3, rate, clock)  # type: ignore[arg-type]
         for nodes in (levels[2::-1], levels[:0:-1]):
-            got = solver.weights(process, nodes, t, t_next, rate)
+            got = solver.weights(nodes, t, t_next, process)
             c = [reading[clock](node) for node in nodes]
 
             def integrand(lam: float, j: int, c: Sequence[float] = c, end: Level = t_next) -> float:
@@ -351,14 +351,14 @@ def weak_order(
 
 WEAK: list[tuple[GridSolver, tuple[int, int]]] = [
     (SDEDPMSolverPP(1, 0.3), (96, 192)), (SDEDPMSolverPP(2, 0.3), (192, 384)), (SDEDPMSolverPP(2, 3.0), (384, 768)),
-    (SDEDPMSolverPP(2, 0.3, exact=True), (96, 192)), (SDEDPMSolverPP(3, 0.5), (192, 384)),
-    (SDEDPMSolverPP(3, 1.0, exact=True), (192, 384)), (SDEDPMSolverPPSingle(0.5), (96, 192)),
+    (SDEDPMSolverPP(2, 0.3, exact_weights=True), (96, 192)), (SDEDPMSolverPP(3, 0.5), (192, 384)),
+    (SDEDPMSolverPP(3, 1.0, exact_weights=True), (192, 384)), (SDEDPMSolverPPSingle(0.5), (96, 192)),
     (SDEDPMSolverPPSingle(0.3, 0.4), (192, 384)), (SDEDPMSolverPPSingle(1.0, 1.0), (96, 192)), (SEEDS(2, 0.5, 0.3), (96, 192)),
     (SEEDS(2, 1.0, 0.5, taylor=True), (192, 384)), (SEEDS(3, 0.3), (192, 384)), (SEEDS(3, 2.0), (192, 384)),
     (SASolver(1, 0), (96, 192)), (SASolver(1, 2), (96, 192)), (SASolver(2, 0, 0.5), (96, 192)), (SASolver(2, 2), (192, 384)),
     (SASolver(2, 3), (96, 192)), (SASolver(3, 2), (192, 384)), (SASolver(2, 3, few_steps=True), (192, 384)),
     (SASolver(2, 0, few_steps=True), (384, 768)), (StochasticAdams(4, 0.5), (192, 384)),
-    (StochasticAdams(2, 1.0, "angle"), (192, 384)), (ERSDE(2, "sde"), (96, 192)), (ERSDE(3, "sde", exact=True), (192, 384)),
+    (StochasticAdams(2, 1.0, "angle"), (192, 384)), (ERSDE(2, "sde"), (96, 192)), (ERSDE(3, "sde", exact_weights=True), (192, 384)),
     (ERSDE(3, "sde_1"), (192, 384)), (ERSDE(2, "sde_3"), (96, 192)), (ERSDE(3, 1.5), (192, 384)),
 ]  # fmt: skip
 
@@ -414,10 +414,10 @@ def test_third_order_of_the_ode_needs_the_exact_forms() -> None:
     """
     process = PROCESSES["vp"]
     times = warped(process, 12)
-    for solver in (SDEDPMSolverPP(3, 0.0, exact=True), ERSDE(3, "ode", exact=True)):
+    for solver in (SDEDPMSolverPP(3, 0.0, exact_weights=True), ERSDE(3, "ode", exact_weights=True)):
         clock = "lam" if isinstance(solver, SDEDPMSolverPP) else "nsr"
         for published in (False, True):
-            made = dataclasses.replace(solver, exact=not published)
+            made = dataclasses.replace(solver, exact_weights=not published)
             change = made.plan(process, times).compare(
                 ExponentialAdams(3, "x0", clock, start_up="orders").plan(process, times)
             )  # type: ignore[arg-type]

@@ -121,9 +121,9 @@ def test_global_generators_are_left_alone(name: str, noise: str) -> None:
     random.seed(1)
     before = (
         torch.get_rng_state(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002
         random.getstate(),
-    )  # noqa: NPY002
+    )
     sample(Mixture(VP()), solver=name, n=2, noise=noise)  # type: ignore[arg-type]
     sample(Mixture(VP()), solver=name, n=2, seeds=0, noise=noise)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), before[0])

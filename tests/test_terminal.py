@@ -106,6 +106,7 @@ def test_a_clock_without_a_reading_at_the_end_says_so(name: str, clock: str) -> 
     assert float(x.abs().max()) < 6.0
 
 
+@pytest.mark.filterwarnings("ignore:the grid starts at")  # of three levels on a table, some do
 @pytest.mark.parametrize("grid", sorted(registry.GRIDS))
 @pytest.mark.parametrize("under", ["vp", "edm", "rectified_flow", "from_betas"])
 def test_every_grid_carries_every_process_to_the_end(grid: str, under: str) -> None:

@@ -21,7 +21,8 @@ from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.adams import ExponentialAdams
 from sdeflow.solvers.ode.dpm_solver import DPMSolverPP
 from sdeflow.solvers.ode.unipc import UniPC
-from sdeflow.solvers.ode.weights import adams, frame_value
+from sdeflow.solvers.ode.weights import adams
+from sdeflow.solvers.ode.weights import predicted as value_of
 
 VARIANTS = ("bh1", "bh2")
 FRAMES = ("x0", "eps")
@@ -36,13 +37,13 @@ def test_unip_of_orders_one_and_three_is_exponential_adams(
     """From the third step on; the second is UniP-2, whose coefficient is 1/2."""
     process, times = PROCESSES[under], warped(PROCESSES[under], 9)
     one = ExponentialAdams(1, frame, "lam", start_up="orders")
-    same(UniPC(1, frame=frame, corrector=False, lower_final=lower_final), one, process, times)
+    same(UniPC(1, predicts=frame, corrector=False, lower_final=lower_final), one, process, times)
     # One step of order 3, given three predictions: the same weights.
     nodes, t_next = process.levels(times[:3].flip(0)), process.level(float(times[3]))
 
     _, exact = adams(frame, "lam", nodes, nodes[0], t_next, process)
     for variant in VARIANTS:
-        found = UniPC(3, variant, frame)._weights(nodes, nodes[0], t_next, process)  # type: ignore[arg-type]
+        found = UniPC(3, variant, frame).weights(nodes, nodes[0], t_next, process)  # type: ignore[arg-type]
         assert found == pytest.approx(exact, rel=1e-12)
 
 
@@ -53,7 +54,7 @@ def test_unip_two_with_bh2_is_dpmpp_2m(under: str) -> None:
         same(UniPC(2, "bh2", corrector=False), DPMSolverPP(2), process, times)
     same(
         UniPC(2, "bh2", "eps", corrector=False),
-        DPMSolverPP(2, frame="eps"),
+        DPMSolverPP(2, predicts="eps"),
         process,
         warped(process, 9),
     )
@@ -66,13 +67,13 @@ def test_b_matters_in_unip_two_and_unic_one_alone() -> None:
         (levels[3:0:-1], levels[2], levels[3]),  # UniC-2
         (levels[3::-1], levels[2], levels[3]),  # UniC-3
     ):
-        one, two = (UniPC(3, v)._weights(nodes, t, t_next, process) for v in VARIANTS)  # type: ignore[arg-type]
+        one, two = (UniPC(3, v).weights(nodes, t, t_next, process) for v in VARIANTS)  # type: ignore[arg-type]
         assert one == two
     for nodes, t, t_next in (
         (levels[1::-1], levels[1], levels[2]),
         (levels[2:0:-1], levels[1], levels[2]),
     ):
-        one, two = (UniPC(3, v)._weights(nodes, t, t_next, process) for v in VARIANTS)  # type: ignore[arg-type]
+        one, two = (UniPC(3, v).weights(nodes, t, t_next, process) for v in VARIANTS)  # type: ignore[arg-type]
         assert one != pytest.approx(two, rel=1e-3)
         assert sum(one) == pytest.approx(sum(two), rel=1e-13)
 
@@ -89,7 +90,7 @@ def test_the_weights_are_those_of_the_papers_system() -> None:
         for nodes, newest in ((history, None), (history, (levels[3], f[3]))):
             expected = methods._update(x, levels[2], levels[3], nodes, newest)
             shown = [*([newest] if newest else []), *nodes[::-1]]
-            b = solver._weights([level for level, _ in shown], levels[2], levels[3], process)
+            b = solver.weights([level for level, _ in shown], levels[2], levels[3], process)
             found = levels[3].sigma / levels[2].sigma * x
             for weight, (_, value) in zip(b, shown, strict=True):
                 found = found + weight * value
@@ -110,7 +111,7 @@ def test_the_free_corrector_is_the_step_done_again(p: int, variant: Any, frame: 
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     state, predicted, values = x, x, []
     for i, t in enumerate(levels[:-1]):
-        values.append(frame_value(frame, predicted, den(predicted, t), t))
+        values.append(value_of(frame, predicted, den(predicted, t), t))
         at = levels[: i + 1][::-1]
         if i:
             used = min(p, i, len(levels) - i + 1) if solver.lower_final else min(p, i)
@@ -124,8 +125,8 @@ def test_the_free_corrector_is_the_step_done_again(p: int, variant: Any, frame: 
 def _step(
     solver: UniPC, x: Tensor, nodes: list[Any], values: list[Tensor], t: Any, t_next: Any
 ) -> Tensor:
-    x = x * (t_next.sigma / t.sigma if solver.frame == "x0" else t_next.s / t.s)
-    for weight, value in zip(solver._weights(nodes, t, t_next, VP()), values, strict=True):
+    x = x * (t_next.sigma / t.sigma if solver.predicts == "x0" else t_next.s / t.s)
+    for weight, value in zip(solver.weights(nodes, t, t_next, VP()), values, strict=True):
         x = x + weight * value
     return x
 
@@ -233,7 +234,7 @@ def test_parameters_are_checked() -> None:
     with pytest.raises(ValueError, match="bh1"):
         UniPC(variant="vary_coeff")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="eps"):
-        UniPC(frame="v")  # type: ignore[arg-type]
+        UniPC(predicts="v")  # type: ignore[arg-type]
 
 
 def test_encoding_from_the_data() -> None:

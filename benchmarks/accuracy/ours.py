@@ -21,10 +21,11 @@ from sdeflow import grid, registry
 from sdeflow.errors import BudgetError, UnknownNameError
 from sdeflow.noise import Noise
 from sdeflow.process import Process
+from sdeflow.solvers.auto.grid import auto as auto_grid
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.ode.adams import ExponentialAdams
 from sdeflow.solvers.ode.unipc import UniPC
-from sdeflow.solvers.ode.weights import CLOCKS, FRAMES
+from sdeflow.solvers.ode.weights import CLOCKS, PREDICTS
 
 FAMILY = "sdeflow"
 SHAPED: dict[str, tuple[str, dict[str, float]]] = {
@@ -74,7 +75,7 @@ def grid_functions() -> dict[str, grid.GridFunction]:
     """Every registered grid with its defaults, and some with other parameters."""
     out = {entry.name: entry.make for entry in registry.GRIDS.values()}
     out["auto"] = partial(
-        grid.auto, table="density"
+        auto_grid, table="density"
     )  # the one that sample takes for known densities, which the targets are
     for name, (base, arguments) in SHAPED.items():
         if base in registry.GRIDS:
@@ -190,27 +191,29 @@ def solvers() -> dict[str, Solver]:
                     entry.make, clock=clock, to_zero=True
                 )
     for frame, clock, p, corrector in itertools.product(
-        FRAMES, CLOCKS, (1, 2, 3, 4), (False, True)
+        PREDICTS, CLOCKS, (1, 2, 3, 4), (False, True)
     ):
         if p == 1 and not corrector and clock != "lam":
             continue  # one prediction: no polynomial, no clock
         label = f"adams{p} {frame} {clock}" + (" corrected" if corrector else "")
-        named[label] = partial(ExponentialAdams, p=p, frame=frame, clock=clock, corrector=corrector)
+        named[label] = partial(
+            ExponentialAdams, p=p, predicts=frame, clock=clock, corrector=corrector
+        )
     for frame, clock, p in itertools.product(
-        FRAMES, ("lam", "nsr", "angle", "flow", "t"), (2, 3, 4)
+        PREDICTS, ("lam", "nsr", "angle", "flow", "t"), (2, 3, 4)
     ):
         label = f"adams{p} {frame} {clock} by orders"
-        more = {"p": p, "frame": frame, "clock": clock, "start_up": "orders"}
+        more = {"p": p, "predicts": frame, "clock": clock, "start_up": "orders"}
         named[label] = partial(ExponentialAdams, **more)
         named[label + " lower_final"] = partial(ExponentialAdams, **more, lower_final=True)
     for p, variant, frame, lower in itertools.product(
         (1, 2, 3), ("bh1", "bh2"), ("x0", "eps"), (False, True)
     ):
         label = f"unipc_{p} {variant} {frame}" + (" lower_final" if lower else "")
-        named[label] = partial(UniPC, p=p, variant=variant, frame=frame, lower_final=lower)
+        named[label] = partial(UniPC, p=p, variant=variant, predicts=frame, lower_final=lower)
     for frame, clock in (("x0", "lam"), ("v", "angle"), ("eps", "nsr"), ("eps", "t")):
         for p in (3, 4):
-            more = {"p": p, "frame": frame, "clock": clock}
+            more = {"p": p, "predicts": frame, "clock": clock}
             named[f"adams{p} {frame} {clock} singlestep"] = partial(
                 ExponentialAdams, **more, start_up="singlestep"
             )

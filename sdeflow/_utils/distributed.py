@@ -1,4 +1,4 @@
-"""Processes under torchrun: who am I, which share is mine, and the few sums that training needs.
+"""Processes under torchrun: this one's rank and share, and the few sums that training needs.
 
 Without torchrun there is one process of rank 0 and every function here is the identity.
 """
@@ -38,15 +38,12 @@ class Rank:
 
     def device(self, device: torch.device) -> torch.device:
         """The device of this process: under torchrun a bare "cuda" becomes its own GPU."""
-        return (
-            torch.device("cuda", self.local)
-            if device.type == "cuda" and device.index is None
-            else device
-        )
+        bare = device.type == "cuda" and device.index is None
+        return torch.device("cuda", self.local) if bare else device
 
 
 def this_rank() -> Rank:
-    """The rank that torchrun's environment variables tell, or the only one."""
+    """The rank in torchrun's environment variables; without them, that of the only process."""
     read = os.environ.get
     return Rank(int(read("RANK", "0")), int(read("WORLD_SIZE", "1")), int(read("LOCAL_RANK", "0")))
 
@@ -87,7 +84,7 @@ def anyone(flag: bool, device: torch.device) -> bool:
     return bool(tensor.item())
 
 
-def gather(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor) -> Tensor:
     """The tensors of all processes, concatenated by rank along dimension 0, on every process; sizes
     may differ.
     """

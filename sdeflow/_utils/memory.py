@@ -1,5 +1,5 @@
-"""The memory of a device: whether an error says that it is spent, giving back what is cached, and
-what a solve took.
+"""The memory of a device: whether an error says that there is none left, releasing what is cached,
+and what a solve took.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Memory:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is spent, on whatever device."""
+    """Whether an error says that memory is exhausted, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SPENT)
 
 
 def release(device: torch.device) -> None:
-    """Give back what garbage and torch's cache hold on a device."""
+    """Release what garbage and torch's cache hold on a device."""
     gc.collect()
     empty = getattr(getattr(torch, device.type, None), "empty_cache", None)
     if empty is not None:
@@ -60,7 +60,7 @@ def available(device: torch.device) -> int | None:
 
 
 def begin_peak(device: torch.device) -> None:
-    """Begin to watch for the peak of a solve."""
+    """Begin to record the peak of a solve."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -72,6 +72,19 @@ MOVED = {
 }
 """Old place to new place, below `sdeflow`."""
 
+RENAMED = {
+    "generate.Generated": "generate.GenerationResult",
+    "grid.auto": "solvers.auto.grid.auto",
+}
+"""Old name to new name, below `sdeflow`."""
+
+
+MOVED_NAMES = {
+    ("generate.shards", "read_images"): "images.datasets",
+    ("loop", "Step"): "sampling.api",
+}
+"""Single names that went elsewhere than the rest of their old module."""
+
 
 class _Moved(MetaPathFinder, Loader):
     """Finds the old name of a module, and forwards what is asked of it to the new one."""
@@ -100,12 +113,33 @@ class _Moved(MetaPathFinder, Loader):
         def forward(name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
-            return getattr(new, name)
+            place = MOVED_NAMES.get((old.removeprefix("sdeflow."), name))
+            return getattr(importlib.import_module(f"sdeflow.{place}") if place else new, name)
 
         module.__getattr__ = forward  # type: ignore[method-assign]
+
+
+def _renamed(module: str, name: str) -> Any:
+    """What an old name of a module stands for, after a warning; `AttributeError` for any other."""
+    if (place := RENAMED.get(f"{module}.{name}")) is None:
+        raise AttributeError(f"module 'sdeflow.{module}' has no attribute {name!r}")
+    home, _, new = place.rpartition(".")
+    text = f"sdeflow.{module}.{name} is now sdeflow.{place}; the old name goes in 0.7"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(f"sdeflow.{home}"), new)
+
+
+class _Renamed(ModuleType):
+    """A module with names that have changed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _renamed(self.__name__.removeprefix("sdeflow."), name)
 
 
 def install() -> None:
     """Make the old names importable."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+    for place in RENAMED:
+        if module := sys.modules.get(f"sdeflow.{place.rpartition('.')[0]}"):
+            module.__class__ = _Renamed

@@ -1,6 +1,4 @@
-"""What any long computation needs around it: an end when one is asked for, a log, and no death by a
-full disk.
-"""
+"""What a long computation needs: a way to stop it, a log, and that a full disk does not end it."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ from sdeflow.errors import NonFiniteError, SdeflowError
 
 
 class Stop:
-    """Asks a training to end: on SIGTERM, Ctrl-C (a second one interrupts at once) or when its time
-    is over.
+    """Asks a computation to end: on SIGTERM, on Ctrl-C (a second one interrupts at once), or when
+    its time is over.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -58,7 +56,7 @@ class Stop:
 
 
 class Log:
-    """A file of JSON lines; lines of steps that a resumed training will do again are dropped."""
+    """A file of JSON lines; the lines of steps that a resumed training repeats are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = []
@@ -81,8 +79,8 @@ class Log:
 
 @contextmanager
 def attempted(what: str) -> Iterator[None]:
-    """Go on with a warning if `what` fails for want of disk or permission: hours of work are worth
-    more than one file.
+    """Continue with a warning if `what` fails for lack of disk or permission: hours of work are
+    worth more than one file.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A small table of what was worked out for an object, which does not keep that object alive."""
+"""A small table of results for objects, which does not keep the objects alive."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Value = TypeVar("Value")
 class WeakTable(Generic[Value]):
     """Values by (owner, key): at most `most`, those used last, and none whose owner is gone.
 
-    Owners are told apart by identity, whatever their `__eq__`. A value must not refer to its owner,
-    or neither goes before the value has become the oldest.
+    Owners are distinguished by identity, whatever their `__eq__`. A value must not refer to its
+    owner: else both stay until the value is the oldest.
     """
 
     def __init__(self, most: int):

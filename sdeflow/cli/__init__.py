@@ -1,7 +1,7 @@
-"""The command line: a thin shell over the library's functions.
+"""The command line: a thin layer over the library's functions.
 
 Exit status: 0; 1 where something failed (a damaged checkpoint, a full disk, NaN from the network)
-or was interrupted; 2 where it was asked for what cannot be (an unknown name, an impossible budget).
+or was interrupted; 2 for an impossible request (an unknown name, a budget that cannot be spent).
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Numerical SDE and ODE solvers for diffusion models: draw samples, train, and see what there
-    is.
+    """Numerical SDE and ODE solvers for diffusion models: sample, train, evaluate, and list what
+    there is.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; errors are told in a line, without a traceback."""
+    """Run the command line; an error is one line, without a traceback."""
     try:
         app(None if arguments is None else list(arguments))
     except (SdeflowError, ValueError, TypeError, OSError, MemoryError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if _is_usage(error) else 1)
-    except RuntimeError as error:  # torch's word for memory that is not there
+    except RuntimeError as error:  # torch has no other class for exhausted memory
         if "memory" not in str(error):
             raise
         typer.echo(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size", err=True)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _is_usage(error: Exception) -> bool:
-    """Whether what was asked for cannot be, in contrast to what went wrong on the way."""
+    """Whether the request itself is impossible, as opposed to a failure while it runs."""
     if isinstance(error, SdeflowError):
         return isinstance(error, UnknownNameError | BudgetError | GridError)
     return isinstance(error, ValueError | TypeError)

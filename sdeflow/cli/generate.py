@@ -1,4 +1,4 @@
-"""The command `sdeflow generate`: many pictures into a folder, on as many processes as torchrun
+"""The command `sdeflow generate`: many images into a folder, on as many processes as torchrun
 starts.
 """
 
@@ -11,26 +11,9 @@ from typing import Annotated
 
 import typer
 
-from sdeflow import registry
 from sdeflow._utils.distributed import this_rank
-from sdeflow.cli.options import (
-    HOW,
-    MACHINE,
-    CompileOption,
-    GridOption,
-    HalfOption,
-    ModelOption,
-    NfeOption,
-    NoiseOption,
-    ProcessOption,
-    QuietOption,
-    RtolOption,
-    SolverOption,
-    open_model,
-    pick_batch_size,
-    pick_classes,
-    pick_solver,
-)
+from sdeflow.cli import options
+from sdeflow.cli.options import HOW, MACHINE, open_model, pick_batch_size, pick_classes, pick_solver
 from sdeflow.generate.api import SHARD_SIZE
 from sdeflow.generate.api import generate as run
 from sdeflow.sampling.cuda_graphs import CompileWarning
@@ -39,22 +22,23 @@ from sdeflow.sampling.inputs import check_device, named_device
 EPILOG = """
 Examples:
 
-    sdeflow generate --n 50000 --out pictures               50000 pictures of the bundled model, a PNG file each
+    sdeflow generate --n 50000 --out images          images of the bundled model, a PNG file each
 
-    sdeflow generate --n 50000 --out pictures --solver heun --nfe 35 --format npz
+    sdeflow generate --n 50000 --out images --solver heun --nfe 35 --format npz
 
     sdeflow generate --n 100 --out cats --classes cat --seed 7
 
-    torchrun --nproc-per-node 2 -m sdeflow generate -n 50000 --out pictures          on two GPUs
+    torchrun --nproc-per-node 2 -m sdeflow generate -n 50000 --out images            on two GPUs
 
-The same command again makes what is missing or damaged, after a kill at any moment; with a larger --n it makes more.
+The same command again makes what is missing or damaged, after a kill at any moment. With a larger
+--n it makes more.
 
 Under torchrun write -n, not --n, which its own parser takes for one of its options.
 """
 
 
 class Kind(StrEnum):
-    """How the pictures are kept."""
+    """How the images are kept."""
 
     png = "png"
     npz = "npz"
@@ -64,18 +48,16 @@ class Kind(StrEnum):
 def generate(
     out: Annotated[
         Path,
-        typer.Option(
-            help="The folder for the pictures; new, or one that this command goes on with."
-        ),
+        typer.Option(help="The folder for the images; new, or one that this command continues."),
     ],
     n: Annotated[
-        int, typer.Option("--n", "-n", help="How many pictures the folder is to hold.", min=1)
+        int, typer.Option("--n", "-n", help="How many images the folder is to hold.", min=1)
     ] = 50_000,
     classes: Annotated[
         str,
         typer.Option(
             help=(
-                "Names or numbers of classes, with commas; picture i takes its turn. 'all' of them,"
+                "Names or numbers of classes, with commas; image i takes its turn. 'all' of them,"
                 " or 'none' for no label."
             )
         ),
@@ -84,25 +66,24 @@ def generate(
         Kind,
         typer.Option(
             help=(
-                "png: a file a picture; npz: arrays, a file a shard; parquet: as data sets are"
-                " kept."
+                "png: a file an image; npz: arrays, a file a shard; parquet: as data sets are kept."
             )
         ),
     ] = Kind.png,
-    solver: SolverOption = "auto",
-    nfe: NfeOption = None,
-    process: ProcessOption = None,
-    grid: GridOption = None,
-    rtol: RtolOption = None,
-    noise: NoiseOption = "seeded",
+    solver: options.SolverOption = "auto",
+    nfe: options.NfeOption = None,
+    process: options.ProcessOption = None,
+    grid: options.GridOption = None,
+    rtol: options.RtolOption = None,
+    noise: options.NoiseOption = "seeded",
     seed: Annotated[
-        int, typer.Option(help="Seed of picture 0; picture i has seed + i.", rich_help_panel=HOW)
+        int, typer.Option(help="Seed of image 0; image i has seed + i.", rich_help_panel=HOW)
     ] = 0,
-    model: ModelOption = "cifar10",
+    model: options.ModelOption = "cifar10",
     shard_size: Annotated[
         int,
         typer.Option(
-            help="ImageSource a shard: what is written at once, and lost by a kill.",
+            help="Images a shard: what is written at once, and lost by a kill.",
             min=1,
             rich_help_panel=MACHINE,
         ),
@@ -124,30 +105,44 @@ def generate(
             rich_help_panel=MACHINE,
         ),
     ] = "auto",
-    compile: CompileOption = False,
-    half: HalfOption = False,
+    compile: options.CompileOption = False,
+    half: options.HalfOption = False,
     max_seconds: Annotated[
         float | None,
         typer.Option(
-            help="Stop after this long; the same command goes on.", rich_help_panel=MACHINE
+            help="Stop after this long; the same command continues.", rich_help_panel=MACHINE
         ),
     ] = None,
-    quiet: QuietOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
-    """Write many pictures into a folder: the same ones on one process or many; stops and goes on at
-    any moment.
+    """Write many images into a folder: the same ones on one process or on many. It can be stopped
+    and continued at any moment.
     """
-    method, size = pick_solver(solver, rtol), pick_batch_size(batch_size)
-    along = None if process is None else registry.process(process)
+    method, at_once = pick_solver(solver, rtol), pick_batch_size(batch_size)
     rank = this_rank()
     place = check_device(rank.device(named_device(device)))
     denoiser = open_model(model, place, half, compile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompileWarning)  # the summary says it
         made = run(
-            denoiser, out, n=n, process=along, solver=method, nfe=nfe, grid=grid, noise=noise,  # type: ignore[arg-type]
-            classes=pick_classes(classes), seed=seed, format=format.value, shard_size=shard_size, batch_size=size, compile=compile,
-            device=place, max_seconds=max_seconds, model=model, progress=not quiet,
-        )  # fmt: skip
+            denoiser,
+            out,
+            n=n,
+            process=process,
+            solver=method,
+            nfe=nfe,
+            grid=grid,
+            noise=noise,  # type: ignore[arg-type]
+            classes=pick_classes(classes),
+            seed=seed,
+            format=format.value,
+            shard_size=shard_size,
+            batch_size=at_once,
+            compile=compile,
+            device=place,
+            max_seconds=max_seconds,
+            model=model,
+            progress=not quiet,
+        )
     if rank.first and not quiet:
         typer.echo(str(made))

@@ -23,7 +23,7 @@ Examples:
 
 
 class Topic(StrEnum):
-    """What `sdeflow info` can tell of."""
+    """What `sdeflow info` can list."""
 
     processes = "processes"
     solvers = "solvers"
@@ -34,7 +34,7 @@ class Topic(StrEnum):
 def info(
     topic: Annotated[Topic | None, typer.Argument(help="One of them; all by default.")] = None,
 ) -> None:
-    """Tell what there is: processes, solvers, grids and checkpoints."""
+    """List what there is: processes, solvers, grids and checkpoints."""
     tables = {
         Topic.processes: _processes,
         Topic.solvers: _solvers,
@@ -58,13 +58,8 @@ def _solvers() -> str:
     rows = []
     for entry in registry.SOLVERS.values():
         solver = entry.make()
-        kind = (
-            "adaptive"
-            if solver.adaptive
-            else "stochastic"
-            if solver.stochastic
-            else "deterministic"
-        )
+        kind = "stochastic" if solver.stochastic else "deterministic"
+        kind = "adaptive" if solver.adaptive else kind
         rows.append([*_names(entry), str(solver.order), kind, solver.cost, solver.source])
     table = _align(["name", "also", "order", "kind", "calls", "source"], rows)
     return (
@@ -110,9 +105,6 @@ def _align(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
     lines = []
     for row in [head, *rows]:
-        lines.append(
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
-            ).rstrip()
-        )
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
     return "\n".join(lines)

@@ -1,6 +1,4 @@
-"""The command `sdeflow plan`: a solver over a grid as a table of numbers, checked, drawn and
-saved.
-"""
+"""The command `sdeflow plan`: a solver over a grid as a table of numbers; checked, plotted, saved."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from sdeflow.solvers.base import GridSolver
 EPILOG = """
 Examples:
 
-    sdeflow plan                                            the default under EDM at 9 calls, as a table
+    sdeflow plan                       the default under EDM at 9 calls, as a table
 
     sdeflow plan --solver adams3 --process vp --nfe 10 --check
 
@@ -55,8 +53,13 @@ def plan(
             "--check", help="Say how consistent it is, and which polynomials its steps reproduce."
         ),
     ] = False,
-    frame: Annotated[
-        str, typer.Option(help="Predictions as x0, eps, v or flow, in the matrix and the picture.")
+    predicts: Annotated[
+        str,
+        typer.Option(
+            "--predicts",
+            "--frame",
+            help="Predictions as x0, eps, v or flow, in the matrix and the figure.",
+        ),
     ] = "x0",
     matrix: Annotated[
         bool,
@@ -65,7 +68,7 @@ def plan(
         ),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw it into this PNG; needs matplotlib.")
+        Path | None, typer.Option(help="Plot it into this PNG; needs matplotlib.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Save it here: as safetensors if it ends so, else as JSON.")
@@ -75,7 +78,7 @@ def plan(
     """Show a solver as what is executed: a table of numbers."""
     for path in (plot, out):
         if path is not None:
-            check_writable(path, "plan" if path is out else "picture")
+            check_writable(path, "plan" if path is out else "plot")
     if file is not None:
         made, along = Plan.load(file), None
     else:
@@ -84,11 +87,11 @@ def plan(
     if not quiet:
         typer.echo(str(made))
     if matrix:
-        typer.echo("\n" + str(made.unrolled(frame)))
+        typer.echo("\n" + str(made.unrolled(predicts)))
     if check:
         typer.echo("\n" * (not quiet) + str(made.check(along)))
     if plot is not None:
-        made.plot(plot, frame)
+        made.plot(plot, predicts)
     if out is not None:
         made.save(out)
     if (plot or out) and not quiet:
@@ -104,13 +107,13 @@ def _trace(name: str, process: Process, nfe: int, grid: str | None) -> Plan:
             " those that have"
         )
     levels = method.levels(nfe)
-    laid = grid or method.default_grid or process.default_grid
-    times = registry.grid_function(laid)(process, levels)
+    chosen = grid or method.default_grid or process.default_grid
+    times = registry.grid_function(chosen)(process, levels)
     if len(times) != levels:
         raise BudgetError(
-            f"the grid {laid} laid {len(times)} levels; {name} needs {levels} for nfe={nfe}"
+            f"the grid {chosen} has {len(times)} levels; {name} needs {levels} for nfe={nfe}"
         )
     try:
         return method.plan(process, times)
-    except SolverError as error:  # a clock without a reading at the end of time, say
+    except SolverError as error:  # a clock that is infinite at the end of time, say
         raise ValueError(str(error)) from error

@@ -1,10 +1,12 @@
-"""The command `sdeflow train`."""
+"""The command `sdeflow train`; its options are the fields of the configurations."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import inspect
+from collections.abc import Iterator
+from dataclasses import Field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -12,9 +14,8 @@ from sdeflow._utils.distributed import this_rank
 from sdeflow.models.unet import UNetConfig
 from sdeflow.training.api import stored_config
 from sdeflow.training.api import train as run_training
-from sdeflow.training.config import TrainConfig
+from sdeflow.training.config import LENGTH, TrainConfig
 
-LENGTH, MODEL, MACHINE = "Length and optimizer", "Network", "Machine and files"
 EPILOG = """
 Examples:
 
@@ -32,9 +33,7 @@ Examples:
 """
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
+def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
@@ -44,234 +43,77 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def train(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "A folder of pictures, a parquet file or folder, or a hub name (default:"
-                " uoft-cs/cifar10)."
-            )
-        ),
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(help="The folder for state, log, grids of samples and the trained model."),
-    ] = Path("runs/train"),
-    init: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "Begin from the weights of a bundled model or a file, and its network (not with"
-                " --resume)."
-            )
-        ),
-    ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume",
-            help=(
-                "Go on from the folder's state, if it has one; options given replace the stored"
-                " ones."
-            ),
-        ),
+        typer.Option("--resume", help="Go on from the folder's state; options given replace its."),
     ] = False,
     export: Annotated[
         Path | None, typer.Option(help="Write the averaged network in half precision here too.")
     ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            help="Train on this many images in total (default: 20000000).", rich_help_panel=LENGTH
-        ),
-    ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="The same, as a number of steps.", rich_help_panel=LENGTH)
-    ] = None,
-    batch_size: Annotated[
         int | None,
-        typer.Option(
-            help="Images a step, over all processes (default: 512).", rich_help_panel=LENGTH
-        ),
+        typer.Option(help="The length of the training in steps.", rich_help_panel=LENGTH),
     ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate of Adam (default: 0.001).", rich_help_panel=LENGTH),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="Decay after the warm-up: cosine, linear or constant (default: cosine).",
-            rich_help_panel=LENGTH,
-        ),
-    ] = None,
-    warmup: Annotated[
-        int | None,
-        typer.Option(
-            help="Images over which the learning rate rises (default: 200000).",
-            rich_help_panel=LENGTH,
-        ),
-    ] = None,
-    grad_clip: Annotated[
-        float | None,
-        typer.Option(help="Largest norm of the gradients (default: 1).", rich_help_panel=LENGTH),
-    ] = None,
-    ema: Annotated[
-        int | None,
-        typer.Option(
-            help="Half-life of the average, in images (default: 500000).", rich_help_panel=LENGTH
-        ),
-    ] = None,
-    label_dropout: Annotated[
-        float | None,
-        typer.Option(
-            help="Probability of training without the label (default: 0.1).", rich_help_panel=LENGTH
-        ),
-    ] = None,
-    flip: Annotated[
-        bool | None,
-        typer.Option(
-            "--flip/--no-flip",
-            help="Mirror half of the images (default: flip).",
-            rich_help_panel=LENGTH,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of everything random (default: 0).", rich_help_panel=LENGTH),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Crop and resize pictures to this many pixels (default: the first one's).",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(help="Channels of the finest level (default: 96).", rich_help_panel=MODEL),
-    ] = None,
-    multipliers: Annotated[
-        str | None,
-        typer.Option(
-            help="Channels of each level over those of the finest (default: 1,2,2).",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    blocks: Annotated[
-        int | None,
-        typer.Option(help="Residual blocks a level (default: 2).", rich_help_panel=MODEL),
-    ] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(help="Resolutions with attention (default: 16).", rich_help_panel=MODEL),
-    ] = None,
-    embedding: Annotated[
-        int | None,
-        typer.Option(
-            help="Width of the embedding of noise level and class (default: 192).",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    head_channels: Annotated[
-        int | None,
-        typer.Option(help="Channels of an attention head (default: 64).", rich_help_panel=MODEL),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Channels that are normalised together (default: 16).", rich_help_panel=MODEL
-        ),
-    ] = None,
-    dropout: Annotated[
-        float | None,
-        typer.Option(help="Dropout inside the blocks (default: 0).", rich_help_panel=MODEL),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda, cuda:1 (default: auto).", rich_help_panel=MACHINE),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="bf16, float32 or auto (bf16 on a GPU) (default: auto).", rich_help_panel=MACHINE
-        ),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="torch.compile (default: on a GPU).",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    graphs: Annotated[
-        bool | None,
-        typer.Option(
-            "--graphs/--no-graphs",
-            help="A step as one CUDA graph (default: on a GPU).",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="Save and stop after this long; go on with --resume.", rich_help_panel=MACHINE
-        ),
-    ] = None,
-    save_seconds: Annotated[
-        float | None,
-        typer.Option(help="Save the state this often (default: 600).", rich_help_panel=MACHINE),
-    ] = None,
-    sample_images: Annotated[
-        int | None,
-        typer.Option(
-            help="Draw a grid every so many images; 0 is only at the end (default: 2000000).",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    snapshot_images: Annotated[
-        int | None,
-        typer.Option(
-            help="Store averages for 'sdeflow ema' every so many images; 0 is never (default: 0).",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    log_steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Write a line to the log every so many steps (default: 100).",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
+    **given: Any,
 ) -> None:
-    """Train a denoiser on images: EDM loss, mixed precision, moving average; stops and resumes
-    exactly.
+    """Train a denoiser on images: EDM loss, mixed precision, moving average. A training can be
+    stopped at any moment and resumed exactly.
     """
-    given: dict[str, Any] = {k: v for k, v in locals().items() if v is not None}
-    given["out"] = str(out)
-    network: dict[str, Any] = {
-        f.name: given[f.name] for f in fields(UNetConfig) if f.name in given and f.name != "size"
-    }
-    for name in ("multipliers", "attention"):
-        if name in network:
-            network[name] = _numbers(network[name])
+    given = {name: value for name, value in given.items() if value is not None}
+    out = given.setdefault("out", TrainConfig.out)
+    network = {f.name: given.pop(f.name) for f in fields(UNetConfig) if f.name in given}
+    for name in {"multipliers", "attention"} & {*network}:
+        network[name] = _numbers(network[name])
     stored = stored_config(out) if resume else None
     config = stored or TrainConfig()
-    # A time limit is of one invocation: it is never taken over from the one before.
-    changes = {
-        f.name: given[f.name] for f in fields(TrainConfig) if f.name in given and f.name != "model"
-    } | {"max_seconds": max_seconds}
+    given.setdefault("max_seconds", None)  # a limit of one run, never taken over from the last
     if steps is not None:
-        changes["images"] = steps * (batch_size or config.batch_size)
-    if (
-        size is not None or stored is None
-    ):  # without --size the data will tell; until then any size that can be halved
-        network["size"] = size or 1 << max(5, len(network.get("multipliers", ())) - 1)
-    config = replace(config, **changes, model=replace(config.model, **network))
+        given["images"] = steps * given.get("batch_size", config.batch_size)
+    if "size" in network:
+        given["size"] = network["size"]
+    elif stored is None:  # the data will tell; until then any size that can be halved
+        network["size"] = 1 << max(5, len(network.get("multipliers", ())) - 1)
+    config = replace(config, **given, model=replace(config.model, **network))
     result = run_training(config, resume=resume, export=export)
     if this_rank().first:
         typer.echo(
             f"{'finished' if result.finished else 'paused'} at {result.images} images, loss"
             f" {result.loss:.4f}; {result.out}"
         )
+
+
+def _options() -> Iterator[inspect.Parameter]:
+    """The options that the fields of the configurations are."""
+    for config in (TrainConfig, UNetConfig):
+        types = get_type_hints(config)
+        for f in fields(config):
+            if "help" in f.metadata:
+                yield _option(f, types[f.name])
+
+
+def _option(f: Field[Any], kind: Any) -> inspect.Parameter:
+    name = f.name.replace("_", "-")
+    switch = [f"--{name}/--no-{name}"] if kind in (bool, bool | None) else []
+    shown = typer.Option(*switch, help=f.metadata["help"], rich_help_panel=f.metadata["panel"])
+    value = str if kind == tuple[int, ...] else kind
+    return inspect.Parameter(
+        f.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[value | None, shown],
+    )
+
+
+def _signature() -> inspect.Signature:
+    """What typer reads: the options of the configurations and those of `train` itself, by panel."""
+    own = inspect.signature(train, eval_str=True).parameters.values()
+    named = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind != p.VAR_KEYWORD]
+    every = [*_options(), *named]
+    panels = [p.annotation.__metadata__[0].rich_help_panel for p in every]
+    order = sorted(
+        range(len(every)), key=lambda i: (panels[i] is not None, panels.index(panels[i]))
+    )
+    return inspect.Signature([every[i] for i in order])
+
+
+train.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -328,7 +328,7 @@ class Preconditioned(Network):
     """
 
     # Images have structure at noise far above their own scale, on which a grid uniform in lam is
-    # sparse (docs/defaults.md).
+    # sparse (docs/benchmarks/defaults.md).
     default_grid = "karras"
 
     def __init__(

@@ -27,7 +27,6 @@ from sdeflow._version import __version__
 from sdeflow.errors import CheckpointError, SdeflowError
 from sdeflow.evaluation.features.base import Extractor
 from sdeflow.evaluation.metrics.base import Statistics
-from sdeflow.images import shards
 from sdeflow.images.datasets import Images, load_images
 from sdeflow.models.checkpoint import read_tensors, write_tensors
 
@@ -76,14 +75,7 @@ def open_images(
         return source
     if isinstance(source, str | Path):
         path = Path(source)
-        if (path / shards.RUN).is_file():
-            return _generated(path, n, batch_size, rank)
-        if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
-            parts = _turns(shards.read_images(path, batch=batch_size), n, rank)
-            return ImageSource(
-                str(path), ((pixels.permute(0, 3, 1, 2), labels) for _, pixels, labels in parts), n
-            )
-        if path.is_file() and path.suffix != ".parquet":
+        if path.is_file() and path.suffix not in (".parquet", ".npz"):
             raise ValueError(
                 f"{path} holds no pictures: they are read from a folder, an npz file or a parquet"
                 " file"
@@ -93,46 +85,9 @@ def open_images(
     if _is_batches(source):
         return ImageSource("an iterable", _cut(source, n, rank), n)
     images = load_images(source, split=split, memory_gb=0.0, progress=False)
-    return _loaded(images, n, batch_size, rank)
-
-
-def _generated(path: Path, n: int | None, batch_size: int, rank: Rank) -> ImageSource:
-    """The shards of a folder, of which each process reads its own."""
-    shards.read_images(path)  # refuses an unfinished folder
-    settings = shards.read_settings(path)
-    opened = shards.opened(path, settings)
-    total = opened.n if n is None else min(n, opened.n)
-    wanted = -(-total // opened.size)
-
-    def batches() -> Iterator[Batch]:
-        for k in rank.share(wanted):
-            indices, pixels, labels = opened.read(k)
-            kept = int((indices < total).sum())
-            for start in range(0, kept, batch_size):
-                stop = min(start + batch_size, kept)
-                yield pixels[start:stop].permute(0, 3, 1, 2), labels[start:stop]
-
-    return ImageSource(str(path), batches(), total, opened.class_names, settings)
-
-
-def _loaded(images: Images, n: int | None, batch_size: int, rank: Rank) -> ImageSource:
     total = images.count if n is None else min(n, images.count)
-    share = rank.share(total)
-
-    def batches() -> Iterator[Batch]:
-        for start in range(share.start, share.stop, batch_size):
-            indices = torch.arange(start, min(start + batch_size, share.stop))
-            yield images.get(indices), None if images.labels is None else images.labels[indices]
-
-    return ImageSource(images.name, batches(), total, images.class_names)
-
-
-def _turns(batches: Iterator[shards.Batch], n: int | None, rank: Rank) -> Iterator[shards.Batch]:
-    """Every `world`-th batch, and of it what is below `n`."""
-    for k, (indices, pixels, labels) in enumerate(batches):
-        kept = len(indices) if n is None else int((indices < n).sum())
-        if kept and k % rank.world == rank.index:
-            yield indices[:kept], pixels[:kept], labels[:kept]
+    batches = images.batches(batch_size, n, rank)
+    return ImageSource(images.name, batches, total, images.class_names, images.how)
 
 
 def _is_batches(source: Any) -> bool:
@@ -274,7 +229,7 @@ class _FeatureAccumulator:
                 " statistics"
             )
         facts = {"n": self.statistics.n, "extractor": self.extractor.describe(), **facts}
-        right = int(distributed.gather(self.right).sum())
+        right = int(distributed.all_gather(self.right).sum())
         if (
             not distributed.anyone(self.foreign, self.place)
             and labelled
@@ -285,7 +240,7 @@ class _FeatureAccumulator:
         return FeatureStatistics(
             self.statistics,
             facts,
-            distributed.gather(torch.cat(self.features)) if self.keep else None,
+            distributed.all_gather(torch.cat(self.features)) if self.keep else None,
         )
 
 
@@ -351,7 +306,7 @@ def _digest(pixels: Tensor) -> int:
 
 def _one_shape(shape: tuple[int, ...] | None, name: str, device: torch.device) -> tuple[int, ...]:
     """The shape of the pictures of all processes, some of which may have seen none."""
-    table = distributed.gather(torch.tensor([shape or (0, 0, 0)], device=device)).tolist()
+    table = distributed.all_gather(torch.tensor([shape or (0, 0, 0)], device=device)).tolist()
     seen = sorted({tuple(row) for row in table if any(row)})
     if len(seen) > 1:
         raise ValueError(f"the pictures of {name} differ in shape: {seen[0]} and {seen[1]}")
@@ -361,7 +316,7 @@ def _one_shape(shape: tuple[int, ...] | None, name: str, device: torch.device) -
 def _summed(number: int, device: torch.device) -> int:
     """The sum over all processes of a whole number of 256 bits, modulo 2^256."""
     words = [(number >> (32 * i)) & 0xFFFFFFFF for i in range(8)]
-    table = distributed.gather(torch.tensor([words], device=device)).sum(0).tolist()
+    table = distributed.all_gather(torch.tensor([words], device=device)).sum(0).tolist()
     return sum(word << (32 * i) for i, word in enumerate(table)) % (1 << 256)
 
 

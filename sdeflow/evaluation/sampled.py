@@ -20,7 +20,7 @@ from sdeflow.images.labels import Labels
 from sdeflow.images.render import to_uint8
 from sdeflow.sampling.api import device_of, solve
 from sdeflow.sampling.batch_size import window
-from sdeflow.sampling.cuda_graphs import Compile
+from sdeflow.sampling.request import GraphMode, Request
 from sdeflow.solvers.base import Solver
 
 
@@ -42,7 +42,7 @@ class Sampling:
     classes: Sequence[int | str] | Literal["all", "none"] = "all"
     seed: int = 0
     batch_size: int = 256
-    compile: Compile = False
+    compile: GraphMode = False
     model: str = ""
 
     def __post_init__(self) -> None:
@@ -67,8 +67,8 @@ def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
         "noise": sampling.noise,
     }
     how: dict[str, Any] = {
-        "model": sampling.model, "n": sampling.n, "seed": sampling.seed, "classes": list(labels.stored),
-        "class_names": list(names), "model_sha256": model_sha256(denoiser), **sentence(denoiser, asked),
+        "model": sampling.model, "n": sampling.n, "seed": sampling.seed, "classes": list(labels.recorded),
+        "class_names": list(names), "model_sha256": model_sha256(denoiser), **sentence(Request(score_fn=denoiser, **asked)),
         "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser), "network_compiled": _compiled(denoiser),
         "compiled": "no",
     }  # fmt: skip
@@ -88,7 +88,7 @@ def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
                 condition=None if label is None else {"label": label}, device=device_of(denoiser),
             )  # fmt: skip
             how["compiled"] = str(solution.statistics.get("compiled", "no"))
-            yield to_uint8(solution.x[first - start :]), labels.told(range(first, stop))
+            yield to_uint8(solution.x[first - start :]), labels.numbers(range(first, stop))
 
     return ImageSource(sampling.model or "a denoiser", batches(), sampling.n, names, how)
 

@@ -1,4 +1,4 @@
-"""ImageSource by the ten thousand."""
+"""Images by the ten thousand."""
 
 from sdeflow.generate.api import GenerationResult, generate
 

@@ -1,6 +1,4 @@
-"""Processes that share a work whose parts need nothing of each other: they count together, and tell
-each other what they found.
-"""
+"""Processes that share independent work: they count together and exchange what they found."""
 
 from __future__ import annotations
 
@@ -17,10 +15,9 @@ from sdeflow._utils.distributed import Rank
 
 
 class Coordinator:
-    """The processes of one `generate`: what they count together and tell each other, in the store
-    where they found each other.
+    """The processes of one call of `generate`, connected by torchrun's store.
 
-    There is no process group: nobody waits for anybody while pictures are made, and a call can
+    There is no process group: no process waits for another while images are made. One call can
     follow another.
     """
 
@@ -32,11 +29,14 @@ class Coordinator:
             read = os.environ.get
             elsewhere = read("TORCHELASTIC_USE_AGENT_STORE") == "True" or dist.is_initialized()
             store = dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=rank.first and not elsewhere,
-                wait_for_workers=False, timeout=timedelta(days=1),
-            )  # fmt: skip
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=rank.first and not elsewhere,
+                wait_for_workers=False,
+                timeout=timedelta(days=1),
+            )
             start = dist.PrefixStore(f"sdeflow-{read('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            # No process comes a second time before all have come once, so that the count of
+            # No process arrives a second time before all have arrived once, so the count of
             # arrivals numbers the calls.
             call = (start.add("arrived", 1) - 1) // rank.world
             self._store = dist.PrefixStore(str(call), start)
@@ -52,8 +52,8 @@ class Coordinator:
         """A count as it is now."""
         return self._own.get(name, 0) if self._store is None else self.add(name, 0)
 
-    def tell(self, name: str, value: list[int]) -> list[list[int]]:
-        """What each process has to tell, to all of them; waits until all have."""
+    def all_gather(self, name: str, value: list[int]) -> list[list[int]]:
+        """The values of all processes, by rank; waits until all have called it."""
         if self._store is None:
             return [value]
         self._store.set(f"{name}-{self.rank.index}", json.dumps(value))
@@ -61,8 +61,8 @@ class Coordinator:
 
     @contextmanager
     def leaving_announced(self) -> Iterator[None]:
-        """The first process waits for the others; this tells it, whatever happens, that one has
-        left.
+        """Within the block; at its end, even by an error, the first process learns that this one
+        has left, and waits for it no longer.
         """
         try:
             yield

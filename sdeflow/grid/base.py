@@ -4,12 +4,12 @@ ratio.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import positive_number, whole_number
 from sdeflow.errors import GridError
 from sdeflow.process import Process
 
@@ -25,9 +25,7 @@ Lay = Callable[[float, float, int], Tensor]
 
 def count(n: int) -> int:
     """`n`, if it is a number of levels."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise GridError(f"a grid has a whole number of levels, at least 1; got {n!r}")
-    return n
+    return whole_number("n", n, of="levels", error=GridError)
 
 
 def ends(process: Process, n: int, t_min: float | None, t_max: float | None) -> tuple[float, float]:
@@ -60,8 +58,7 @@ def pin(times: Tensor, low: float, high: float) -> Tensor:
 
 def positive(who: str, what: str, value: float) -> None:
     """`GridError` unless `value` is a positive finite number."""
-    if not (value > 0 and math.isfinite(value)):
-        raise GridError(f"{who} needs {what} > 0, and finite; got {value}")
+    positive_number(f"{what} of {who}", value, error=GridError)
 
 
 def falling(times: Tensor, process: Process) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import is_whole
 from sdeflow.errors import GridError
 from sdeflow.grid.base import count, ends, falling, in_nsr, positive, ramp
 from sdeflow.grid.continuous import uniform_t
@@ -34,7 +35,7 @@ def _table_of(
     size = len(process.betas)
     if t_max is not None:
         size = math.floor(float(process.index(t_max)) + 1.0 + 1e-9)
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= size:
+    if not is_whole(n, 1, size):
         raise GridError(f"a grid on a table of {size} entries has 1 to {size} levels; got {n!r}")
     return process, size
 
@@ -184,7 +185,7 @@ def linear_quadratic(
     """
     end, high = _to_zero(process, n, t_min, t_max)
     linear = n // 2 if linear_steps is None else linear_steps
-    if isinstance(linear, bool) or not isinstance(linear, int) or not (0 <= linear < n or n == 1):
+    if not (is_whole(linear, 0, n - 1) or (n == 1 and is_whole(linear, -math.inf))):
         raise GridError(
             f"linear_quadratic with {n} levels takes 0 to {n - 1} linear steps; got"
             f" {linear_steps!r}"

@@ -1,35 +1,47 @@
-"""Images to train on: from the `datasets` library, parquet files, a folder, or any torch data set.
+"""Sets of images, from whatever holds them, and the order in which a training sees them.
 
-A data set is decoded once to bytes (uint8) and kept on the training device if it fits; otherwise
-each batch is decoded when it is needed, one ahead. The order of training is a pure function of the
-seed and the step: nothing needs to be remembered to go on.
+`load_images` reads every source. To train, a set is decoded once to bytes (uint8) and kept on the
+training device if it fits; otherwise each batch is decoded when it is needed, one ahead. The order
+of training is a function of the seed and the step alone, so a resumed training needs no record of
+it.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from sdeflow._utils.checks import whole_number
 from sdeflow._utils.distributed import Rank
-from sdeflow.errors import missing_extra
+from sdeflow.errors import ImageError, missing_extra
+from sdeflow.images.shards import DAMAGE, NO_LABEL, RUN, Batch, arrow, open_finished, reason
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
 
 
+Part = tuple[Tensor, Tensor | None]
+"""Images uint8 [B, C, H, W] and their labels int64 [B], if there are any."""
+
+
 class Images(ABC):
-    """A data set of images of one size: `count`, `labels` ([N] int64, or None), `class_names`, and
-    `get`.
+    """A set of images: `count`, `labels` ([N] int64, or None), `class_names`, and `get`.
+
+    `size` is the width and height that a training gets; `how` says how the images were made, where
+    that is known.
     """
 
     count: int
@@ -37,10 +49,18 @@ class Images(ABC):
     labels: Tensor | None
     class_names: tuple[str, ...]
     name: str
+    how: dict[str, Any]
 
     @abstractmethod
     def get(self, indices: Tensor) -> Tensor:
-        """The images at `indices` [B], uint8 [B, 3, size, size]."""
+        """The images at `indices` [B], uint8 [B, C, size, size]."""
+
+    def batches(self, batch: int, n: int | None = None, rank: Rank | None = None) -> Iterator[Part]:
+        """This process's share of the first `n` images, in order, at most `batch` at a time."""
+        share = (rank or Rank()).share(self.count if n is None else min(n, self.count))
+        for start in range(share.start, share.stop, batch):
+            rows = torch.arange(start, min(start + batch, share.stop))
+            yield self.get(rows), None if self.labels is None else self.labels[rows]
 
     @property
     def num_classes(self) -> int:
@@ -56,6 +76,7 @@ class Decoded(Images):
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     name: str = "images"
+    how: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
@@ -76,20 +97,25 @@ class Decoded(Images):
     def to(self, device: torch.device) -> Decoded:
         """The same images on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
-        return Decoded(self.pixels.to(device), labels, self.class_names, self.name)
+        return replace(self, pixels=self.pixels.to(device), labels=labels)
 
 
 @dataclass
 class Encoded(Images):
-    """Images that are read by `read(index)` when they are asked for."""
+    """Images that are read by `read(index)` when they are needed.
 
-    read: Callable[[int], Image.Image]
+    With `crop` they are cropped and resized to `size`; without it they must all have one size.
+    """
+
+    read: Callable[[int], Any]
     count: int
     size: int
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     name: str = "images"
     workers: int = 8
+    crop: bool = True
+    how: dict[str, Any] = field(default_factory=dict)
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
 
     def get(self, indices: Tensor) -> Tensor:
@@ -99,7 +125,20 @@ class Encoded(Images):
         return torch.stack(list(self._pool.map(self._one, indices.tolist())))
 
     def _one(self, index: int) -> Tensor:
-        return to_pixels(self.read(index), self.size)
+        image = self.read(index)
+        if self.crop:
+            return to_pixels(image, self.size)
+        if image.size != self._first_size:
+            (w0, h0), (w, h) = self._first_size, image.size
+            raise ImageError(
+                f"the images differ in size: number 0 is {w0} x {h0} pixels, number {index} is"
+                f" {w} x {h}; bring them to one size first"
+            )
+        return _tensor(image)
+
+    @cached_property
+    def _first_size(self) -> tuple[int, int]:
+        return self.read(0).size
 
     def decoded(self, progress: bool = True) -> Decoded:
         """All of it, decoded now."""
@@ -110,11 +149,49 @@ class Encoded(Images):
                 tqdm(done, "decoding", self.count, disable=not progress, unit="img", leave=False)
             ):
                 pixels[i] = image
-        return Decoded(pixels, self.labels, self.class_names, self.name)
+        return Decoded(pixels, self.labels, self.class_names, self.name, self.how)
+
+
+class Generated(Images):
+    """A folder that `sdeflow generate` wrote: each shard is verified when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shards, self.how = open_finished(folder)
+        self.count, self.size = self.shards.n, min(self.shards.shape[:2])
+        self.class_names, self.name = self.shards.class_names, str(folder)
+
+    @cached_property
+    def labels(self) -> Tensor | None:  # type: ignore[override]
+        """The labels of all images; None if they have none."""
+        found = torch.cat([self.shards.read(k)[2] for k in range(len(self.shards))])
+        return None if bool((found == NO_LABEL).all()) else found
+
+    def get(self, indices: Tensor) -> Tensor:
+        """The images at `indices`; the shards that hold them are read whole."""
+        size, rows = self.shards.size, indices.tolist()
+        held = {k: self.shards.read(k)[1] for k in {row // size for row in rows}}
+        return torch.stack([held[row // size][row % size] for row in rows]).permute(0, 3, 1, 2)
+
+    def batches(self, batch: int, n: int | None = None, rank: Rank | None = None) -> Iterator[Part]:
+        """As for any set; a process has whole shards, so that none is read twice."""
+        total = self.count if n is None else min(n, self.count)
+        for k in (rank or Rank()).share(-(-total // self.shards.size)):
+            indices, pixels, labels = self.shards.read(k)
+            kept = int((indices < total).sum())
+            yield from zip(
+                pixels[:kept].permute(0, 3, 1, 2).split(batch),
+                labels[:kept].split(batch),
+                strict=True,
+            )
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    """An image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def to_pixels(image: Image.Image | Tensor | np.ndarray, size: int) -> Tensor:
-    """A picture as uint8 [3, size, size]: RGB, centre-cropped to a square and resized if it has
+    """An image as uint8 [3, size, size]: RGB, centre-cropped to a square and resized if it has
     another size.
     """
     if isinstance(image, np.ndarray):
@@ -130,7 +207,7 @@ def to_pixels(image: Image.Image | Tensor | np.ndarray, size: int) -> Tensor:
     image = image.convert("RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _tensor(image)
 
 
 def load_images(
@@ -144,102 +221,189 @@ def load_images(
     """The images that `source` means, of `size` x `size` pixels (by default the first image's
     shorter side).
 
-    `source` is a folder of pictures (its subfolders are the classes), a parquet file or a folder of
-    them (columns `img` or `image` and, optionally, `label`), the name of a data set on the Hugging
-    Face hub (`uoft-cs/cifar10`, with its `split`), or a torch data set of PIL images or uint8
-    tensors, alone or as `(image, label)`. What needs less than `memory_gb` is decoded at once.
-    Raises `MissingExtraError` without the packages that a source needs, `ValueError` if nothing is
-    there.
+    `source` is one of
+
+    - a folder of images, whose subfolders are the classes;
+    - a parquet file (columns `img` or `image` and, optionally, `label`), an npz file (arrays
+      `images` or `arr_0`, uint8 [N, H, W, C], and optionally `labels` or `arr_1`), or a folder of
+      either;
+    - a folder that `sdeflow generate` wrote;
+    - the name of a data set on the Hugging Face hub (`uoft-cs/cifar10`), with its `split`;
+    - a torch data set of PIL images or uint8 tensors, alone or as `(image, label)`.
+
+    What needs less than `memory_gb` is decoded at once. Raises `MissingExtraError` without the
+    packages that a source needs, `ValueError` if nothing is there, `ImageError` (which is a
+    `ValueError` too) for what cannot be read.
     """
     if isinstance(source, Images):
         return source
+    images: Images
     if not isinstance(source, str | Path):
         images = _from_dataset(source, size)
-    elif Path(source).suffix == ".parquet" or (
-        Path(source).is_dir() and list(Path(source).glob("*.parquet"))
-    ):
-        images = _from_parquet(Path(source), split, size)
-    elif Path(source).is_dir():
-        images = _from_folder(Path(source), size)
+    elif (found := _open_path(Path(source), split, size)) is not None:
+        images = found
     else:
         images = _from_hub(str(source), split, size)
     small = images.count * 3 * images.size**2 <= memory_gb * 1e9
-    return images.decoded(progress) if small else images
+    return images.decoded(progress) if small and isinstance(images, Encoded) else images
 
 
-def _from_folder(folder: Path, size: int | None) -> Encoded:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+def read_images(path: str | os.PathLike[str], *, batch: int = 256) -> Iterator[Batch]:
+    """The images at `path`, at most `batch` at a time: (indices int64 [k], uint8 [k, H, W, C],
+    labels int64 [k]).
+
+    `path` is a folder or a file that `load_images` takes. Nothing is cropped or resized: all images
+    must have one size. The shards of a folder that `sdeflow generate` wrote are verified as they
+    are read. A label of -1 is none.
+
+    Errors: `ValueError` where there are no images; `SdeflowError` where some are missing, cannot be
+    read, or differ in size; `MissingExtraError` for parquet without pyarrow.
+    """
+    path = Path(path)
+    whole_number("batch", batch)
+    if not path.exists():
+        raise ValueError(f"{path} is not there")
+    images = _open_path(path, "", None, crop=False)
+    if images is None:
+        raise ValueError(f"{path} is no folder, npz file or parquet file")
+    return _numbered(images, batch)
+
+
+def _numbered(images: Images, batch: int) -> Iterator[Batch]:
+    first = 0
+    for pixels, labels in images.batches(batch):
+        indices = torch.arange(first, first + len(pixels))
+        labels = torch.full_like(indices, NO_LABEL) if labels is None else labels
+        yield indices, pixels.permute(0, 2, 3, 1), labels
+        first += len(pixels)
+
+
+def _open_path(path: Path, split: str, size: int | None, crop: bool = True) -> Images | None:
+    """The images in a folder or a file; None for what is neither."""
+    if (path / RUN).is_file():
+        return _resized(Generated(path), size)
+    for suffix, reader in ((".npz", _from_npz), (".parquet", _from_parquet)):
+        files = sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path]
+        if files and files[0].suffix == suffix:
+            if len(files) > 1:  # a folder of several splits: take the asked one
+                files = [f for f in files if f.name.startswith(split)] or files
+            if not files[0].is_file():
+                raise ValueError(f"there is no {suffix[1:]} file {files[0]}")
+            return reader(files, str(path), size, crop)
+    return _from_folder(path, size, crop) if path.is_dir() else None
+
+
+def _resized(images: Images, size: int | None) -> Images:
+    """`images`, resized to `size` where that is asked for and is another one."""
+    first = images.get(torch.tensor([0]))
+    if size is None or first.shape[1:] == (3, size, size):
+        return images
+
+    def read(index: int) -> Tensor:
+        return images.get(torch.tensor([index]))[0]
+
+    labels, names, how = images.labels, images.class_names, images.how
+    return Encoded(read, images.count, size, labels, names, images.name, how=how)
+
+
+def _opened(source: Path | io.BytesIO, name: object) -> Image.Image:
+    """An image as RGB, or an error that names it."""
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except DAMAGE as error:
+        raise ImageError(
+            f"{name} cannot be read as an image ({reason(error)}); remove it or make it again"
+        ) from error
+
+
+def _from_folder(folder: Path, size: int | None, crop: bool) -> Encoded:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise ValueError(
-            f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}) and no parquet files"
+            f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}), and no npz or parquet files"
         )
     flat = any(p.parent == folder for p in files)
-    classes = [] if flat else sorted({p.relative_to(folder).parts[0] for p in files})
-    labels = (
-        torch.tensor([classes.index(p.relative_to(folder).parts[0]) for p in files])
-        if classes
-        else None
-    )
+    names = [p.relative_to(folder).parts[0] for p in files]
+    classes = [] if flat else sorted({*names})
+    labels = torch.tensor([classes.index(name) for name in names]) if classes else None
 
     def read(index: int) -> Image.Image:
+        return _opened(files[index], files[index])
+
+    size = size or min(read(0).size)
+    return Encoded(read, len(files), size, labels, tuple(classes), str(folder), crop=crop)
+
+
+def _from_npz(files: list[Path], name: str, size: int | None, crop: bool) -> Images:
+    parts: list[np.ndarray] = []
+    labelled: list[np.ndarray] = []
+    for file in files:
         try:
-            with Image.open(files[index]) as image:
-                return image.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{files[index]} cannot be read as a picture: {error}") from error
+            with np.load(file, allow_pickle=False) as arrays:
+                images = arrays["images" if "images" in arrays else "arr_0"]
+                key = next((key for key in ("labels", "arr_1") if key in arrays), None)
+                labels = np.full(len(images), NO_LABEL) if key is None else arrays[key]
+            if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    "images are uint8 [n, H, W, C] with a label each; it has"
+                    f" {images.dtype} {images.shape}"
+                )
+            if parts and images.shape[1:] != parts[0].shape[1:]:
+                raise ValueError(
+                    f"its images are {images.shape[1:]}, and {parts[0].shape[1:]} before"
+                )
+        except DAMAGE as error:
+            raise ImageError(
+                f"{file} cannot be read as an npz file of images ({reason(error)})"
+            ) from error
+        parts.append(images)
+        labelled.append(labels.astype(np.int64))
+    pixels = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
+    found = torch.from_numpy(np.concatenate(labelled))
+    classes = None if bool((found == NO_LABEL).all()) else found
+    return _resized(Decoded(pixels, classes, name=name), size)
 
-    return Encoded(read, len(files), size or min(read(0).size), labels, tuple(classes), str(folder))
 
-
-def _from_parquet(path: Path, split: str, size: int | None) -> Encoded:
+def _from_parquet(files: list[Path], name: str, size: int | None, crop: bool) -> Encoded:
+    pa = arrow(f"reading {name}")
     try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise missing_extra("pyarrow (with datasets)", "train", f"reading {path}") from error
-    files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
-    if len(files) > 1:  # a folder of several splits: take the asked one
-        files = [f for f in files if f.name.startswith(split)] or files
-    if missing := [str(f) for f in files if not f.is_file()]:
-        raise ValueError(f"there is no parquet file {missing[0]}")
-    schema = pq.read_schema(files[0])
-    column = next((name for name in ("img", "image") if name in schema.names), None)
-    if column is None:
-        raise ValueError(
-            f"{files[0]} has columns {', '.join(schema.names)}; one must be img or image (encoded"
-            " pictures)"
-        )
-    columns = [column, *(["label"] if "label" in schema.names else [])]
-    tables = [pq.read_table(f, columns=columns) for f in files]
+        schema = pa.parquet.read_schema(files[0])
+        column = next((c for c in ("img", "image") if c in schema.names), None)
+        if column is None:
+            raise ValueError(
+                f"it has the columns {', '.join(schema.names)}; one must be img or image"
+            )
+        columns = [column, *(["label"] if "label" in schema.names else [])]
+        tables = [pa.parquet.read_table(f, columns=columns) for f in files]
+    except DAMAGE as error:
+        raise ImageError(
+            f"{files[0]} cannot be read as a parquet file of images ({reason(error)})"
+        ) from error
     rows = [value for table in tables for value in table[column].to_pylist()]
-    labels = (
-        torch.tensor([v for table in tables for v in table["label"].to_pylist()])
-        if len(columns) == 2
-        else None
-    )
+    labels = None
+    if len(columns) == 2:
+        labels = torch.tensor([v for table in tables for v in table["label"].to_pylist()])
 
     def read(index: int) -> Image.Image:
         value = rows[index]
-        return Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
+        content = value["bytes"] if isinstance(value, dict) else value
+        return _opened(io.BytesIO(content), f"image {index} of {name}")
 
-    return Encoded(
-        read, len(rows), size or min(read(0).size), labels, _class_names(schema.metadata), str(path)
-    )
+    size = size or min(read(0).size)
+    return Encoded(read, len(rows), size, labels, _class_names(schema.metadata), name, crop=crop)
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
     """The names that the Hugging Face library keeps in a parquet file's header."""
-    import json
-
-    features = (
-        json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    )
-    return tuple(features.get("label", {}).get("names", ()))
+    facts = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+    return tuple(facts.get("info", {}).get("features", {}).get("label", {}).get("names", ()))
 
 
 def _from_hub(name: str, split: str, size: int | None) -> Encoded:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"{name!r} is neither a folder of pictures, nor a parquet file, nor the name of a data"
+            f"{name!r} is neither a folder of images, nor a parquet file, nor the name of a data"
             " set on the hub (owner/name)"
         )
     try:
@@ -251,7 +415,7 @@ def _from_hub(name: str, split: str, size: int | None) -> Encoded:
     except Exception as error:
         raise ValueError(
             f"the data set {name!r} (split {split!r}) could not be loaded: {error}. Check the name"
-            " and the connection, or give a parquet file or a folder of pictures"
+            " and the connection, or give a parquet file or a folder of images"
         ) from error
     column = next(
         (c for c, kind in table.features.items() if isinstance(kind, datasets.Image)), None

@@ -15,13 +15,13 @@ from sdeflow.images.shards import NO_LABEL
 
 @dataclass(frozen=True)
 class Labels:
-    """The label of each picture, a function of its index: `turn`, over and over; none where that is
+    """The label of each image, a function of its index: those of `cycle` in turn; none if it is
     empty.
 
-    `null` is the network's own label for "no label", of a network that was trained with labels.
+    `null` is the label that means "no label" to a network that was trained with labels.
     """
 
-    turn: tuple[int, ...]
+    cycle: tuple[int, ...]
     null: int | None = None
 
     @classmethod
@@ -29,10 +29,7 @@ class Labels:
         """The labels that `classes` means: names or numbers, `"all"` or `"none"`.
         `UnknownNameError` for others.
         """
-        count, names = (
-            getattr(denoiser, "num_classes", 0),
-            tuple(getattr(denoiser, "class_names", ())),
-        )
+        count, names = getattr(denoiser, "num_classes", 0), getattr(denoiser, "class_names", ())
         if not count:
             if classes not in ("all", "none"):
                 raise ValueError(
@@ -55,16 +52,16 @@ class Labels:
         return cls(tuple(numbers[str(name).lower()] for name in asked))
 
     @property
-    def stored(self) -> tuple[int, ...]:
-        """As `run.json` tells it."""
-        return self.turn or (NO_LABEL,)
+    def recorded(self) -> tuple[int, ...]:
+        """What `run.json` holds: the cycle, or -1 for no label."""
+        return self.cycle or (NO_LABEL,)
 
-    def told(self, rows: range) -> Tensor:
-        """The labels of some pictures, int64, with -1 for none."""
-        return torch.tensor([self.stored[i % len(self.stored)] for i in rows])
+    def numbers(self, rows: range) -> Tensor:
+        """The labels of some images, int64, with -1 for none."""
+        return torch.tensor([self.recorded[i % len(self.recorded)] for i in rows])
 
     def given(self, rows: range) -> Tensor | None:
-        """What the network gets for them."""
-        if self.turn:
-            return self.told(rows)
+        """The labels that the network gets for them."""
+        if self.cycle:
+            return self.numbers(rows)
         return None if self.null is None else torch.full((len(rows),), self.null)

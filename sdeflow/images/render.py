@@ -1,4 +1,4 @@
-"""Samples as pictures: grids with labels, PNG files that say how they were made, and GIFs, with
+"""Samples side by side in one image, with labels; PNG files that say how they were made; GIFs. With
 Pillow alone.
 """
 
@@ -16,11 +16,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from sdeflow._utils.checks import one_of, whole_number
 from sdeflow._utils.files import write_whole
 from sdeflow.errors import NonFiniteError, SdeflowError
 
 CELL = 128
-"""About how many pixels a picture is shown at, where no zoom is given."""
+"""About how many pixels wide an image is shown where no zoom is given."""
 
 FONT_SIZE, LINE = 15, 20
 PAPER, INK = (255, 255, 255), (32, 32, 32)
@@ -40,14 +41,8 @@ def to_uint8(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"to_uint8 takes floating-point images in [-1, 1]; got {x.dtype}")
     if not bool(torch.isfinite(x).all()):
-        bad = (
-            (~torch.isfinite(x))
-            .reshape(len(x) if x.ndim > 3 else 1, -1)
-            .any(1)
-            .nonzero()
-            .flatten()
-            .tolist()
-        )
+        rows = (~torch.isfinite(x)).reshape(len(x) if x.ndim > 3 else 1, -1).any(1)
+        bad = rows.nonzero().flatten().tolist()
         which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise NonFiniteError(
             f"NaN or infinity in {len(bad)} of the images (number {which}): they have no pixels"
@@ -66,7 +61,7 @@ def grid(
     resample: Resample = "lanczos",
     gap: int = 4,
 ) -> Image.Image:
-    """One picture of many: `images` (`[B, C, H, W]`, float in [-1, 1] or uint8, C = 1 or 3) in rows
+    """One image of many: `images` (`[B, C, H, W]`, float in [-1, 1] or uint8, C = 1 or 3) in rows
     of `columns`.
 
     - `columns`: by default as many as make the grid square.
@@ -93,13 +88,11 @@ def grid(
             )
     font = _font()
     width, height = tiles[0].size
-    repeated = labels is not None and all(
-        text == labels[i % columns] for i, text in enumerate(labels)
-    )
-    top = gap + (LINE if repeated else 0)
-    left = gap + (
-        0 if row_labels is None else math.ceil(max(map(font.getlength, row_labels))) + 2 * gap
-    )
+    texts = labels or ()
+    repeated = bool(texts) and all(text == texts[i % columns] for i, text in enumerate(texts))
+    top, left = gap + (LINE if repeated else 0), gap
+    if row_labels is not None:
+        left += math.ceil(max(map(font.getlength, row_labels))) + 2 * gap
     pitch = height + gap + (LINE if labels is not None and not repeated else 0)
     size = (left + columns * (width + gap), top + rows * pitch + (0 if caption is None else LINE))
 
@@ -109,12 +102,8 @@ def grid(
         x, y = left + i % columns * (width + gap), top + i // columns * pitch
         if labels is not None and not (repeated and i >= columns):
             text = _fit(labels[i], font, width)
-            draw.text(
-                (x + (width - font.getlength(text)) / 2, gap if repeated else y),
-                text,
-                fill=INK,
-                font=font,
-            )
+            centre = x + (width - font.getlength(text)) / 2
+            draw.text((centre, gap if repeated else y), text, fill=INK, font=font)
         sheet.paste(tile, (x, y if repeated else y + pitch - height - gap))
     for row, text in enumerate(row_labels or ()):
         middle = top + row * pitch + pitch - gap - height / 2
@@ -130,12 +119,10 @@ def _tiles(images: Tensor, zoom: int | None, resample: Resample) -> list[Image.I
         raise ValueError(
             f"images have shape [B, C, H, W] with C = 1 or 3 and B >= 1; got {tuple(images.shape)}"
         )
-    if resample not in ("lanczos", "nearest"):
-        raise ValueError(f"resample is 'lanczos' or 'nearest'; got {resample!r}")
+    one_of("resample", resample, ("lanczos", "nearest"))
     height, width = images.shape[2:]
     zoom = max(1, round(CELL / width)) if zoom is None else zoom
-    if zoom < 1:
-        raise ValueError(f"zoom is a whole number of pixels, at least 1; got {zoom}")
+    whole_number("zoom", zoom, of="pixels")
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     arrays = pixels.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
     method = Image.Resampling.LANCZOS if resample == "lanczos" else Image.Resampling.NEAREST
@@ -166,23 +153,22 @@ def _fit(text: str, font: Font, width: float) -> str:
 
 def save_png(
     path: str | os.PathLike[str],
-    picture: Image.Image | Tensor,
+    image: Image.Image | Tensor,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a picture (or the `grid` of a batch) as PNG, whole or not at all; `facts`, JSON-ready,
-    travel in the file.
+    """Write an image (or the `grid` of a batch) as PNG; `facts`, JSON-ready, are kept in the file.
 
-    `read_facts` gives them back. The same picture and facts make the same bytes. Errors:
+    `read_facts` reads them again. The same image and facts make the same bytes. Errors:
     `SdeflowError` if the file cannot be written (a full disk, no permission); one that was there
     before stays as it was.
     """
-    picture = picture if isinstance(picture, Image.Image) else grid(picture)
+    image = image if isinstance(image, Image.Image) else grid(image)
     text = PngImagePlugin.PngInfo()
     if facts is not None:
         text.add_text(FACTS, json.dumps(dict(facts)))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=text)
-    return write_whole(path, buffer.getvalue(), "picture")
+    image.save(buffer, "PNG", pnginfo=text)
+    return write_whole(path, buffer.getvalue(), "image")
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -192,7 +178,7 @@ def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
             return json.loads(image.info[FACTS])
     except (OSError, UnidentifiedImageError, KeyError, ValueError) as error:
         raise SdeflowError(
-            f"{path} is not a picture that sdeflow wrote: it does not say how it was made"
+            f"{path} is not an image that sdeflow wrote: it does not say how it was made"
         ) from error
 
 
@@ -203,7 +189,7 @@ def save_gif(
     seconds: float = 0.1,
     hold: float = 2.0,
 ) -> Path:
-    """Write `frames`, of one size, as an endless animation, whole or not at all.
+    """Write `frames`, of one size, as an endless animation.
 
     Each frame is shown for `seconds`, the last for `hold`, and has its own 256 colours. A frame
     that looks exactly like the one before makes that one stay longer instead. Errors: `ValueError`

@@ -1,14 +1,15 @@
-"""Folders of many pictures, in shards that are fixed by index: shard k holds the pictures k*size to
+"""Folders of many images, in shards that are fixed by index: shard k holds the images k*size to
 (k+1)*size - 1.
 
-Each shard is written whole or not at all, and is verified when it is read: it holds all of its
-pictures, in order, and every one of them can be decoded. So a folder says by itself what of it is
-still to be made. `run.json` beside the shards says how the pictures are made.
+Each shard is written completely or not at all, and is verified when it is read: it holds all of its
+images, in order, and every one can be decoded. So a folder itself says what is still to be made.
+`run.json` beside the shards says how the images are made.
 
     out/run.json
-    out/shard-00000/00000000.png ...    png: a file a picture, named by its index, with its label inside
-    out/shard-00000.npz                 npz: images uint8 [k, H, W, C], labels int64 [k], indices int64 [k]
-    out/shard-00000.parquet             parquet: img.bytes (PNG), label, index, as the `datasets` library lays images out
+    out/shard-00000/00000000.png ...   png: a file an image, named by its index, its label inside
+    out/shard-00000.npz                npz: images uint8 [k, H, W, C], labels and indices int64 [k]
+    out/shard-00000.parquet            parquet: img.bytes (PNG), label, index, the layout of the
+                                       `datasets` library
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,41 +33,32 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow._utils.files import check_writable, write_whole
 from sdeflow.errors import SdeflowError, missing_extra
-from sdeflow.images.datasets import SUFFIXES
 
 RUN = "run.json"
 FACTS = "sdeflow"
 NO_LABEL = -1
-"""How a picture without a label is told."""
+"""The label of an image without one."""
 
 Format = Literal["png", "npz", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Indices int64 [k], pictures uint8 [k, H, W, C], labels int64 [k]."""
+"""Indices int64 [k], images uint8 [k, H, W, C], labels int64 [k]."""
 
-_DAMAGE = (
-    *(
-        OSError,
-        SyntaxError,
-        ValueError,
-        LookupError,
-        EOFError,
-        TypeError,
-        RuntimeError,
-        AssertionError,
-        ArithmeticError,
-    ),
-    *(MemoryError, struct.error, zipfile.BadZipFile, zlib.error),
+_BUILT_IN = OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, RuntimeError
+DAMAGE = (
+    *(*_BUILT_IN, AssertionError, ArithmeticError, MemoryError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
 )
-"""What the readers of pictures, zip files and parquet files raise on a damaged one."""
+"""What the readers of images, zip files and parquet files raise on a damaged one."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """`n` pictures of `shape` (H, W, C) in `folder`, `size` to a shard; one shard is missing, torn
-    or whole.
+    """`n` images of `shape` (H, W, C) in `folder`, `size` to a shard. A shard is missing,
+    damaged or sound.
 
     Errors: `ValueError` for an unknown format and numbers below 1, `MissingExtraError` for parquet
     without pyarrow.
@@ -82,22 +74,21 @@ class Shards:
     def __post_init__(self) -> None:
         if self.kind not in FORMATS:
             raise ValueError(f"format is one of {', '.join(FORMATS)}; got {self.kind!r}")
-        for name, value in (("n", self.n), ("shard_size", self.size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a whole number, at least 1; got {value!r}")
+        whole_number("n", self.n)
+        whole_number("shard_size", self.size)
         if len(self.shape) != 3 or self.shape[2] not in (1, 3):
             raise ValueError(
-                f"pictures have 1 or 3 channels: shape (H, W, C) with C = 1 or 3; got {self.shape}"
+                f"images have 1 or 3 channels: shape (H, W, C) with C = 1 or 3; got {self.shape}"
             )
         if self.kind == "parquet":
-            _parquet(self.folder)
+            arrow(self.folder)
 
     def __len__(self) -> int:
         """How many shards there are, the last of which may be shorter."""
         return -(-self.n // self.size)
 
     def indices(self, k: int) -> range:
-        """The pictures of shard `k`."""
+        """The images of shard `k`."""
         return range(k * self.size, min((k + 1) * self.size, self.n))
 
     def path(self, k: int) -> Path:
@@ -105,21 +96,21 @@ class Shards:
         return self.folder / (f"shard-{k:05d}" + ("" if self.kind == "png" else f".{self.kind}"))
 
     def write(self, k: int, images: Tensor, labels: Tensor) -> Path:
-        """Write shard `k`, whole or not at all: `images` uint8 [k, H, W, C] and `labels` int64 [k],
+        """Write shard `k`, completely or not at all: `images` uint8 [k, H, W, C] and `labels` int64 [k],
         on the CPU.
 
         Errors: `SdeflowError` where it cannot be written (a full disk, say); what was there is then
-        untouched.
+        unchanged.
         """
         indices = self.indices(k)
         if tuple(images.shape) != (len(indices), *self.shape) or images.dtype != torch.uint8:
             raise ValueError(
-                f"shard {k} holds {len(indices)} pictures of shape {self.shape}, uint8; got"
+                f"shard {k} holds {len(indices)} images of shape {self.shape}, uint8; got"
                 f" {images.dtype} {tuple(images.shape)}"
             )
         path, pixels, classes = self.path(k), images.numpy(), labels.tolist()
         if self.kind == "png":
-            return _write_pictures(path, indices, pixels, classes)
+            return _write_images(path, indices, pixels, classes)
         buffer = io.BytesIO()
         if self.kind == "npz":
             np.savez(
@@ -133,13 +124,13 @@ class Shards:
         return write_whole(path, buffer.getvalue(), "shard")
 
     def read(self, k: int) -> Batch:
-        """Shard `k`, verified. Errors: `SdeflowError` where it is missing, torn, or not what it
+        """Shard `k`, verified. Errors: `SdeflowError` where it is missing, damaged, or not what it
         should be.
         """
         path, indices = self.path(k), self.indices(k)
         try:
             if self.kind == "png":
-                images, labels, found = _read_pictures(path, indices)
+                images, labels, found = _read_images(path, indices)
             elif self.kind == "npz":
                 with np.load(path, allow_pickle=False) as arrays:
                     images, labels, found = arrays["images"], arrays["labels"], arrays["indices"]
@@ -147,17 +138,17 @@ class Shards:
                 images, labels, found = _read_table(path)
             if not np.array_equal(found, np.array(indices)) or labels.shape != found.shape:
                 raise ValueError(
-                    f"it holds {len(found)} pictures, not the {len(indices)} from {indices[0]} on"
+                    f"it holds {len(found)} images, not the {len(indices)} from {indices[0]} on"
                 )
             if images.shape != (len(indices), *self.shape) or images.dtype != np.uint8:
                 raise ValueError(
-                    f"its pictures are {images.dtype} {images.shape[1:]}, and those of the folder"
+                    f"its images are {images.dtype} {images.shape[1:]}, and those of the folder"
                     f" uint8 {self.shape}"
                 )
-        except _DAMAGE as error:
-            what = "is missing" if not path.exists() else f"is damaged ({_reason(error)})"
+        except DAMAGE as error:
+            what = "is missing" if not path.exists() else f"is damaged ({reason(error)})"
             raise SdeflowError(
-                f"shard {k} of {self.folder}, pictures {indices[0]} to {indices[-1]}, {what}; run"
+                f"shard {k} of {self.folder}, images {indices[0]} to {indices[-1]}, {what}; run"
                 " sdeflow generate with the same options again: it makes what is missing or"
                 " damaged, and keeps the rest"
             ) from error
@@ -167,8 +158,8 @@ class Shards:
             torch.from_numpy(labels).long(),
         )
 
-    def whole(self, k: int, labels: Tensor | None = None) -> bool:
-        """Whether shard `k` is there and sound, and has these labels."""
+    def is_sound(self, k: int, labels: Tensor | None = None) -> bool:
+        """Whether shard `k` is there, undamaged, and has these labels."""
         if not self.path(k).exists():
             return False
         try:
@@ -187,52 +178,8 @@ class Shards:
                     left.unlink()
 
 
-def read_images(path: str | os.PathLike[str], *, batch: int = 256) -> Iterator[Batch]:
-    """The pictures at `path`, at most `batch` at a time: (indices int64 [k], uint8 [k, H, W, C],
-    labels int64 [k]).
-
-    `path` is a folder that `sdeflow generate` wrote, whose shards are verified as they are read;
-    or, made by anyone, a folder of pictures (with those in its subfolders, by name; as RGB), an npz
-    file (arrays `images` or `arr_0`, and `labels` or `arr_1`), a parquet file (columns `img` or
-    `image`, and `label`), or a folder of such files. A label of -1 is none.
-
-    Errors: `ValueError` where there are no pictures; `SdeflowError` where some are missing or
-    cannot be read, or differ in size; `MissingExtraError` for parquet without pyarrow.
-    """
-    path = Path(path)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch is a whole number, at least 1; got {batch!r}")
-    if (path / RUN).is_file():
-        return _generated(path, batch)
-    if path.is_dir():
-        if files := sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-        ):
-            return _foreign(_encoded_files(files, batch))
-        files = sorted([*path.glob("*.npz"), *path.glob("*.parquet")])
-    else:
-        files = [path] if path.is_file() and path.suffix in (".npz", ".parquet") else []
-    if not files:
-        what = (
-            "holds no pictures"
-            if path.is_dir()
-            else "is no folder, npz file or parquet file"
-            if path.exists()
-            else "is not there"
-        )
-        raise ValueError(
-            f"{path} {what}; pictures are read from a folder that sdeflow generate wrote, a folder"
-            " of PNG or JPEG files, or npz or parquet files"
-        )
-    if any(file.suffix == ".parquet" for file in files):
-        _parquet(path)
-    return _foreign(
-        part for file in files for part in (_npz if file.suffix == ".npz" else _table)(file, batch)
-    )
-
-
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the pictures of a folder that `sdeflow generate` wrote were made; `SdeflowError` if it
+    """How the images of a folder that `sdeflow generate` wrote were made; `SdeflowError` if it
     does not say.
     """
     path = Path(folder) / RUN
@@ -241,21 +188,21 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         opened(folder, settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SdeflowError(
-            f"{path} does not say how pictures were made ({_reason(error)}): it is damaged or"
+            f"{path} does not say how images were made ({reason(error)}): it is damaged or"
             " missing; generate into another folder"
         ) from error
     return settings
 
 
 def write_settings(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Path:
-    """Write `run.json`, whole or not at all."""
+    """Write `run.json`, completely or not at all."""
     return write_whole(
         Path(folder) / RUN, (json.dumps(dict(settings), indent=1) + "\n").encode(), "run file"
     )
 
 
 def opened(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Shards:
-    """The shards that settings tell of."""
+    """The shards that settings describe."""
     height, width, channels = settings["shape"]
     names = tuple(settings.get("class_names", ()))
     return Shards(
@@ -268,30 +215,24 @@ def opened(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Shard
     )
 
 
-def _generated(folder: Path, batch: int) -> Iterator[Batch]:
-    """The pictures of a folder of shards, all of which must be there."""
-    shards = opened(folder, read_settings(folder))
+def open_finished(folder: Path) -> tuple[Shards, dict[str, Any]]:
+    """The shards of a folder, all of which must be there, and how its images were made."""
+    settings = read_settings(folder)
+    shards = opened(folder, settings)
     if missing := [k for k in range(len(shards)) if not shards.path(k).exists()]:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise SdeflowError(
             f"{folder} is not finished: {len(missing)} of its {len(shards)} shards are missing"
-            f" (number {_some(missing)}); run sdeflow generate with the same options again"
+            f" (number {shown}); run sdeflow generate with the same options again"
         )
-
-    def parts() -> Iterator[Batch]:
-        for k in range(len(shards)):
-            indices, images, labels = shards.read(k)
-            yield from zip(
-                indices.split(batch), images.split(batch), labels.split(batch), strict=True
-            )
-
-    return parts()
+    return shards, settings
 
 
-# ---------------------------------------------------------------------------- pictures, a file each
+# ---------------------------------------------------------------------------- images, a file each
 
 
 def _encode(pixels: np.ndarray, facts: Mapping[str, int] | None = None) -> bytes:
-    """The PNG of a picture [H, W, C]; `facts` travel in it."""
+    """The PNG of an image [H, W, C]; `facts` travel in it."""
     text = PngImagePlugin.PngInfo()
     if facts is not None:
         text.add_text(FACTS, json.dumps(dict(facts)))
@@ -303,7 +244,7 @@ def _encode(pixels: np.ndarray, facts: Mapping[str, int] | None = None) -> bytes
 
 
 def _decode(content: bytes) -> tuple[np.ndarray, dict[Any, Any]]:
-    """A picture of ours [H, W, C] and its facts, its checksums verified."""
+    """An image of ours [H, W, C] and its facts, its checksums verified."""
     with Image.open(io.BytesIO(content)) as image:
         image.verify()  # reads the checksums, and leaves nothing to decode
     with Image.open(io.BytesIO(content)) as image:
@@ -311,18 +252,16 @@ def _decode(content: bytes) -> tuple[np.ndarray, dict[Any, Any]]:
         return pixels[:, :, None] if pixels.ndim == 2 else pixels, image.info
 
 
-def _write_pictures(path: Path, indices: range, pixels: np.ndarray, labels: list[int]) -> Path:
-    """A folder of pictures, made beside its place and moved there; where there is one already, file
+def _write_images(path: Path, indices: range, pixels: np.ndarray, labels: list[int]) -> Path:
+    """A folder of images, made beside its place and moved there; where there is one already, file
     by file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
-            for index, picture, label in zip(indices, pixels, labels, strict=True):
-                _picture(made, index).write_bytes(
-                    _encode(picture, {"index": index, "label": label})
-                )
+            for index, image, label in zip(indices, pixels, labels, strict=True):
+                _image(made, index).write_bytes(_encode(image, {"index": index, "label": label}))
             made.chmod(0o755)
             if path.is_dir():
                 for file in made.iterdir():
@@ -339,10 +278,10 @@ def _write_pictures(path: Path, indices: range, pixels: np.ndarray, labels: list
     return path
 
 
-def _read_pictures(path: Path, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_images(path: Path, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images, labels, found = [], [], []
     for index in indices:
-        pixels, info = _decode(_picture(path, index).read_bytes())
+        pixels, info = _decode(_image(path, index).read_bytes())
         facts = json.loads(info[FACTS])
         images.append(pixels)
         labels.append(facts["label"])
@@ -350,57 +289,20 @@ def _read_pictures(path: Path, indices: range) -> tuple[np.ndarray, np.ndarray, 
     return np.stack(images), np.array(labels, dtype=np.int64), np.array(found, dtype=np.int64)
 
 
-def _picture(folder: Path, index: int) -> Path:
+def _image(folder: Path, index: int) -> Path:
     return folder / f"{index:08d}.png"
 
 
-def _encoded_files(files: list[Path], batch: int) -> Iterator[tuple[list[np.ndarray], list[int]]]:
-    for first in range(0, len(files), batch):
-        pictures = [_rgb(file, file) for file in files[first : first + batch]]
-        yield pictures, [NO_LABEL] * len(pictures)
+# ------------------------------------------------------------------------------------------ parquet
 
 
-def _rgb(source: Path | io.BytesIO, name: object) -> np.ndarray:
-    """A picture that anyone made, as RGB [H, W, 3]."""
-    try:
-        with Image.open(source) as image:
-            return np.array(image.convert("RGB"))
-    except _DAMAGE as error:
-        raise SdeflowError(
-            f"{name} cannot be read as a picture ({_reason(error)}); remove it or make it again"
-        ) from error
-
-
-# ---------------------------------------------------------------------------------- npz and parquet
-
-
-def _npz(file: Path, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray | list[int]]]:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            images = arrays["images" if "images" in arrays else "arr_0"]
-            name = next((name for name in ("labels", "arr_1") if name in arrays), None)
-            labels = (
-                np.full(len(images), NO_LABEL) if name is None else arrays[name].astype(np.int64)
-            )
-        if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"pictures are uint8 [n, H, W, C] with a label each; it has {images.dtype}"
-                f" {images.shape}"
-            )
-    except _DAMAGE as error:
-        raise SdeflowError(
-            f"{file} cannot be read as an npz file of pictures ({_reason(error)})"
-        ) from error
-    for first in range(0, len(images), batch):
-        yield images[first : first + batch], labels[first : first + batch]
-
-
-def _parquet(path: object) -> Any:
+def arrow(what: object) -> Any:
+    """The module `pyarrow`, or an error that says how to install it."""
     try:
         import pyarrow as pa
         import pyarrow.parquet
     except ImportError as error:
-        raise missing_extra("pyarrow (with datasets)", "train", f"parquet ({path})") from error
+        raise missing_extra("pyarrow (with datasets)", "train", f"parquet ({what})") from error
     return pa
 
 
@@ -411,7 +313,7 @@ def _write_table(
     labels: list[int],
     class_names: tuple[str, ...],
 ) -> None:
-    pa = _parquet("a shard")
+    pa = arrow("a shard")
     label = (
         {"names": list(class_names), "_type": "ClassLabel"}
         if class_names
@@ -422,19 +324,21 @@ def _write_table(
         "label": label,
         "index": {"dtype": "int64", "_type": "Value"},
     }
-    table = pa.table({
-        "img": pa.array(
-            [{"bytes": _encode(p), "path": f"{i:08d}.png"} for i, p in zip(indices, pixels, strict=True)],
-            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-        ),
+    rows = zip(indices, pixels, strict=True)
+    images = [{"bytes": _encode(p), "path": f"{i:08d}.png"} for i, p in rows]
+    encoded = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        "img": pa.array(images, encoded),
         "label": pa.array(labels, pa.int64()),
         "index": pa.array(indices, pa.int64()),
-    }).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})  # fmt: skip
+    }
+    header = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table(columns).replace_schema_metadata(header)
     pa.parquet.write_table(table, buffer, write_page_checksum=True)
 
 
 def _read_table(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    pa = _parquet(path)
+    pa = arrow(path)
     table = pa.parquet.read_table(
         path, columns=["img", "label", "index"], page_checksum_verification=True
     )
@@ -446,57 +350,8 @@ def _read_table(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def _table(file: Path, batch: int) -> Iterator[tuple[list[np.ndarray], list[int]]]:
-    pa = _parquet(file)
-    try:
-        table = pa.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        column = next((name for name in ("img", "image") if name in names), None)
-        if column is None:
-            raise ValueError(f"it has the columns {', '.join(names)}; one must be img or image")
-        columns = [column, *(["label"] if "label" in names else [])]
-        for rows in table.iter_batches(batch, columns=columns):
-            values = [
-                v["bytes"] if isinstance(v, dict) else v for v in rows.column(column).to_pylist()
-            ]
-            labels = (
-                rows.column("label").to_pylist() if len(columns) == 2 else [NO_LABEL] * len(values)
-            )
-            yield [_rgb(io.BytesIO(v), f"a picture in {file}") for v in values], labels
-    except _DAMAGE as error:
-        raise SdeflowError(
-            f"{file} cannot be read as a parquet file of pictures ({_reason(error)})"
-        ) from error
-
-
-def _foreign(
-    parts: Iterable[tuple[list[np.ndarray] | np.ndarray, list[int] | np.ndarray]],
-) -> Iterator[Batch]:
-    """ImageSource that anyone made, numbered as they come; all of one size."""
-    number, size = 0, None
-    for pictures, labels in parts:
-        for offset, picture in enumerate(pictures):
-            size = size or picture.shape
-            if picture.shape != size:
-                raise SdeflowError(
-                    f"the pictures differ in size: number 0 is {size[1]} x {size[0]} pixels, number"
-                    f" {number + offset} is {picture.shape[1]} x {picture.shape[0]}; bring them to"
-                    " one size first"
-                )
-        images = torch.from_numpy(np.stack(list(pictures)))
-        yield (
-            torch.arange(number, number + len(images)),
-            images,
-            torch.as_tensor(labels, dtype=torch.int64),
-        )
-        number += len(images)
-
-
-def _some(numbers: list[int], most: int = 5) -> str:
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """The first line of what an error says."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 

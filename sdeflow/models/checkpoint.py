@@ -1,8 +1,7 @@
-"""Checkpoints: safetensors files that are written whole or not at all, and that say what they are.
+"""Checkpoints: safetensors files that are written completely or not at all, and that say what they are.
 
-A file holds tensors, and in its header what a reader needs (a network's configuration, class names,
-the facts of its training) with a SHA-256 of all of it, so that a damaged file is told from a good
-one. Nothing in it is executable.
+A file holds tensors, and in its header what a reader needs: a network's configuration, class names,
+the facts of its training. A SHA-256 of all of it shows whether the file is damaged. Nothing in it is executable.
 """
 
 from __future__ import annotations
@@ -59,22 +58,12 @@ class Pretrained(Preconditioned):
         """
         super().check_condition(condition)
         label = condition.get("label")
-        if label is None or (
-            isinstance(label, Tensor) and label.is_cuda
-        ):  # to look there would wait for the device
+        # Reading a label on the GPU would wait for the device.
+        if label is None or (isinstance(label, Tensor) and label.is_cuda):
             return
-        labels = (
-            label
-            if isinstance(label, Tensor)
-            else torch.as_tensor(label)
-            if isinstance(label, int)
-            else None
-        )
-        if (
-            labels is None
-            or labels.is_floating_point()
-            or bool(((labels < 0) | (labels > self.num_classes)).any())
-        ):
+        labels = torch.as_tensor(label) if isinstance(label, int) else label
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+        if not whole or bool(((labels < 0) | (labels > self.num_classes)).any()):
             names = f" ({', '.join(self.class_names)})" if self.class_names else ""
             raise ValueError(
                 "label is a whole number, or one a sample, from 0 to"
@@ -101,7 +90,7 @@ def write_tensors(
     old one or the new one.
 
     Raises `CheckpointError` if it cannot be written (a full disk, say); the old file is then
-    untouched.
+    unchanged.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry: the library writes several in an arbitrary order, and the same state should make
@@ -115,7 +104,7 @@ def write_tensors(
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and facts that `write_tensors` wrote; raises `CheckpointError` if
-    anything is amiss.
+    the file is missing or damaged.
     """
     path = Path(path)
     if not path.is_file():

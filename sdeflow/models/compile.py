@@ -1,4 +1,4 @@
-"""torch.compile of a network that says so while it takes its time."""
+"""`torch.compile` of a network, with a message while it takes its time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sdeflow._utils.distributed import this_rank
 
 
 def say(text: str) -> None:
-    """A line on standard error, below no progress bar; of the first process alone."""
+    """A line on standard error, above any progress bar; from the first process alone."""
     if this_rank().first:
         tqdm.write(text, file=sys.stderr)
 
 
-def compile_network(network: nn.Module, tell: Callable[[str], None] = say) -> None:
-    """Compile `network` in place, anew for each shape of its inputs, at the first call with it;
-    `tell` is told before and after.
+def compile_network(network: nn.Module, report: Callable[[str], None] = say) -> None:
+    """Compile `network` in place, for each shape of its inputs at the first call with that shape;
+    `report` is called with a line before and after.
 
     One program for all shapes is a fifth slower and takes twice as long to compile. PyTorch
-    compiles eight shapes and runs further ones as they are, with a warning; it keeps what it
-    compiled, so that the next process has it in seconds.
+    compiles eight shapes, and runs further ones without compilation, with a warning. It keeps what
+    it compiled, so that the next process has it in seconds.
     """
     compiled = torch.compile(network._call_impl, dynamic=False)
     seen: set[Hashable] = set()
@@ -38,10 +38,10 @@ def compile_network(network: nn.Module, tell: Callable[[str], None] = say) -> No
             return compiled(*args, **condition)
         seen.add(key)
         shape = " x ".join(map(str, tensors[0].shape))
-        tell(f"compiling the network for {shape}: up to a minute, and seconds the next time ...")
+        report(f"compiling the network for {shape}: up to a minute, and seconds the next time ...")
         began = time.monotonic()
         out = compiled(*args, **condition)
-        tell(f"compiled for {shape} in {time.monotonic() - began:.0f} s")
+        report(f"compiled for {shape} in {time.monotonic() - began:.0f} s")
         return out
 
     network._compiled_call_impl = call

@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdeflow._utils.checks import whole_number
+from sdeflow._utils.options import option
+
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -36,43 +39,34 @@ class UNetConfig:
     where the numbers do not fit together.
     """
 
-    size: int = 32
+    size: int = option(
+        32, "Crop and resize images to this many pixels", "Network", shown="the first one's"
+    )
     in_channels: int = 3
     num_classes: int = 0
-    channels: int = 96
-    multipliers: tuple[int, ...] = (1, 2, 2)
-    blocks: int = 2
-    attention: tuple[int, ...] = (16,)
-    embedding: int = 192
-    head_channels: int = 64
-    group_size: int = 16
-    dropout: float = 0.0
+    channels: int = option(96, "Channels of the finest level", "Network")
+    multipliers: tuple[int, ...] = option(
+        (1, 2, 2), "Channels of each level, as multiples of those of the finest", "Network"
+    )
+    blocks: int = option(2, "Residual blocks a level", "Network")
+    attention: tuple[int, ...] = option((16,), "Resolutions with attention", "Network")
+    embedding: int = option(192, "Width of the embedding of noise level and class", "Network")
+    head_channels: int = option(64, "Channels of an attention head", "Network")
+    group_size: int = option(16, "Channels that are normalised together", "Network")
+    dropout: float = option(0.0, "Dropout inside the blocks", "Network")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention", tuple(self.attention))
-        for name in (
-            "size",
-            "in_channels",
-            "channels",
-            "blocks",
-            "embedding",
-            "head_channels",
-            "group_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"UNetConfig: {name} must be at least 1, got {getattr(self, name)}"
-                )
+        counts = ("size", "in_channels", "channels", "blocks", "embedding", "head_channels")
+        for name in (*counts, "group_size"):
+            whole_number(f"UNetConfig: {name}", getattr(self, name))
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(
                 "UNetConfig: multipliers must be positive whole numbers, one a level, got"
                 f" {self.multipliers}"
             )
-        if self.num_classes < 0:
-            raise ValueError(
-                f"UNetConfig: num_classes must be 0 (unconditional) or more, got {self.num_classes}"
-            )
+        whole_number("UNetConfig: num_classes", self.num_classes, 0)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"UNetConfig: dropout must be in [0, 1), got {self.dropout}")
         if self.size % self.stride:
@@ -246,7 +240,7 @@ class UNet(nn.Module):
     """A UNet for images: `unet(x, time, label=None)` with `x` [B, C, H, W], `time` 0-d or [B],
     `label` int64 [B].
 
-    `time` is any number of order one that tells the noise level, such as `log(nsr) / 4` (see
+    `time` is any number of order one that gives the noise level, such as `log(nsr) / 4` (see
     `Preconditioned`); `label=None` means the null class everywhere. The output has the shape of
     `x`. Parameters are float32; run it under autocast for bf16. Raises `ValueError` if a label
     reaches an unconditional network or the image cannot be halved often enough.

@@ -1,42 +1,43 @@
-r"""What can be said of a plan from its numbers alone: is it consistent, and which polynomials do
-its steps reproduce?
+r"""Checks of a plan from its numbers alone: is it consistent, and which polynomials do its steps
+reproduce?
 
-**Consistency.** Data of a single point: every prediction is right, and each call's input should
-hold `s` of the point and `sigma` of noise. Gaussian data: the prediction is known too, and with it
-the variance at every call; what is off there is the error of the steps themselves.
+**Consistency.** On data of a single point every prediction is exact, and each call's input should
+hold `s` of the point and `sigma` of noise. On Gaussian data the prediction is known too, and with it
+the variance at every call. Its error there is the error of the steps themselves.
 
 **Order.** The ODE is $d(x/\rho) = F\,dq$ for a function $F$ of the prediction
 (`sdeflow.solvers.ode.weights` has the table of them). A step from one call to another is
-$x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$, and of order $p$ only if it is right wherever $F$ is
+$x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$. It is of order $p$ only if it is right wherever $F$ is
 a polynomial of degree less than $p$ in some clock $c$:
 
 $$\sum_j b_j\, u_j^m = \rho_+ \int_q^{q_+} u^m\,dq, \qquad u = \frac{c - c_0}{c_+ - c_0}, \qquad m = 0, \dots, p - 1.$$
 
-For multistep methods that is all there is to it, with one remark: a step that the next prediction
-corrects leads to a call as predicted, and is counted so. A Runge-Kutta step needs more, that its
-stages be good enough; and a published method may meet a condition up to terms of higher order only,
-which shows here as a defect (`PlanReport.defects`). Where a plan draws noise, the mean of the
-reverse SDE is asked for, whose rate of noise is read from what a step keeps of the state.
+For multistep methods these conditions suffice. A step that the next prediction corrects is measured
+as predicted, since that is the state that the call sees. A Runge-Kutta step also needs good enough
+stages. A published method may meet a condition only up to terms of higher order; that shows as a
+defect (`PlanReport.defects`). Where a plan draws noise, the condition is on the mean of the reverse
+SDE. The rate of noise is read from the share of the state that a step keeps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdeflow._utils import math as _math
 from sdeflow.errors import unknown
-from sdeflow.plan.unroll import FRAMES, Unrolled, format_magnitude
-from sdeflow.process import Process
+from sdeflow.plan.unroll import PREDICTS, Unrolled, format_magnitude
+from sdeflow.process import Level, Process
+from sdeflow.process.clock import Clock
 
 DEGREES = 6  # polynomials of degree 0 to 5
 WINDOW = 12  # rows back to which a step may reach
 WHAT = {"velocity": "dx/dt", "slope": "d(x/s)/dlam"}
-CHECK_FRAMES = (*FRAMES, "slope", "velocity")
+CHECK_PREDICTS = (*PREDICTS, "slope", "velocity")
 CHECK_CLOCKS = ("lam", "nsr", "angle", "t")
 
 
@@ -47,13 +48,13 @@ class PlanReport:
     - `signal`: the error of the share of `x0`, on data of one point.
     - `noise`: the relative error of the noise's standard deviation there.
     - `gaussian`: the relative error of the standard deviation on data `N(0, std^2)`.
-    - `degrees`: the degree up to which polynomials of `frame` in `clock` are reproduced by the step
+    - `degrees`: the degree up to which polynomials of `predicts` in `clock` are reproduced by the step
       that leads to the row; -1 where not even constants are, None where no step leads there (the
       first call, several at one level, no signal).
     - `defects`: `[rows, 6]`, the relative error on the monomials; NaN where there is no step. A
       method that holds its last prediction is wrong by 1 on all but the constant.
     - `stages`: which rows are stages within a step.
-    - `ties`: other pairs of frame and clock that are reproduced as well.
+    - `ties`: other pairs of function and clock that are reproduced as well.
     """
 
     title: str
@@ -63,7 +64,7 @@ class PlanReport:
     noise: Tensor
     gaussian: Tensor
     std: float
-    frame: str
+    predicts: str
     clock: str
     degrees: tuple[int | None, ...]
     defects: Tensor
@@ -107,7 +108,7 @@ class PlanReport:
     @property
     def function(self) -> str:
         """The function that is reproduced and its clock, in words."""
-        return f"{WHAT.get(self.frame, self.frame)} in {self.clock}"
+        return f"{WHAT.get(self.predicts, self.predicts)} in {self.clock}"
 
     def __str__(self) -> str:
         """The findings in words, and the numbers as a table."""
@@ -158,7 +159,7 @@ class PlanReport:
                 f" {nearly:.1%}"
             )
             return [*lines, f"order       {text} in the median"]
-        ties = f" (and {len(self.ties)} other pairs of frame and clock)" if self.ties else ""
+        ties = f" (and {len(self.ties)} other pairs of function and clock)" if self.ties else ""
         start = f", after {self.starts_with} of less at the start" if self.starts_with else ""
         lines.append(f"order       degree {degree} of {self.function} in most steps{start}{ties}")
         return (
@@ -176,15 +177,18 @@ def check(
     title: str,
     times: set[float],
     process: Process | None = None,
-    frame: str | None = None,
+    predicts: str | None = None,
     clock: str | None = None,
     std: float = 0.5,
 ) -> PlanReport:
     """The report on an unrolled plan, whose grid has `times`; see `Plan.check`."""
-    for kind, value, known in (("frame", frame, CHECK_FRAMES), ("clock", clock, CHECK_CLOCKS)):
+    for kind, value, known in (
+        ("predicts", predicts, CHECK_PREDICTS),
+        ("clock", clock, CHECK_CLOCKS),
+    ):
         if value is not None and value not in known:
             raise unknown(kind, value, known)
-    if process is None and "t" in (clock, _own_clock(frame)):
+    if process is None and "t" in (clock, _own_clock(predicts)):
         raise ValueError(
             "what a plan reproduces in its time t depends on the process between its calls: pass"
             " process="
@@ -196,7 +200,7 @@ def check(
         )
     found: list[tuple[str, str, Tensor]] = []
     nodes = _Nodes(rows, process)
-    for f in CHECK_FRAMES if frame is None else (frame,):
+    for f in CHECK_PREDICTS if predicts is None else (predicts,):
         if f == "velocity" and process is None:
             continue
         own = _own_clock(f)
@@ -206,7 +210,7 @@ def check(
             found.append((f, c, nodes.defects(f, c)))
     if not found:
         raise ValueError(
-            f"the frame {frame} is checked in the clock {_own_clock(frame)} alone; got {clock}"
+            f"predicts={predicts!r} is checked in the clock {_own_clock(predicts)} alone; got {clock}"
         )
     stages = _stages(rows, times)
     scored = [(f, c, d, _score(d, stages)) for f, c, d in found]
@@ -221,9 +225,9 @@ def check(
     )  # fmt: skip
 
 
-def _own_clock(frame: str | None) -> str | None:
-    """The one clock in which a frame is a right-hand side."""
-    return {"velocity": "t", "slope": "lam"}.get(frame or "")
+def _own_clock(predicts: str | None) -> str | None:
+    """The one clock in which a function is the right-hand side of the ODE."""
+    return {"velocity": "t", "slope": "lam"}.get(predicts or "")
 
 
 def _stages(rows: Unrolled, times: set[float]) -> tuple[bool, ...]:
@@ -297,23 +301,25 @@ class _Nodes:
             torch.tensor([pair[n] for pair in pairs], dtype=torch.long) for n in (0, 1)
         )
 
-    def defects(self, frame: str, clock: str) -> Tensor:
+    def defects(self, predicts: str, clock: str) -> Tensor:
         """`[rows, DEGREES]`, of the best step to each row: relative errors on `u^m`, NaN where
         there is no step.
         """
         count = len(self.t) - 1
         none = torch.full((count, DEGREES), torch.nan, dtype=torch.float64)
         n = self.rows.nfe
-        if not len(self.i) or (frame in ("eps", "slope") and bool((self.rows.s[:n] == 0.0).any())):
+        if not len(self.i) or (
+            predicts in ("eps", "slope") and bool((self.rows.s[:n] == 0.0).any())
+        ):
             return none
-        start, weights = self._table(frame)
+        start, weights = self._table(predicts)
         i, k = self.i, self.k
-        rho, density = self._scale(frame)
+        rho, density = self._scale(predicts)
         points, gauss = _math.gauss_legendre(64)
-        span = self.t if frame == "velocity" else self.lam
+        span = self.t if predicts == "velocity" else self.lam
         at = span[i, None] + points * (span[k] - span[i])[:, None]
         mass = gauss * (span[k] - span[i])[:, None] * density(at)
-        if frame != "velocity" and not bool(torch.isfinite(span).all()):
+        if predicts != "velocity" and not bool(torch.isfinite(span).all()):
             theta = torch.atan2(self.sigma, self.s)
             between = theta[i, None] + points * (theta[k] - theta[i])[:, None]
             ends = ~(torch.isfinite(span[i]) & torch.isfinite(span[k]))[:, None]
@@ -325,7 +331,7 @@ class _Nodes:
             start[k].abs() + (kept * start[i]).abs() + 1e-300
         )
         if (
-            self.rows.draws.shape[1] and frame == "x0"
+            self.rows.draws.shape[1] and predicts == "x0"
         ):  # the rate of noise is read from what a step keeps
             kept = start[k] / start[i]
             length = -torch.log(kept * self.s[i] / self.s[k])
@@ -340,11 +346,13 @@ class _Nodes:
         b = weights[k] - kept[:, None] * weights[i]
         size = weights[k].abs() + kept[:, None].abs() * weights[i].abs()
         b = torch.where(b.abs() > 1e-12 * size.amax(1, keepdim=True), b, 0.0)
-        c = self._readings(clock)
+        reader = Clock(clock)
+        c = reader.reading(Level(self.t, self.s, self.sigma, math.nan, math.nan))
         scale = c[k] - c[i]
         u_nodes = (c[1 : n + 1] - c[i, None]) / scale[:, None]
         u_nodes = torch.where(b != 0.0, u_nodes, 0.0)
-        u_points = (self._along(clock, at, frame) - c[i, None]) / scale[:, None]
+        at_points = at if predicts == "velocity" else reader.of_lam(at, self.process)
+        u_points = (at_points - c[i, None]) / scale[:, None]
         errors = []
         for m in range(DEGREES):  # on u^m
             exact, rounding = mass.sum(1), 1e-13 * size.sum(1)
@@ -363,51 +371,36 @@ class _Nodes:
             none[row] = table[pair]
         return none
 
-    def _table(self, frame: str) -> tuple[Tensor, Tensor]:
-        """The weights of the start and of the predictions in a frame, with the row of the start in
-        front.
+    def _table(self, predicts: str) -> tuple[Tensor, Tensor]:
+        """The weights of the start and of the predictions as a function of them, the row of the
+        start first.
         """
         n = self.rows.nfe
         s, sigma = self.rows.s[:n], self.rows.sigma[:n]
-        if frame == "slope":  # -nsr eps = x0 - x / s
-            turned = self.rows.with_predictions(1.0 / s, torch.ones_like(s), frame)
-        elif frame == "velocity":  # s' x0 + sigma' eps
+        if predicts == "slope":  # -nsr eps = x0 - x / s
+            turned = self.rows.with_predictions(1.0 / s, torch.ones_like(s), predicts)
+        elif predicts == "velocity":  # s' x0 + sigma' eps
             assert self.process is not None
             ds, dsigma = self.process.ds(self.rows.t[:n]), self.process.dsigma(self.rows.t[:n])
             turn = s * dsigma - ds * sigma
-            turned = self.rows.with_predictions(dsigma / turn, -sigma / turn, frame)
+            turned = self.rows.with_predictions(dsigma / turn, -sigma / turn, predicts)
         else:
-            turned = self.rows.in_frame(frame)
+            turned = self.rows.predicting(predicts)
         start = torch.cat([torch.ones(1, dtype=torch.float64), turned.start])
         return start, torch.cat([torch.zeros(1, n, dtype=torch.float64), turned.predictions])
 
-    def _scale(self, frame: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _scale(self, predicts: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """`rho` of each row, and `dq/dlam` along a step (`dq/dt` for the velocity)."""
         s, sigma = self.s, self.sigma
-        if frame == "x0":
+        if predicts == "x0":
             return sigma, torch.exp
-        if frame == "eps":
+        if predicts == "eps":
             return s, lambda lam: -torch.exp(-lam)
-        if frame == "v":
+        if predicts == "v":
             return torch.sqrt(s * s + sigma * sigma), lambda lam: -0.5 / torch.cosh(lam)
-        if frame == "flow":
+        if predicts == "flow":
             return s + sigma, lambda lam: -0.25 / torch.cosh(0.5 * lam) ** 2
-        return (s if frame == "slope" else torch.ones_like(s)), torch.ones_like
-
-    def _readings(self, clock: str) -> Tensor:
-        """What the clock shows at each row."""
-        if clock == "angle":
-            return torch.atan2(self.sigma, self.s)
-        return {"t": self.t, "lam": self.lam, "nsr": self.sigma / self.s}[clock]
-
-    def _along(self, clock: str, at: Tensor, frame: str) -> Any:
-        """What it shows at points of the steps."""
-        if clock == "lam" or frame == "velocity":
-            return at
-        if clock == "t":
-            assert self.process is not None
-            return self.process.t_of_lam(at)
-        return torch.exp(-at) if clock == "nsr" else torch.atan(torch.exp(-at))
+        return (s if predicts == "slope" else torch.ones_like(s)), torch.ones_like
 
 
 def _reproduced(defects: Tensor) -> list[int]:

@@ -36,7 +36,7 @@ from sdeflow.plan.execute import OnCall, execute, outliving
 from sdeflow.plan.files import FORMAT, read_plan, write_plan
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.plan.plot import plot_unrolled
-from sdeflow.plan.unroll import Difference, Unrolled, difference, unroll
+from sdeflow.plan.unroll import Difference, Unrolled, as_vector, difference, unroll
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 
@@ -81,6 +81,16 @@ class Plan:
         """The network calls, in order."""
         return self._calls
 
+    @property
+    def finish(self) -> str:
+        """The step to zero noise: `"prediction"`, where the result is the last prediction as it is,
+        `"integrated"`, where it is a combination of more, or `"none"`.
+        """
+        if not self.finished:
+            return "none"
+        last = next(i for i in reversed(self.instructions) if not isinstance(i, Record))
+        return "prediction" if isinstance(last, Call) else "integrated"
+
     @cached_property
     def draws(self) -> int:
         """Noise draws that an execution makes."""
@@ -94,7 +104,7 @@ class Plan:
     @property
     def times(self) -> Tensor:
         """The times of the calls, float64, `[nfe]`."""
-        return _vector([call.t for call in self._calls])
+        return as_vector([call.t for call in self._calls])
 
     @cached_property
     def _times(self) -> Tensor:
@@ -103,7 +113,9 @@ class Plan:
     @property
     def coefficients(self) -> Tensor:
         """All coefficients, in the order of the instructions, float64, one vector."""
-        return _vector([c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms])
+        return as_vector(
+            [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms]
+        )
 
     @property
     def differentiable(self) -> bool:
@@ -180,36 +192,40 @@ class Plan:
             result = abs(values[self.result].get(0, 0.0) - 1.0)
         return {"signal": signal, "noise": noise, "result": result}
 
-    def unrolled(self, frame: str = "x0") -> Unrolled:
+    def unrolled(self, predicts: str = "x0") -> Unrolled:
         """Every call's input and the result as a linear function of the start, the predictions
         before it and the noise.
 
-        `frame` says as which function the predictions are taken: `"x0"`, `"eps"`, `"v"` or
-        `"flow"`. Gradients flow through it.
+        `predicts` is the function of the prediction: `"x0"`, `"eps"`, `"v"` or `"flow"`. Gradients
+        flow through it.
         """
-        return unroll(self.instructions, self.result, self.grid, self.finished).in_frame(frame)
+        return unroll(self.instructions, self.result, self.grid, self.finished).predicting(predicts)
 
-    def matrix(self, frame: str = "x0") -> Tensor:
-        """`unrolled(frame)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and
+    def matrix(self, predicts: str = "x0") -> Tensor:
+        """`unrolled(predicts)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and
         the result.
         """
-        return self.unrolled(frame).matrix
+        return self.unrolled(predicts).matrix
 
     def check(
         self,
         process: Process | None = None,
         *,
-        frame: str | None = None,
+        predicts: str | None = None,
         clock: str | None = None,
         std: float = 0.5,
     ) -> PlanReport:
         """Consistency at every call, and the polynomials that each step reproduces: see
-        `sdeflow.plan.check`; print it.
+        `sdeflow.plan.check`. Print the report.
 
-        `frame` (`"x0"`, `"eps"`, `"v"`, `"flow"`, `"slope"` for `d(x/s)/dlam`, `"velocity"` for
-        `dx/dt`) and `clock` (`"lam"`, `"nsr"`, `"angle"`, `"t"`) say polynomials of what, in what;
-        by default the pair of which most are reproduced. What concerns the time `t` needs the
-        `process`. `std` is that of the Gaussian data. Errors: `ValueError` for another process.
+        - `predicts`: which function is a polynomial: `"x0"`, `"eps"`, `"v"`, `"flow"`, `"slope"`
+          for `d(x/s)/dlam`, or `"velocity"` for `dx/dt`.
+        - `clock`: the variable of the polynomial: `"lam"`, `"nsr"`, `"angle"` or `"t"`.
+        - `process`: needed for `clock="t"` and `predicts="velocity"`.
+        - `std`: the standard deviation of the Gaussian data.
+
+        By default the report takes the pair of function and clock that the steps reproduce best.
+        Errors: `ValueError` for another process than the plan's.
         """
         if process is not None:
             for level, mine in zip(
@@ -221,7 +237,13 @@ class Plan:
                         f" t={mine[0]:g}"
                     )
         return check(
-            self.unrolled(), self._head(), {t for t, _, _ in self.grid}, process, frame, clock, std
+            self.unrolled(),
+            self._head(),
+            {t for t, _, _ in self.grid},
+            process,
+            predicts,
+            clock,
+            std,
         )
 
     def compare(self, other: Plan) -> Difference:
@@ -278,7 +300,7 @@ class Plan:
             if isinstance(i, Draw) and i.nsr is not None
             for n in (i.nsr, i.nsr_next)
         ]
-        return [self.coefficients, self.times, _vector(levels), _vector(draws)]
+        return [self.coefficients, self.times, as_vector(levels), as_vector(draws)]
 
     # ------------------------------------------------------------------------- printing and storing
 
@@ -288,15 +310,16 @@ class Plan:
             f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} ->"
             f" {self.grid[-1][0]:g}"
         )
-        return head + (" -> zero noise" if self.finished else "")
+        ends = {"none": "", "prediction": " -> zero noise", "integrated": " -> zero noise, integrated"}
+        return head + ends[self.finish]
 
-    def plot(self, path: str | os.PathLike[str] | None = None, frame: str = "x0") -> Any:
-        """The plan as a `matplotlib` figure (heat map of `matrix(frame)`, levels, weights); as PNG
+    def plot(self, path: str | os.PathLike[str] | None = None, predicts: str = "x0") -> Any:
+        """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as PNG
         in `path` too if given.
 
         Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
         """
-        return plot_unrolled(self.unrolled(frame), self._head(), path)
+        return plot_unrolled(self.unrolled(predicts), self._head(), path)
 
     def __str__(self) -> str:
         """The plan as a table, a row a call."""
@@ -474,12 +497,6 @@ def _check_registers(instructions: Sequence[Instruction], registers: int, result
             written.add(i.out)
     if result not in written or not all(0 <= register < registers for register in written):
         raise ValueError(f"a damaged plan: it has {registers} registers and uses others")
-
-
-def _vector(numbers: Sequence[Scalar]) -> Tensor:
-    if any(isinstance(number, Tensor) for number in numbers):
-        return torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in numbers])
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _scalars(vector: Tensor) -> list[Scalar]:

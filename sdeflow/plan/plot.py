@@ -1,5 +1,5 @@
-"""A plan as a picture: its unrolled table as a heat map, the levels of its calls, and what each
-call gives weight to.
+"""A plan as a figure: its unrolled table as a heat map, the levels of its calls, and the weights
+of each call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def plot_unrolled(
     except ImportError as error:
         raise missing_extra("matplotlib", "plot", "plotting a plan") from error
     if path is not None:
-        check_writable(path, "picture")
+        check_writable(path, "figure")
     matrix = rows.matrix.detach()
     count, width = matrix.shape
     figure = Figure(figsize=(12.0, 4.6), layout="constrained")
@@ -56,7 +56,7 @@ def plot_unrolled(
     names = [*map(str, range(count - 1)), "end"]
     every = max(1, -(-count // 16))
     heat.set_yticks(range(0, count, every), names[::every])
-    heat.set(ylabel="input of call", title=f"weights (predictions as {rows.frame})")
+    heat.set(ylabel="input of call", title=f"weights (predictions as {rows.predicts})")
     calls = range(count - 1)
     nsr = rows.nsr[:-1].detach()
     known = torch.isfinite(nsr) & (nsr > 0.0)
@@ -81,7 +81,7 @@ def plot_unrolled(
     if path is not None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-        write_whole(path, buffer.getvalue(), "picture")
+        write_whole(path, buffer.getvalue(), "figure")
     return figure
 
 

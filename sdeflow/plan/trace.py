@@ -5,9 +5,12 @@ plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow.errors import SolverError
@@ -68,10 +71,48 @@ class Trace(Reverse):
     def __init__(self, process: Process):
         self.process = process
         self.condition: dict[str, Any] = {}
+        self._at_time = {}
+        self._at_lam = []
+        self.begin(stand_ins=False)
+
+    def begin(self, *, stand_ins: bool) -> None:
+        """Start with no instruction, and with the levels that are known by now.
+
+        With `stand_ins`, a level that is not known is noted, and an approximate one stands in for
+        it. `compute_missing` then computes all that were noted in one pass.
+        """
         self.nfe = 0
-        self._known = {}
         self.instructions: list[Instruction] = []
         self.values = 1  # value 0 is the state that the solve starts from
+        self._missing_times: dict[float, None] = {}
+        self._missing_lams: dict[float, None] = {}
+        finite = sorted((t, v.lam) for t, v in self._at_time.items() if math.isfinite(v.lam))
+        self._known = finite if stand_ins else []
+
+    @property
+    def missing(self) -> bool:
+        """Whether a level stood in for one that is not known."""
+        return bool(self._missing_times or self._missing_lams)
+
+    def compute_missing(self) -> None:
+        """Compute the levels that were noted, in one vectorised pass."""
+        times = torch.tensor(list(self._missing_times), dtype=torch.float64)
+        self.prepare(times, list(self._missing_lams))
+
+    def level(self, t: Any) -> Level:
+        if not isinstance(t, float) or not self._known or t in self._at_time:
+            return super().level(t)
+        self._missing_times[t] = None
+        return _stand_in(t, _interpolated(t, self._known))
+
+    def level_of_lam(self, lam: Any) -> Level:
+        if not isinstance(lam, float) or not self._known:
+            return super().level_of_lam(lam)
+        if (known := self._find(lam)) is not None:
+            return known
+        self._missing_lams[lam] = None
+        t = _interpolated(lam, [(known, t) for t, known in reversed(self._known)])
+        return _stand_in(min(max(t, self.process.t_min), self.process.t_max), lam)
 
     def value(self, operand: Operand) -> int:
         """The value that holds `operand`, computed now if none does; the operand then refers to
@@ -128,6 +169,22 @@ class Trace(Reverse):
     def record(self, index: int, x: Operand) -> None:
         """Mark the state at a grid level."""
         self.instructions.append(Record(index, self.value(x)))
+
+
+def _interpolated(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """The value at `x` of the broken line through `points`, which rise in the first coordinate."""
+    if len(points) == 1:
+        return points[0][1] - (x - points[0][0])
+    i = min(max(bisect_left(points, (x,)), 1), len(points) - 1)
+    (a, y), (b, y_next) = points[i - 1 : i + 1]
+    return y + (y_next - y) * (x - a) / (b - a)
+
+
+def _stand_in(t: float, lam: float) -> Level:
+    """A level at about the time `t` with `log(s / sigma) = lam` and some signal and noise."""
+    nsr = math.exp(min(max(-lam, -300.0), 300.0))
+    s = 1.0 / math.hypot(1.0, nsr)
+    return Level(t, s, nsr * s, -s, nsr * s)
 
 
 def optimise(

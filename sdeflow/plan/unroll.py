@@ -6,9 +6,9 @@ input of call `k` is
 
 $$x_k = a_k x + \sum_{j<k} B_{kj} F_j + \sum_d C_{kd} z_d,$$
 
-with the predictions $F_j$ of $x_0$. The table of these numbers is what the method is, whatever its
-registers and buffers; it can be measured, drawn, compared and fitted. In another frame
-(`Unrolled.in_frame`) it is the same method with $\varepsilon$, say, in the place of $x_0$.
+with the predictions $F_j$ of $x_0$. The table of these numbers defines the method, whatever its
+registers and buffers. It can be measured, plotted, compared and fitted. `Unrolled.predicting` gives
+the same method with another function of the prediction, such as $\varepsilon$, in place of $x_0$.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from sdeflow._utils.math import Scalar
 from sdeflow.errors import unknown
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction
 
-FRAMES = ("x0", "eps", "v", "flow")
-"""The functions of a prediction in which a table can be written, see
-`sdeflow.solvers.ode.weights`.
-"""
+PREDICTS = ("x0", "eps", "v", "flow")
+"""The functions of a prediction that a table can hold, see `sdeflow.solvers.ode.weights`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class Unrolled:
     s: Tensor
     sigma: Tensor
     origin: tuple[float, float, float]
-    frame: str = "x0"
+    predicts: str = "x0"
     _plain: Unrolled | None = field(default=None, repr=False)
 
     @property
@@ -106,7 +104,7 @@ class Unrolled:
         return torch.sqrt(rows[:, 0] ** 2 * first + (rows[:, n + 1 :] ** 2).sum(1))
 
     def detach(self) -> Unrolled:
-        """The same without gradients, in the frame x0."""
+        """The same without gradients, with predictions of x0."""
         plain = self._plain or self
         start, predictions, draws, t, s, sigma = (
             column.detach()
@@ -121,43 +119,41 @@ class Unrolled:
         )
         return Unrolled(start, predictions, draws, t, s, sigma, self.origin)
 
-    def in_frame(self, frame: str) -> Unrolled:
-        """The same method with `F_j` another function of the prediction: `"eps"`, `"v"` or
-        `"flow"`, from the frame `"x0"`.
+    def predicting(self, predicts: str) -> Unrolled:
+        """The same method with `F_j` another function of the prediction: `"x0"`, `"eps"`, `"v"` or
+        `"flow"`.
 
-        `ValueError` where a call has no signal (`s = 0`) and the frame eps needs it.
+        `ValueError` for `"eps"` where a call has no signal (`s = 0`).
         """
-        if frame not in FRAMES:
-            raise unknown("frame", frame, FRAMES)
-        if frame == self.frame:
+        if predicts not in PREDICTS:
+            raise unknown("predicts", predicts, PREDICTS)
+        if predicts == self.predicts:
             return self
         plain = self._plain or self
-        if frame == "x0":
+        if predicts == "x0":
             return plain
         return plain.with_predictions(
-            *_prediction(frame, self.s[: self.nfe], self.sigma[: self.nfe]), frame
+            *_prediction(predicts, self.s[: self.nfe], self.sigma[: self.nfe]), predicts
         )
 
-    def with_predictions(self, of_state: Tensor, of_value: Tensor, frame: str) -> Unrolled:
+    def with_predictions(self, of_state: Tensor, of_value: Tensor, predicts: str) -> Unrolled:
         """The same method with other functions `F_j` of the predictions,
         `x0 = of_state x + of_value F_j` at call `j`.
         """
-        if self.frame != "x0":
-            raise ValueError(f"a table is turned from the frame x0, not from {self.frame}")
+        if self.predicts != "x0":
+            raise ValueError(f"start from predictions of x0, not of {self.predicts}")
         rows, n = self._eliminated(of_state, of_value), self.nfe
         return replace(
             self,
             start=rows[:, 0],
             predictions=rows[:, 1 : n + 1],
             draws=rows[:, n + 1 :],
-            frame=frame,
+            predicts=predicts,
             _plain=self,
         )
 
     def _eliminated(self, of_state: Tensor, of_value: Tensor) -> Tensor:
-        """The matrix with `of_state x + of_value F` in the place of every prediction, as the inputs
-        follow one another.
-        """
+        """The matrix with `of_state x + of_value F` in place of every prediction."""
         n = self.nfe
         system = torch.eye(n, dtype=torch.float64) - self.predictions[:n] * of_state
         given = torch.cat(
@@ -168,15 +164,15 @@ class Unrolled:
         return torch.cat([inputs, last + (self.predictions[n:] * of_state) @ inputs])
 
 
-def _prediction(frame: str, s: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """`(a, b)` with `x0 = a x + b F`, of a frame."""
-    if frame == "eps":
+def _prediction(predicts: str, s: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """`(a, b)` with `x0 = a x + b F`."""
+    if predicts == "eps":
         if bool((s == 0.0).any()):
             raise ValueError(
-                "no x0 follows from eps where no signal is left (s = 0): take another frame"
+                "no x0 follows from eps where no signal is left (s = 0): choose predicts='v'"
             )
         return 1.0 / s, -sigma / s
-    if frame == "flow":
+    if predicts == "flow":
         return 1.0 / (s + sigma), -sigma / (s + sigma)
     r2 = s * s + sigma * sigma
     return s / r2, -sigma / torch.sqrt(r2)

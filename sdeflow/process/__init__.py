@@ -1,6 +1,7 @@
 """Processes: what noise does, as two functions of time, `s(t)` and `sigma(t)`."""
 
 from sdeflow.process.base import Level, Process
+from sdeflow.process.clock import Clock
 from sdeflow.process.from_betas import FromBetas
 from sdeflow.process.from_sde import FromSDE
 from sdeflow.process.standard import EDM, VE, VP, Cosine, RectifiedFlow, SubVP
@@ -9,6 +10,7 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "Clock",
     "Cosine",
     "FromBetas",
     "FromSDE",

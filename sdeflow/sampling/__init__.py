@@ -2,10 +2,13 @@
 
 from sdeflow.sampling.api import DEFAULT_NFE, DEFAULT_SOLVER, Step, encode, sample, solve
 from sdeflow.sampling.inputs import check_device, device_of
+from sdeflow.sampling.request import CallInfo, Request
 
 __all__ = [
     "DEFAULT_NFE",
     "DEFAULT_SOLVER",
+    "CallInfo",
+    "Request",
     "Step",
     "check_device",
     "device_of",

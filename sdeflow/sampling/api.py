@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow import registry
+from sdeflow._utils.checks import one_of
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
 from sdeflow.errors import GridError
@@ -20,11 +21,12 @@ from sdeflow.noise import Noise
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.sampling.batch_size import BatchSize
-from sdeflow.sampling.batches import Loop, ProgressBar, Step
-from sdeflow.sampling.cuda_graphs import Compile, GraphCache, refusal
+from sdeflow.sampling.batches import Loop, ProgressBar
+from sdeflow.sampling.cuda_graphs import GraphCache, refusal
 from sdeflow.sampling.inputs import Conditions, Inputs, check_device, device_of
-from sdeflow.sampling.times import DEFAULT_NFE, chosen_grid, default_levels, lay, times_of
-from sdeflow.solvers.base import GridSolver, Solution, Solver, check_times
+from sdeflow.sampling.request import CallInfo, GraphMode, Request
+from sdeflow.sampling.times import DEFAULT_NFE, default_levels, grid_for, make_times, times_of
+from sdeflow.solvers.base import GridSolver, Provenance, Solution, Solver, check_times
 
 __all__ = [
     "DEFAULT_NFE",
@@ -33,9 +35,13 @@ __all__ = [
     "check_device",
     "device_of",
     "encode",
+    "run",
     "sample",
     "solve",
 ]
+
+Step = CallInfo
+"""What a callback gets: the name of `CallInfo` at the top of the package."""
 
 DEFAULT_SOLVER = "auto"
 
@@ -59,9 +65,9 @@ def sample(
     batch_size: int | Literal["auto"] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    compile: Compile = False,
+    compile: GraphMode = False,
     progress: bool = False,
-    callback: Callable[[Step], Any] | None = None,
+    callback: Callable[[CallInfo], Any] | None = None,
     requires_grad: bool = False,
 ) -> Tensor:
     """Samples of the model, `[n, *shape]`: noise taken to data by a solver in `nfe` network calls.
@@ -102,29 +108,7 @@ def sample(
     be, before any network call; `NonFiniteError` where the network returned NaN; all of them say
     what to do.
     """
-    return solve(
-        score_fn,
-        process,
-        solver=solver,
-        nfe=nfe,
-        grid=grid,
-        shape=shape,
-        n=n,
-        seeds=seeds,
-        condition=condition,
-        x=x,
-        x0=x0,
-        t=t,
-        finish=finish,
-        noise=noise,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        compile=compile,
-        progress=progress,
-        callback=callback,
-        requires_grad=requires_grad,
-    ).x
+    return run(Request(**locals())).x
 
 
 def solve(
@@ -146,9 +130,9 @@ def solve(
     batch_size: int | Literal["auto"] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    compile: Compile = False,
+    compile: GraphMode = False,
     progress: bool = False,
-    callback: Callable[[Step], Any] | None = None,
+    callback: Callable[[CallInfo], Any] | None = None,
     requires_grad: bool = False,
     trajectory: bool = False,
     x0s: bool = False,
@@ -159,69 +143,7 @@ def solve(
     `x0s=True` the prediction at each call in `Solution.x0s`; both are stacked along a new first
     axis.
     """
-    began = clock.perf_counter()
-    chosen = None if process is None else registry.process(process)
-    denoiser = as_denoiser(score_fn, chosen)
-    path = denoiser.process
-    method = (
-        solver
-        if isinstance(solver, Plan)
-        else registry.solver(DEFAULT_SOLVER if solver is None else solver)
-    )
-    if isinstance(method, Solver):
-        method = method.for_denoiser(denoiser)
-    start = Inputs(denoiser, shape, n, seeds, x, x0, t, device, dtype)
-    if not isinstance(method, Plan):
-        grid = chosen_grid(grid, method, denoiser, finish)
-    times, grid_name = times_of(method, path, nfe, grid, t, finish)
-    conditions = Conditions(condition, start.n, start.device)
-    size = _batch_size(batch_size, score_fn, start, noise, seeds, method, compile)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"a callback is a function of a Step; got {callback!r}")
-    if x is None and x0 is None:
-        _check_start(path, times)
-    _warn_training(denoiser)
-
-    bar = ProgressBar(progress, start.n, _calls(method, times, finish))
-    try:
-        graphs = GraphCache(compile, score_fn, denoiser, chosen, bar.saying, x0s)
-        graphs.refuse(
-            refusal(method, start.device, callback is not None, requires_grad, conditions.whole)
-        )
-        loop = Loop(
-            method,
-            denoiser,
-            path,
-            start,
-            times,
-            finish,
-            conditions,
-            noise,
-            trajectory,
-            x0s,
-            callback,
-            size,
-            graphs,
-            bar,
-        )
-        with torch.enable_grad() if requires_grad else torch.no_grad():
-            whole = loop.run()
-    finally:
-        bar.close()
-    return dataclasses.replace(
-        whole,
-        times=times,
-        solver=method if isinstance(method, Solver) else None,
-        process=path,
-        grid=grid_name,
-        seeds=tuple(noise.seeds) if isinstance(noise, Noise) else start.seeds,
-        noise=noise if isinstance(noise, str) else type(noise).__name__,
-        condition=dict(condition or {}),
-        device=str(start.device),
-        dtype=str(whole.x.dtype).removeprefix("torch."),
-        seconds=clock.perf_counter() - began,
-        version=__version__,
-    )
+    return run(Request(**locals()))
 
 
 def encode(
@@ -234,7 +156,7 @@ def encode(
     grid: str | GridFunction | Tensor | Sequence[float] | None = None,
     condition: Mapping[str, Any] | None = None,
     batch_size: int | Literal["auto"] | None = None,
-    compile: Compile = False,
+    compile: GraphMode = False,
     progress: bool = False,
     requires_grad: bool = False,
 ) -> Tensor:
@@ -246,59 +168,96 @@ def encode(
     """
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
     if isinstance(grid, str) or grid is None or callable(grid):
-        method = registry.solver(DEFAULT_SOLVER if solver is None else solver).for_denoiser(
-            denoiser
-        )
+        method = registry.solver(solver or DEFAULT_SOLVER).for_denoiser(denoiser)
         if nfe is not None:
             count = method.levels(nfe, finish=False)
         else:
             count = 2 if method.adaptive else default_levels(method, finish=False)
-        grid = lay(
-            denoiser.process, chosen_grid(grid, method, denoiser, finish=False), count, None
-        ).flip(0)
-        nfe = None
+        placed = grid_for(grid, method, denoiser, finish=False)
+        times, nfe = make_times(denoiser.process, placed, count, None).flip(0), None
     else:
-        grid = check_times(grid)
-        if grid[-1] < grid[0]:
+        times = check_times(grid)
+        if times[-1] < times[0]:
             raise GridError("encoding runs from data to noise: give times that increase")
-    return sample(
-        score_fn,
-        process,
+    request = Request(
+        score_fn=score_fn,
+        process=process,
         solver=solver,
         nfe=nfe,
-        grid=grid,
+        grid=times,
         condition=condition,
         x=x0,
-        t=float(torch.as_tensor(grid)[0]),
+        t=float(times[0]),
         finish=False,
         batch_size=batch_size,
         compile=compile,
         progress=progress,
         requires_grad=requires_grad,
     )
+    return run(request).x
 
 
-def _batch_size(
-    asked: int | Literal["auto"] | None,
-    score_fn: Any,
-    start: Inputs,
-    noise: str | Noise,
-    seeds: int | Sequence[int] | None,
-    method: Solver | Plan,
-    compile: Compile,
-) -> BatchSize:
-    """How many samples at a time; an error where the solve cannot be cut so."""
-    own, dense = isinstance(noise, Noise), getattr(method, "dense", False)
-    key = (start.shape, start.dtype, start.device, bool(compile))
-    size = BatchSize(asked, start.n, score_fn, key, whole=own or dense)
-    if isinstance(noise, Noise) and seeds is not None and start.seeds != tuple(noise.seeds):
-        raise ValueError("a noise of your own brings its seeds: leave seeds out")
-    if own and size.now < start.n:
-        raise ValueError(
-            f"a noise of your own serves one batch: it cannot be cut into batches of {size.now};"
-            " leave batch_size out"
-        )
-    if dense and size.now < start.n:
+def run(request: Request) -> Solution:
+    """The solution of a request: what `sample` and `solve` call."""
+    began = clock.perf_counter()
+    one_of("compile", request.compile, (True, False, "require"))
+    chosen = None if request.process is None else registry.process(request.process)
+    denoiser = as_denoiser(request.score_fn, chosen)
+    method = request.solver
+    if not isinstance(method, Plan):
+        method = registry.solver(DEFAULT_SOLVER if method is None else method)
+        method = method.for_denoiser(denoiser)
+    inputs = Inputs(denoiser, request)
+    times, grid_name = times_of(method, denoiser, request)
+    conditions = Conditions(request.condition, inputs.n, inputs.device)
+    size = _batch_size(request, inputs, method)
+    if request.callback is not None and not callable(request.callback):
+        raise TypeError(f"a callback is a function of a Step; got {request.callback!r}")
+    if request.x is None and request.x0 is None:
+        _check_start(denoiser.process, times)
+    _warn_training(denoiser)
+
+    bar = ProgressBar(request.progress, inputs.n, _calls(method, times, request.finish))
+    try:
+        graphs = GraphCache(request, denoiser, chosen, bar.saying)
+        graphs.refuse(refusal(method, inputs.device, request, conditions.values))
+        loop = Loop(request, method, denoiser, inputs, times, conditions, size, graphs, bar)
+        with torch.enable_grad() if request.requires_grad else torch.no_grad():
+            solution = loop.run()
+    finally:
+        bar.close()
+    noise = request.noise
+    provenance = Provenance(
+        times=times,
+        solver=None if isinstance(method, Plan) else method,
+        process=denoiser.process,
+        grid=grid_name,
+        seeds=tuple(noise.seeds) if isinstance(noise, Noise) else inputs.seeds,
+        noise=type(noise).__name__ if isinstance(noise, Noise) else noise,
+        condition=dict(request.condition or {}),
+        device=str(inputs.device),
+        dtype=str(solution.x.dtype).removeprefix("torch."),
+        seconds=clock.perf_counter() - began,
+        version=__version__,
+    )
+    return dataclasses.replace(solution, provenance=provenance)
+
+
+def _batch_size(request: Request, inputs: Inputs, method: Solver | Plan) -> BatchSize:
+    """How many samples at a time; an error if the solve cannot be cut into batches."""
+    noise, dense = request.noise, getattr(method, "dense", False)
+    own = isinstance(noise, Noise)
+    key = (inputs.shape, inputs.dtype, inputs.device, bool(request.compile))
+    size = BatchSize(request.batch_size, inputs.n, request.score_fn, key, whole=own or dense)
+    if isinstance(noise, Noise):
+        if request.seeds is not None and inputs.seeds != tuple(noise.seeds):
+            raise ValueError("a noise of your own brings its seeds: leave seeds out")
+        if size.now < inputs.n:
+            raise ValueError(
+                "a noise of your own serves one batch: it cannot be cut into batches of"
+                f" {size.now}; leave batch_size out"
+            )
+    if dense and size.now < inputs.n:
         raise ValueError("a dense solution is one batch: leave batch_size out, or dense=False")
     return size
 

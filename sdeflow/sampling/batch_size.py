@@ -1,7 +1,7 @@
-"""How many samples at a time: `batch_size="auto"`, and what is done when memory is spent.
+"""How many samples at a time: `batch_size="auto"`, and what is done when memory runs out.
 
-A sample depends on its own seed alone, so that rows whose batch did not fit are simply solved again
-in smaller ones.
+A sample depends on its own seed alone, so rows whose batch did not fit are solved again in smaller
+batches.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from sdeflow._utils import memory as _memory
+from sdeflow._utils.checks import whole_number
 from sdeflow._utils.weak_cache import WeakTable
 from sdeflow.errors import OutOfMemoryError
-from sdeflow.sampling.inputs import positive
 
 MOST = 4096
 """The largest batch that `"auto"` tries: larger ones are no faster, and many kernels count in 32
@@ -22,10 +22,8 @@ bits.
 """
 
 _PROBE = 8  # rows of the call that measures how much a row takes
-_SHARE = (
-    0.85  # of the free memory; fragments, and what libraries take for themselves, need the rest
-)
-_ON_CPU = 2**18  # entries of a state, with which the cores are busy and a state is some MB
+_SHARE = 0.85  # of the free memory; fragments and the libraries themselves need the rest
+_ON_CPU = 2**18  # entries of a state: enough to keep the cores busy, at some MB a state
 
 _WORKED: WeakTable[int] = WeakTable(64)
 
@@ -33,8 +31,8 @@ _WORKED: WeakTable[int] = WeakTable(64)
 class BatchSize:
     """How many samples at a time: a whole number, all of them (None), or `"auto"`.
 
-    `owner` and `key` say for what `"auto"` remembers what it found; `whole` that it cannot be cut
-    (a reason).
+    `"auto"` remembers what it found for `owner` and `key`. `whole` says that the solve cannot be
+    cut into batches.
     """
 
     def __init__(
@@ -50,8 +48,8 @@ class BatchSize:
         self.auto = asked == "auto" and not whole
         self.n, self.whole = n, whole
         self._owner, self._key = owner, key
-        self._worth = False  # whether the limit says more than how many samples were asked for
-        self.limit = n if asked is None or asked == "auto" else positive("batch_size", asked)
+        self._known_to_fit = False  # whether the limit says more than how many samples there are
+        self.limit = n if asked is None or asked == "auto" else whole_number("batch_size", asked)
 
     @property
     def now(self) -> int:
@@ -64,59 +62,55 @@ class BatchSize:
         return -(-self.n // self.now)
 
     def find(self, device: torch.device, entries: int, bytes_a_row: Callable[[int], int]) -> None:
-        """Choose where `"auto"` begins: what worked before, or what should fit by
-        `bytes_a_row(rows)`, measured on CUDA alone.
+        """Choose where `"auto"` begins: what worked before, or what should fit. `bytes_a_row(rows)`
+        measures that, on CUDA alone.
         """
         if not self.auto:
             return
         known = _known(self._owner, self._key)
         if known is not None:
-            self.limit, self._worth = known, True
+            self.limit, self._known_to_fit = known, True
         elif device.type != "cuda":
-            self.limit, self._worth = _power(_ON_CPU // max(entries, 1)), True
+            self.limit, self._known_to_fit = _power(_ON_CPU // max(entries, 1)), True
         elif self.n > _PROBE:
-            self.limit, self._worth = fitting(device, bytes_a_row), True
+            self.limit, self._known_to_fit = fitting(device, bytes_a_row), True
 
     def remember(self) -> None:
-        """Keep what has worked for the next call."""
-        if self.auto and self._worth:
+        """Remember what has worked, for the next call."""
+        if self.auto and self._known_to_fit:
             _remember(self._owner, self._key, self.limit)
 
     def shrink(self, error: BaseException, rows: slice) -> None:
-        """After `error`, an out-of-memory, for some rows: half the size; where that cannot be, an
-        error that says what to do.
+        """After `error`, an out-of-memory error, for some rows: half the size, or an error that says
+        what to do.
         """
         tried = rows.stop - rows.start
         if self.auto and tried > 1:
-            self.limit, self._worth = _power(tried // 2), True
+            self.limit, self._known_to_fit = _power(tried // 2), True
             return
-        nothing = (
-            "a single sample does not fit: a network in half precision, or a smaller shape, takes"
-            " less"
-        )
         if self.whole:
             advice = (
                 "this solve is one batch (its noise is your own, or its solution dense): ask for"
                 " fewer samples"
             )
         elif tried > 1:
-            advice = (
-                f"pass batch_size={_power(tried // 2)}, or batch_size='auto', which finds what fits"
-            )
+            half = _power(tried // 2)
+            advice = f"pass batch_size={half}, or batch_size='auto', which finds what fits"
         else:
-            advice = nothing
+            advice = (
+                "a single sample does not fit: a network in half precision, or a smaller shape,"
+                " takes less"
+            )
         raise OutOfMemoryError(
-            f"memory is spent at a batch of {tried} of {self.n} samples ({_first_line(error)}):"
+            f"memory is exhausted at a batch of {tried} of {self.n} samples ({_first_line(error)}):"
             f" {advice}. Gradients, trajectory= and x0s= take memory too; each sample depends on"
             " its seed alone, so that batches change no result"
         ) from error
 
 
 def in_batches(size: BatchSize, run: Callable[[slice], None], release: Callable[[], None]) -> None:
-    """Call `run` with the rows of one batch after the other; rows that do not fit again, in smaller
-    batches, after `release()`.
-
-    Other errors pass.
+    """Call `run` with the rows of one batch after the other. If a batch does not fit, call
+    `release()` and take its rows in smaller batches; other errors are raised.
     """
     first = 0
     while first < size.n:
@@ -130,7 +124,7 @@ def in_batches(size: BatchSize, run: Callable[[slice], None], release: Callable[
         else:
             first = rows.stop
             continue
-        release()  # out of the handler, whose error holds the tensors of the batch
+        release()  # outside the handler, whose error holds the tensors of the batch
     size.remember()
 
 
@@ -166,7 +160,7 @@ def _known(owner: Any, key: Hashable) -> int | None:
 def _remember(owner: Any, key: Hashable, limit: int) -> None:
     try:
         _WORKED.put(owner, key, limit)
-    except TypeError:  # what has no weak references is not remembered
+    except TypeError:  # no weak reference is possible: do not remember it
         return
 
 

@@ -1,15 +1,14 @@
-"""The loop over the batches of a solve: each is integrated or replayed, watched, checked and joined
-to the others.
+"""The loop over the batches of a solve: each is integrated or replayed, checked, and joined to the
+others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,33 +21,17 @@ from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.plan.instructions import Call, Record
 from sdeflow.plan.plan import Plan
-from sdeflow.process import Process
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import cuda_graphs
 from sdeflow.sampling.batch_size import BatchSize, in_batches, window
 from sdeflow.sampling.cuda_graphs import GraphCache
 from sdeflow.sampling.inputs import Conditions, Inputs
+from sdeflow.sampling.request import CallInfo, Request
 from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a callback sees after a network call; it may keep the tensors only as clones.
-
-    `samples` is the slice of the whole set that this batch is.
-    """
-
-    index: int
-    nfe: int
-    t: float
-    nsr: float
-    x: Tensor
-    x0: Tensor
-    samples: slice
-
-
 class ProgressBar:
-    """The progress bar of a solve, a step a network call; nothing where none is wanted."""
+    """The progress bar of a solve, one step a network call; or none."""
 
     def __init__(self, shown: bool, n: int, calls: int | None):
         self._calls, self._at = calls, 0
@@ -61,9 +44,7 @@ class ProgressBar:
         return self._bar is not None
 
     def begin(self, batches: int) -> None:
-        """A batch begins, of so many that are left; what a batch that was given up had counted is
-        taken back.
-        """
+        """A batch begins, of so many that are left. The count of an abandoned batch is undone."""
         if self._bar is not None:
             self._bar.n = self._at
             self._bar.total = None if self._calls is None else self._at + self._calls * batches
@@ -80,7 +61,7 @@ class ProgressBar:
 
     @contextlib.contextmanager
     def saying(self, text: str) -> Iterator[None]:
-        """Show what takes its time, meanwhile."""
+        """Show `text` within the block."""
         if self._bar is not None:
             self._bar.set_description(text)
         try:
@@ -90,7 +71,7 @@ class ProgressBar:
                 self._bar.set_description(self.title)
 
     def close(self) -> None:
-        """Leave it as it stands."""
+        """Leave it as it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -99,29 +80,24 @@ class ProgressBar:
 class Loop:
     """A solve of all samples, batch by batch."""
 
+    request: Request
     method: Solver | Plan
     denoiser: Denoiser
-    process: Process
-    start: Inputs
+    inputs: Inputs
     times: Tensor
-    finish: bool
     conditions: Conditions
-    noise: str | Noise
-    trajectory: bool
-    x0s: bool
-    callback: Callable[[Step], Any] | None
     size: BatchSize
-    compiled: GraphCache
+    graphs: GraphCache
     bar: ProgressBar
     parts: list[Solution] = field(default_factory=list)
     _pending: tuple[slice, Solution, Tensor] | None = None
-    """A replayed batch whose result nobody has looked at: the device is still at work on it while
-    the next one is prepared.
+    """A replayed batch whose result is not checked yet: the device works on it while the next one
+    is prepared.
     """
 
     def run(self) -> Solution:
-        """The solution of all samples; what is done when an error comes is in its `finished`."""
-        device = self.start.device
+        """The solution of all samples. An error has the finished batches in its `finished`."""
+        device = self.inputs.device
         self.size.find(device, self._entries, self._bytes_a_row)
         _memory.begin_peak(device)
         try:
@@ -134,15 +110,15 @@ class Loop:
             raise
         whole = self._whole()
         return dataclasses.replace(
-            whole, statistics={**whole.statistics, **self.compiled.statistics(), **self._memory()}
+            whole, statistics={**whole.statistics, **self.graphs.statistics(), **self._memory()}
         )
 
     def _batch(self, rows: slice) -> None:
-        self.bar.begin(-(-(self.start.n - rows.start) // self.size.now))
-        wide = window(rows, self.size.now) if self.compiled else rows
+        self.bar.begin(-(-(self.inputs.n - rows.start) // self.size.now))
+        wide = window(rows, self.size.now) if self.graphs else rows
         source, state = self._begin(wide)
-        if self.compiled:
-            done = self.compiled.solve(self._plan, state, self.conditions.rows(wide), source)
+        if self.graphs:
+            done = self.graphs.solve(self._plan, state, self.conditions.rows(wide), source)
             if done is not None:
                 self._settle()  # of the batch before, now that the device has the next one
                 self._pending = rows, _last(done[0], rows.stop - rows.start), done[1]
@@ -156,15 +132,17 @@ class Loop:
         self.bar.end()
 
     def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
-        start = self.start
-        source = noise_of(self.noise, start.seeds[rows], start.shape, start.device, start.dtype)
-        return source, start.state(self.process, float(self.times[0].detach()), rows, source)
+        inputs = self.inputs
+        source = noise_of(self.request.noise, inputs, rows)
+        return source, inputs.state(
+            self.denoiser.process, float(self.times[0].detach()), rows, source
+        )
 
     def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
         reverse = Reverse(self.denoiser, self.conditions.rows(rows))
         collected: list[Tensor] = []
         part = self._integrate(
-            reverse, state, source, self._watcher(collected if self.x0s else None, rows)
+            reverse, state, source, self._watcher(collected if self.request.x0s else None, rows)
         )
         if not torch.isfinite(part.x).all():
             self._refuse(rows, part)
@@ -175,17 +153,19 @@ class Loop:
     def _integrate(
         self, reverse: Reverse, x: Tensor, source: Noise, watch: OnCall | None, plain: bool = False
     ) -> Solution:
-        record = self.trajectory and not plain
+        record = self.request.trajectory and not plain
         if isinstance(self.method, Plan):
             return run_plan(self._plan, reverse, x, source, watch)
         return self.method.integrate(
-            reverse, x, self.times, source, finish=self.finish, record=record, on_call=watch
+            reverse, x, self.times, source, finish=self.request.finish, record=record, on_call=watch
         )
 
     @cached_property
     def _plan(self) -> Plan:
         if isinstance(self.method, Plan):
-            if self.trajectory and not any(isinstance(i, Record) for i in self.method.instructions):
+            if self.request.trajectory and not any(
+                isinstance(i, Record) for i in self.method.instructions
+            ):
                 raise ValueError(
                     "this plan was traced without record=True, so it keeps no trajectory: trace it"
                     " with it"
@@ -193,12 +173,15 @@ class Loop:
             return self.method
         assert isinstance(self.method, GridSolver)
         return self.method.plan(
-            self.process, self.times, finish=self.finish, record=self.trajectory
+            self.denoiser.process,
+            self.times,
+            finish=self.request.finish,
+            record=self.request.trajectory,
         )
 
     def _watcher(self, x0s: list[Tensor] | None, rows: slice) -> OnCall | None:
         """What is done after each network call, or None where nothing is."""
-        callback = self.callback
+        callback = self.request.callback
         if not self.bar.shown and callback is None and x0s is None:
             return None
 
@@ -207,17 +190,8 @@ class Loop:
                 x0s.append(x0.clone())
             if callback is not None:
                 s = float(call.s)
-                callback(
-                    Step(
-                        index,
-                        index + 1,
-                        float(call.t),
-                        float(call.sigma) / s if s else float("inf"),
-                        x,
-                        x0,
-                        rows,
-                    )
-                )
+                nsr = float(call.sigma) / s if s else float("inf")
+                callback(CallInfo(index, index + 1, float(call.t), nsr, x, x0, rows))
             self.bar.update()
 
         return watch
@@ -225,11 +199,11 @@ class Loop:
     # ------------------------------------------------------------------------------ what went wrong
 
     def _settle(self) -> None:
-        """Look at the result of the batch that was replayed last; this waits for the device."""
+        """Check the result of the batch that was replayed last; this waits for the device."""
         if self._pending is None:
             return
         (rows, part, finite), self._pending = self._pending, None
-        # Rows that only filled the batch up are no one's concern.
+        # Rows that only filled the batch up do not matter.
         if not bool(finite) and not bool(torch.isfinite(part.x).all()):
             self._refuse(rows, part)
         self.parts.append(part)
@@ -237,22 +211,19 @@ class Loop:
         self.bar.end()
 
     def _refuse(self, rows: slice, part: Solution) -> None:
-        """Raise the error for a result that is not finite, having run the batch again to find the
-        first call at fault.
+        """Raise the error for a result that is not finite, after running the batch again to find
+        the first call at fault.
         """
         bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
         names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
         where = ""
-        if isinstance(self.noise, str):  # the same seeds make the same solve
+        if isinstance(self.request.noise, str):  # the same seeds make the same solve
 
             def check(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
                 if not bool(torch.isfinite(x0).all()):
-                    whose = (
-                        "the network returned it"
-                        if bool(torch.isfinite(x).all())
-                        else "its input was not finite"
-                    )
-                    raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {whose}.")
+                    sound = bool(torch.isfinite(x).all())
+                    why = "the network returned it" if sound else "its input was not finite"
+                    raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {why}.")
 
             source, state = self._begin(rows)
             reverse = Reverse(self.denoiser, self.conditions.rows(rows))
@@ -269,9 +240,7 @@ class Loop:
         raise error
 
     def _finished(self) -> Solution | None:
-        """The batches that are done; on the CPU where there is no room to join them on the
-        device.
-        """
+        """The finished batches; on the CPU if the device has no memory to join them."""
         if not self.parts:
             return None
         try:
@@ -282,8 +251,8 @@ class Loop:
         return join([_on_cpu(part) for part in self.parts])
 
     def _whole(self) -> Solution:
-        """All batches as one; `OutOfMemoryError`, with all of them, where there is no room on the
-        device.
+        """All batches as one; `OutOfMemoryError`, with all of them, if the device has no memory to
+        join them.
         """
         try:
             return join(self.parts)
@@ -291,7 +260,7 @@ class Loop:
             if not _memory.out_of_memory(error):
                 raise
             spent = OutOfMemoryError(
-                f"all {self.start.n} samples are done, but do not fit on {self.start.device} twice,"
+                f"all {self.inputs.n} samples are done, but do not fit on {self.inputs.device} twice,"
                 " as joining the batches takes: ask for fewer at a time. They are in this error's"
                 " `finished`, on the CPU"
             )
@@ -301,24 +270,24 @@ class Loop:
     # --------------------------------------------------------------------------------------- memory
 
     def _release(self) -> None:
-        """Give back what can be done without, after a batch that did not fit."""
+        """Free what can be freed, after a batch that did not fit."""
         self._settle()
-        self.compiled.release()
-        _memory.release(self.start.device)
+        self.graphs.release()
+        _memory.release(self.inputs.device)
 
     @property
     def _entries(self) -> int:
         """Entries of one sample's state."""
         entries = 1
-        for size in self.start.shape:
+        for size in self.inputs.shape:
             entries *= size
         return entries
 
     def _bytes_a_row(self, rows: int) -> int:
-        """What a row of a batch takes on CUDA, measured by one call of the network at a few rows;
-        the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call with
+        a few rows, the plan's states are counted.
         """
-        device = self.start.device
+        device = self.inputs.device
         some = slice(0, rows)
         _, state = self._begin(some)
         before = torch.cuda.memory_allocated(device)
@@ -332,20 +301,22 @@ class Loop:
         states = 16  # of an adaptive solver
         if isinstance(self.method, Plan) or cuda_graphs.is_planned(self.method):
             plan = self._plan
-            kept = (len(plan.grid) + 1 if self.trajectory else 0) + (plan.nfe if self.x0s else 0)
-            states = 4 + plan.buffers + 2 * kept + (plan.draws if self.compiled else 0)
-        return -(-(peak - before) // rows) + states * self._entries * self.start.dtype.itemsize
+            kept = (len(plan.grid) + 1 if self.request.trajectory else 0) + (
+                plan.nfe if self.request.x0s else 0
+            )
+            states = 4 + plan.buffers + 2 * kept + (plan.draws if self.graphs else 0)
+        return -(-(peak - before) // rows) + states * self._entries * self.inputs.dtype.itemsize
 
     def _memory(self) -> dict[str, Memory]:
-        """What `Solution.statistics` says of memory."""
+        """The entry of `Solution.statistics` about memory."""
         first = self.parts[0]
         buffers = (
             None
             if first.plan is None
             else first.plan.buffers * first.x.numel() * first.x.element_size()
         )
-        peak = _memory.peak(self.start.device)
-        took = Memory(peak, buffers, self.compiled.bytes if self.compiled else None)
+        peak = _memory.peak(self.inputs.device)
+        took = Memory(peak, buffers, self.graphs.bytes if self.graphs else None)
         return {} if took == Memory() else {"memory": took}
 
 
@@ -353,14 +324,9 @@ class _Found(Exception):
     pass
 
 
-def noise_of(
-    noise: str | Noise,
-    seeds: tuple[int, ...],
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Noise:
-    """The source of noise for some seeds: of a kind, or the one given if it fits."""
+def noise_of(noise: str | Noise, inputs: Inputs, rows: slice) -> Noise:
+    """The source of noise for some rows: of a kind, or the one given if it fits."""
+    seeds, shape = inputs.seeds[rows], inputs.shape
     if isinstance(noise, Noise):
         if (len(noise.seeds), tuple(noise.shape)) != (len(seeds), shape):
             raise ValueError(
@@ -372,7 +338,7 @@ def noise_of(
     kinds = {"seeded": SeededNoise, "brownian": BrownianNoise}
     if noise not in kinds:
         raise ValueError(f"noise is 'seeded', 'brownian' or a Noise; got {noise!r}")
-    return kinds[noise](seeds, shape, device=device, dtype=dtype)
+    return kinds[noise](seeds, shape, device=inputs.device, dtype=inputs.dtype)
 
 
 def _last(part: Solution, rows: int) -> Solution:

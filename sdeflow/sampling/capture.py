@@ -1,5 +1,5 @@
-"""A whole solve as one CUDA graph: network and solver recorded once, then replayed without Python
-between the calls.
+"""A complete solve as one CUDA graph: network and solver are captured once, then replayed without
+Python between the calls.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from sdeflow.reverse import Reverse
 
 
 class Replay(NamedTuple):
-    """What a replay leaves, in tensors of the caller's own: nothing here has waited for the
-    device.
-    """
+    """The result of a replay, in new tensors: the device may still be at work on them."""
 
     x: Tensor
     trajectory: Tensor | None
@@ -32,7 +30,7 @@ class Replay(NamedTuple):
     x0s: Tensor | None
     """The prediction of each call, `[nfe, B, *shape]`, where it was asked for."""
     finite: Tensor
-    """Whether all of `x` is finite: one truth value on the device."""
+    """Whether all of `x` is finite: one boolean on the device."""
 
 
 class CapturedSolve:
@@ -41,16 +39,16 @@ class CapturedSolve:
         solve = CapturedSolve(plan, denoiser, x)
         samples = solve(x)                       # or solve(x, noise), where the plan draws
 
-    `x` (`[B, *shape]`, on the device) gives shape and dtype; `condition` is fixed at the capture,
-    and its tensors are read anew at each replay: copy new values into them, or pass `condition=` to
-    have them copied. A replay is bit for bit what `plan.execute` gives with the same start and
-    noise. Draws are made before the replay, into buffers of their own, since they come from
-    generators on the CPU. A plan traced with `record=True` keeps its trajectory, and `x0s=True` the
-    prediction at each call, in buffers of the graph: `replay` returns them. Threads may share it;
-    they take turns.
+    `x` (`[B, *shape]`, on the device) gives shape and dtype. `condition` is fixed at the capture,
+    but its tensors are read again at each replay: copy new values into them, or pass `condition=`
+    to have them copied. A replay gives bit for bit what `plan.execute` gives with the same start
+    and noise. Draws are made before the replay, into buffers, since they come from generators on
+    the CPU. A plan traced with `record=True` keeps its trajectory, and `x0s=True` the prediction at
+    each call, in buffers of the graph: `replay` returns them. Threads may share it; they take
+    turns.
 
-    The network must be capturable: static shapes, no wait for the device, no memory of its own
-    allocated on the CPU. Numbers that it reads from Python are those of the capture.
+    The network must be capturable: static shapes, no wait for the device, no allocation on the CPU.
+    Numbers that it reads from Python are those of the capture.
 
     Memory: the network's, the plan's `buffers`, one state a draw, and one for each state or
     prediction kept; `bytes` is what the graph reserves. Errors: `SolverError` without CUDA, for a
@@ -75,19 +73,15 @@ class CapturedSolve:
         self.bytes = 0
         self._x0s: list[Tensor] | None = [] if x0s else None
         self._turn = threading.Lock()
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # its buffers are written again, in inference mode or not
+        # The buffers are written at each replay, in inference mode or not.
+        with torch.inference_mode(False), torch.no_grad():
             self._x = x.clone()
-            self._drawn = _Drawn(plan, x)
+            self._drawn = _Draws(plan, x)
             self._capture(Reverse(denoiser, self.condition))
 
     @classmethod
     def refusal(cls, device: torch.device, plan: Plan | None = None) -> str | None:
-        """Why nothing, or not this plan, can be captured on a device, whatever the network; None
-        where it can.
-        """
+        """Why this plan, or any plan, cannot be captured on a device; None where it can."""
         if device.type != "cuda":
             return f"a CUDA graph needs a state on a CUDA device; this one is on {device}"
         if plan is not None and plan.differentiable:
@@ -97,49 +91,44 @@ class CapturedSolve:
     def _capture(self, reverse: Reverse) -> None:
         device = self._x.device
         try:
-            # A capture that fails may leave its stream current: the one out here comes back in any
-            # case.
-            with (
-                _CAPTURING,
-                torch.cuda.device(device),
-                torch.cuda.stream(torch.cuda.current_stream()),
-            ):
+            # A capture that fails may leave its stream current: this restores the present one.
+            stream = torch.cuda.stream(torch.cuda.current_stream())
+            with _CAPTURING, torch.cuda.device(device), stream:
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(
-                    side
-                ):  # off the graph first, so that every kernel is loaded and chosen,
+                with torch.cuda.stream(side):
+                    # First without a graph, so that every kernel is loaded and chosen. Then again,
+                    # refusing to wait: a failed capture would make the generator unusable.
                     self._run(reverse)
-                    with _no_waiting():  # and again, since a capture that fails leaves the device's generator unusable
+                    with _no_waiting():
                         self._run(reverse)
                 torch.cuda.current_stream().wait_stream(side)
-                networks = reverse.calls(
-                    self.plan.times, self._x
-                )  # their numbers are on the device before the capture begins
+                # Their numbers are on the device before the capture begins.
+                networks = reverse.calls(self.plan.times, self._x)
                 if self._x0s is not None:
                     self._x0s.clear()
-                torch.clear_autocast_cache()  # weights that autocast has cast are not the graph's to read
+                torch.clear_autocast_cache()  # the graph must not read weights that autocast cast
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 reserved = torch.cuda.memory_reserved(device)
                 self._graph = torch.cuda.CUDAGraph()
-                # What other threads do with the device meanwhile is no business of this capture.
+                # Other threads may use the device during the capture.
                 with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                     self._result, recorded = self._run(reverse, networks)
                     self._finite = torch.isfinite(self._result).all()
                 self.bytes = max(torch.cuda.memory_reserved(device) - reserved, 0)
                 self._done = torch.cuda.Event()
         except RuntimeError as error:
-            spent = _spent(error)
-            if spent is not None:
-                raise spent from None
+            exhausted = _out_of_memory_behind(error)
+            if exhausted is not None:
+                raise exhausted from None
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise SolverError(
                 f"this network cannot be captured in a CUDA graph ({why}): it must have static"
                 " shapes and may not wait for the device. plan.execute runs it without a capture"
             ) from error
         finally:
-            torch.clear_autocast_cache()  # of what lies in the graph's memory
+            torch.clear_autocast_cache()  # which may hold tensors in the graph's memory
         self._states = [*recorded, self._result] if recorded and self.plan.finished else recorded
         # What the graph reads must live as long as it does.
         self._held = (reverse, networks)
@@ -164,8 +153,8 @@ class CapturedSolve:
     def replay(
         self, x: Tensor, noise: Noise | None = None, condition: Mapping[str, Any] | None = None
     ) -> Replay:
-        """All that a replay leaves, for the start `x`; the tensors of `condition` are copied into
-        those of the capture.
+        """The results of a replay from `x`; the tensors of `condition` are copied into those of the
+        capture.
         """
         if x.shape != self._x.shape:
             raise ValueError(
@@ -205,9 +194,7 @@ class CapturedSolve:
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:
-        """One replay after the other, from whatever thread or stream, since they share their
-        buffers.
-        """
+        """One replay after the other, from any thread or stream, since they share buffers."""
         with self._turn, torch.cuda.device(self._x.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
@@ -220,8 +207,8 @@ class CapturedSolve:
 _CAPTURING = threading.RLock()  # CUDA graphs are captured one at a time in a process
 
 
-def _spent(error: BaseException | None) -> BaseException | None:
-    """The error of spent memory behind another, as which the end of a broken capture hides it."""
+def _out_of_memory_behind(error: BaseException | None) -> BaseException | None:
+    """The out-of-memory error that caused another, which the end of a failed capture raises."""
     while error is not None and not out_of_memory(error):
         error = error.__cause__ or error.__context__
     return error
@@ -229,7 +216,7 @@ def _spent(error: BaseException | None) -> BaseException | None:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Whatever waits for the device raises."""
+    """An operation that waits for the device raises."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -238,8 +225,8 @@ def _no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-class _Drawn(Noise):
-    """Buffers that hold the draws of a plan, in order."""
+class _Draws(Noise):
+    """Buffers with the draws of a plan, in order."""
 
     def __init__(self, plan: Plan, x: Tensor):
         self.seeds, self.shape = (), tuple(x.shape[1:])

@@ -1,5 +1,5 @@
-"""`compile=True`: batches run as replays of captured CUDA graphs, kept between calls; or a reason
-why they cannot be.
+"""`compile=True`: batches run as replays of captured CUDA graphs, which are kept between calls; or
+the reason why not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,8 @@ from sdeflow.noise import Noise
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.sampling.capture import CapturedSolve, Replay
+from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import GridSolver, Solution, Solver
-
-Compile = bool | Literal["require"]
 
 KEPT = 4
 """Captured graphs that are kept between calls; each reserves the memory of its network's
@@ -33,61 +32,53 @@ forward.
 
 
 class CompileWarning(UserWarning):
-    """A solve with `compile=True` that runs as it would without it; says why."""
+    """A solve with `compile=True` runs without CUDA graphs; the message says why."""
 
 
 _GRAPHS: WeakTable[CapturedSolve | str] = WeakTable(KEPT)
-"""Captured solves, or the reasons why there are none, by (what was sampled from, everything that is
-fixed at a capture).
+"""Captured solves, or the reasons why there are none, by what was sampled from and by what a
+capture fixes.
 """
 
 
 def forget(score_fn: Any = None) -> None:
-    """Free the captured graphs of a denoiser (the object that was passed to `sample`), or all of
-    them.
+    """Free the captured graphs of a denoiser (the object that was passed to `sample`), or of all.
 
-    They go by themselves when the denoiser does, and when newer ones take their place.
+    They are freed without this when the denoiser is, and when newer ones take their place.
     """
     _GRAPHS.forget(score_fn)
 
 
 class GraphCache:
-    """Runs the batches of one solve as replays; captures where there is no graph yet, and stops
-    where there can be none.
+    """Runs the batches of one solve as replays of CUDA graphs, and captures those that are missing.
 
-    `score_fn` is what the user passed and what graphs are kept for, `denoiser` what it means under
-    the solve's process. `announce(text)` is entered while a capture takes its time.
+    It is true as long as graphs are used. They are kept for `request.score_fn`; `denoiser` is what
+    that means under the solve's process. `announce(text)` is entered during a capture.
     """
 
     def __init__(
         self,
-        compile: Compile,
-        score_fn: Any,
+        request: Request,
         denoiser: Denoiser,
         process: Process | None,
         announce: Callable[[str], AbstractContextManager[None]],
-        x0s: bool = False,
     ):
-        if compile not in (True, False, "require"):
-            raise ValueError(f"compile is True, False or 'require'; got {compile!r}")
-        self.asked, self.required = bool(compile), compile == "require"
+        self.asked, self.required = bool(request.compile), request.compile == "require"
         self.captures = self.replays = self.bytes = 0
         self.reason: str | None = None
-        self._score_fn, self._denoiser, self._process, self._x0s = score_fn, denoiser, process, x0s
-        self._announce = announce
-        self._known: Hashable = (
-            None  # the denoiser's capture_key, which does not change during a solve
-        )
-        self._own: dict[
-            Hashable, CapturedSolve | str
-        ] = {}  # of a score function that graphs cannot be kept for
+        self._score_fn, self._x0s = request.score_fn, request.x0s
+        self._denoiser, self._process, self._announce = denoiser, process, announce
+        # The denoiser's capture_key, which does not change during a solve.
+        self._known: Hashable = None
+        # The graphs of a score function for which none can be kept between calls.
+        self._own: dict[Hashable, CapturedSolve | str] = {}
 
     def __bool__(self) -> bool:
         return self.asked and self.reason is None
 
     def refuse(self, reason: str | None) -> None:
-        """Run without a capture from here on, with one warning that gives the reason; or an error,
-        where it is required.
+        """Run without graphs from here on, with one warning that gives the reason; or raise, if
+        graphs are required.
         """
         if not self or reason is None:
             return
@@ -101,8 +92,8 @@ class GraphCache:
     def solve(
         self, plan: Plan, x: Tensor, condition: Mapping[str, Any], noise: Noise
     ) -> tuple[Solution, Tensor] | None:
-        """The solution of a batch and, on the device, whether it is finite; None where it cannot be
-        captured after all.
+        """The solution of a batch and, on the device, whether it is finite; None if it cannot be
+        captured.
         """
         reason = CapturedSolve.refusal(x.device, plan)
         captured = reason if reason is not None else self._graph(plan, x, condition)
@@ -117,7 +108,7 @@ class GraphCache:
     def _graph(self, plan: Plan, x: Tensor, condition: Mapping[str, Any]) -> CapturedSolve | str:
         if self._known is None:
             self._known = capture_key(self._denoiser)
-        key = (plan, _laid(x), _fixed(condition), self._x0s, *_settings(), self._known)
+        key = (plan, _layout(x), _fixed(condition), self._x0s, *_settings(), self._known)
         known = self._own.get(key) or _GRAPHS.get(self._score_fn, key)
         if known is not None:
             return known
@@ -137,7 +128,7 @@ class GraphCache:
         return found
 
     def release(self) -> None:
-        """Free all captured graphs, of whatever denoiser: memory is spent."""
+        """Free all captured graphs, of every denoiser: there is no memory left."""
         self._own.clear()
         forget()
 
@@ -153,16 +144,13 @@ class GraphCache:
 def refusal(
     method: Solver | Plan,
     device: torch.device,
-    watched: bool,
-    requires_grad: bool,
+    request: Request,
     condition: Mapping[str, Any],
 ) -> str | None:
-    """Why a solve cannot be compiled, as far as can be told before it begins; None where nothing
-    speaks against it.
-    """
-    if watched:
-        return "a callback wants to be called between the network's calls"
-    if requires_grad:
+    """Why a solve cannot run as CUDA graphs, as far as is known before it begins; else None."""
+    if request.callback is not None:
+        return "a callback is to be called between the network's calls"
+    if request.requires_grad:
         return "gradients are to flow through it"
     if not isinstance(method, Plan) and not is_planned(method):
         return (
@@ -199,11 +187,10 @@ def _solution(plan: Plan, replay: Replay) -> Solution:
 
 
 def capture_key(value: Any) -> Hashable:
-    """What of a denoiser a graph has taken in, and would not notice if it changed: numbers, and
-    where its tensors lie.
+    """What a capture fixes of a denoiser: its numbers, and the places of its tensors in memory.
 
-    Weights may change in place: a graph reads them anew. Python attributes of modules, and what
-    functions close over, are not seen.
+    Weights may change in place: a graph reads them again. Python attributes of modules, and what
+    functions close over, are not part of the key.
     """
     match value:
         case None | bool() | int() | float() | str():
@@ -213,7 +200,7 @@ def capture_key(value: Any) -> Hashable:
                 "tensor",
                 value.data_ptr(),
                 0 if value.is_inference() else value._version,
-                *_laid(value),
+                *_layout(value),
             )
         case nn.Module():
             return "module", id(value), *_places(value)
@@ -233,8 +220,8 @@ def capture_key(value: Any) -> Hashable:
 
 
 def _places(network: nn.Module) -> Iterator[int]:
-    """Where the tensors of a network lie, which modules are in training, and which compiled; faster
-    than `parameters()`.
+    """The places of a network's tensors in memory, which modules are in training, and which are
+    compiled; faster than `parameters()`.
     """
     left, seen = [network], {id(network)}
     while left:
@@ -251,7 +238,7 @@ def _places(network: nn.Module) -> Iterator[int]:
                 left.append(inner)
 
 
-def _laid(x: Tensor) -> tuple[Hashable, ...]:
+def _layout(x: Tensor) -> tuple[Hashable, ...]:
     return tuple(x.shape), x.stride(), x.dtype, x.device
 
 
@@ -264,15 +251,13 @@ def _plain(value: Any) -> bool:
 def _fixed(condition: Mapping[str, Any]) -> Hashable:
     """A condition but for the values of its tensors."""
     return tuple(
-        (name, ("tensor", *_laid(value)) if isinstance(value, Tensor) else capture_key(value))
+        (name, ("tensor", *_layout(value)) if isinstance(value, Tensor) else capture_key(value))
         for name, value in sorted(condition.items())
     )
 
 
 def _buffers(condition: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of a condition's tensors, into which later ones can be copied, in inference mode or
-    not.
-    """
+    """Copies of a condition's tensors, which later values can overwrite, in inference mode or not."""
     with torch.inference_mode(False), torch.no_grad():
         return {
             name: value.clone() if isinstance(value, Tensor) else value
@@ -287,24 +272,17 @@ def _settings() -> Iterator[Hashable]:
     yield torch.are_deterministic_algorithms_enabled()
     try:
         yield torch.get_float32_matmul_precision()
-    except (
-        RuntimeError
-    ):  # set by torch's newer switches, which it does not read back in these words
+    except RuntimeError:  # set by torch's newer switches, which this function cannot read
         yield None
 
 
 def _twin(score_fn: Any) -> Any:
-    """A shallow copy for a graph to hold, so that the original may go, and the graph with it; None
-    where there is none.
+    """A shallow copy for a graph to hold, so that the original can be freed, and the graph with it;
+    None where there is none.
     """
     if isinstance(score_fn, FunctionType):
-        twin = FunctionType(
-            score_fn.__code__,
-            score_fn.__globals__,
-            score_fn.__name__,
-            score_fn.__defaults__,
-            score_fn.__closure__,
-        )
+        f = score_fn
+        twin = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
         twin.__kwdefaults__ = score_fn.__kwdefaults__
         twin.__dict__.update(score_fn.__dict__)
         return twin
@@ -317,8 +295,6 @@ def _twin(score_fn: Any) -> Any:
 def _outside() -> int:
     """How far up the stack the caller's code begins, for a warning."""
     frame, level = sys._getframe(1), 1
-    while (
-        frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "sdeflow"
-    ):
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "sdeflow":
         frame, level = frame.f_back, level + 1
     return level

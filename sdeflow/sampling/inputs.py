@@ -1,6 +1,4 @@
-"""Where a solve starts: how many samples of what shape, their seeds and states, and the conditions
-that go with them.
-"""
+"""Where a solve starts: the number and shape of the samples, their seeds, states and conditions."""
 
 from __future__ import annotations
 
@@ -13,27 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdeflow._utils.checks import whole_number
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError
 from sdeflow.noise import Noise
 from sdeflow.process import Process
+from sdeflow.sampling.request import Request
 
 
 class Inputs:
     """Where the solve starts: shape, number, seeds, device and dtype, and the states themselves."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        shape: Sequence[int] | None,
-        n: int | None,
-        seeds: int | Sequence[int] | None,
-        x: Tensor | None,
-        x0: Tensor | None,
-        t: float | None,
-        device: str | torch.device | None,
-        dtype: torch.dtype | None,
-    ):
+    def __init__(self, denoiser: Denoiser, request: Request):
+        shape, n, seeds, t = request.shape, request.n, request.seeds, request.t
+        x, x0, device, dtype = request.x, request.x0, request.device, request.dtype
         given = x if x is not None else x0
         if x is not None and x0 is not None:
             raise ValueError("start from a state x or from data x0, not from both")
@@ -57,16 +48,14 @@ class Inputs:
                 f"samples of this model have the shape {denoiser.shape}; x and x0 add a batch in"
                 f" front: got {tuple(given.shape)}"
             )
-        if (
-            t is not None
-            and not isinstance(t, int | float)
-            and not (isinstance(t, Tensor) and t.ndim == 0)
-        ):
+        number = isinstance(t, int | float) or (isinstance(t, Tensor) and t.ndim == 0)
+        if t is not None and not number:
             raise TypeError(f"t is one number for all samples; got {t!r}")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
             asked = tuple(
-                positive("shape", size) for size in ([shape] if isinstance(shape, int) else shape)
+                whole_number("shape", size)
+                for size in ([shape] if isinstance(shape, int) else shape)
             )
             if known is not None and asked != known:
                 raise ValueError(
@@ -91,13 +80,8 @@ class Inputs:
         self.shape, self.x, self.x0 = known, x, x0
         self.n = _count(n, seeds, given)
         self.seeds = _seeds(seeds, self.n)
-        self.device = (
-            check_device(device)
-            if device is not None
-            else given.device
-            if given is not None
-            else device_of(denoiser)
-        )
+        place = device_of(denoiser) if given is None else given.device
+        self.device = place if device is None else check_device(device)
         self.dtype = dtype or (given.dtype if given is not None else torch.float32)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise TypeError(
@@ -125,15 +109,12 @@ class Conditions:
                 f" {type(condition).__name__}"
             )
         self.n = n
-        self.whole: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         for name, value in (condition or {}).items():
             if isinstance(value, np.ndarray):
                 value = torch.from_numpy(value)
-            if (
-                isinstance(value, list | tuple)
-                and value
-                and all(isinstance(v, int | float) for v in value)
-            ):
+            listed = isinstance(value, list | tuple) and len(value) > 0
+            if listed and all(isinstance(v, int | float) for v in value):
                 value = torch.tensor(value)
             if isinstance(value, Tensor):
                 if value.ndim and value.shape[0] not in (1, n):
@@ -143,7 +124,7 @@ class Conditions:
                     )
                 value = value.to(device)
                 value = value.expand(n, *value.shape[1:]) if value.ndim else value
-            self.whole[name] = value
+            self.values[name] = value
 
     def rows(self, rows: slice) -> dict[str, Any]:
         """The condition of some rows; lists with one entry a sample are cut too."""
@@ -151,11 +132,10 @@ class Conditions:
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value[rows] if value.ndim else value
-            return (
-                value[rows] if isinstance(value, list | tuple) and len(value) == self.n else value
-            )
+            listed = isinstance(value, list | tuple) and len(value) == self.n
+            return value[rows] if listed else value
 
-        return {name: cut(value) for name, value in self.whole.items()}
+        return {name: cut(value) for name, value in self.values.items()}
 
 
 def check_device(name: str | torch.device) -> torch.device:
@@ -189,34 +169,24 @@ def device_of(denoiser: Denoiser) -> torch.device:
     return torch.device("cpu")
 
 
-def positive(name: str, value: int, least: int = 1) -> int:
-    """`value`, or a `ValueError` where it is no whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is a whole number, at least {least}; got {value!r}")
-    return value
-
-
 def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | None) -> int:
     counts = {}
     if n is not None:
-        counts["n"] = positive("n", n)
+        counts["n"] = whole_number("n", n)
     if seeds is not None and not isinstance(seeds, int):
         counts["seeds"] = len(seeds)
     if given is not None:
         counts["the starting state"] = len(given)
     if len(set(counts.values())) > 1:
-        raise ValueError(
-            "how many samples? "
-            + ", ".join(f"{name} says {count}" for name, count in counts.items())
-        )
+        said = ", ".join(f"{name} says {count}" for name, count in counts.items())
+        raise ValueError(f"how many samples? {said}")
     count = next(iter(counts.values()), 1)
-    return positive("the number of samples", count)
+    return whole_number("the number of samples", count)
 
 
 def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
     if seeds is None:
-        # Fresh, and independent of torch's global generator, which a sampler has no business to
-        # move.
+        # Fresh, and without torch's global generator, whose state a sampler must not change.
         first = int.from_bytes(os.urandom(4), "little")
         return tuple(range(first, first + n))
     if isinstance(seeds, int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,20 +15,16 @@ from sdeflow.errors import BudgetError, GridError
 from sdeflow.grid import GridFunction
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
+from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import Solver, check_times
 
 DEFAULT_NFE = 35
 
 
-def times_of(
-    method: Solver | Plan,
-    process: Process,
-    nfe: int | None,
-    grid: str | GridFunction | Tensor | Sequence[float] | None,
-    t: float | None,
-    finish: bool,
-) -> tuple[Tensor, str]:
+def times_of(method: Solver | Plan, denoiser: Denoiser, request: Request) -> tuple[Tensor, str]:
     """The times of the solve and the name of their grid."""
+    process, grid = denoiser.process, request.grid
+    nfe, t, finish = request.nfe, request.t, request.finish
     if isinstance(method, Plan):
         if grid is not None or nfe not in (None, method.nfe):
             raise ValueError(
@@ -38,9 +33,8 @@ def times_of(
             )
         levels = process.levels([t for t, _, _ in method.grid])
         for mine, (time, s, sigma) in zip(levels, method.grid, strict=True):
-            if abs(mine.s - s) > 1e-9 * (1 + abs(s)) or abs(mine.sigma - sigma) > 1e-9 * (
-                1 + abs(sigma)
-            ):
+            pairs = ((mine.s, s), (mine.sigma, sigma))
+            if any(abs(a - b) > 1e-9 * (1 + abs(b)) for a, b in pairs):
                 raise ValueError(
                     f"this plan was traced under {method.process}, and {process!r} differs from it"
                     f" at t={time:g}: pass process="
@@ -49,13 +43,11 @@ def times_of(
             raise ValueError(f"this plan starts at t={method.grid[0][0]:g}, not at t={t:g}")
         if finish != method.finished:
             raise ValueError(f"this plan was traced with finish={method.finished}")
-        return (
-            torch.tensor([time for time, _, _ in method.grid], dtype=torch.float64),
-            "the plan's own",
-        )
-    levels_asked = (
-        None if nfe is None else method.levels(nfe, finish=finish)
-    )  # adaptive solvers refuse
+        times = torch.tensor([time for time, _, _ in method.grid], dtype=torch.float64)
+        return times, "the plan's own"
+    grid = grid_for(grid, method, denoiser, finish)
+    # An adaptive solver refuses a budget.
+    levels_asked = None if nfe is None else method.levels(nfe, finish=finish)
     if grid is not None and not isinstance(grid, str) and not callable(grid):
         times = check_times(grid)
         if levels_asked not in (None, len(times)):
@@ -70,17 +62,11 @@ def times_of(
             )
         return times, "given"
     count = levels_asked or (2 if method.adaptive else default_levels(method, finish))
-    name = (
-        grid
-        if isinstance(grid, str)
-        else process.default_grid
-        if grid is None
-        else getattr(grid, "__name__", "given")
-    )
-    times = lay(process, grid, count, t)
+    name = process.default_grid if grid is None else _name_of(grid)
+    times = make_times(process, grid, count, t)
     if nfe is not None and len(times) != count:
         raise BudgetError(
-            f"the grid {name} laid {len(times)} levels from t={float(times[0]):g}; "
+            f"the grid {name} has {len(times)} levels from t={float(times[0]):g}; "
             f"{type(method).__name__} needs {count} for nfe={nfe}"
         )
     return times, name
@@ -94,28 +80,34 @@ def default_levels(method: Solver, finish: bool) -> int:
     return method.levels(DEFAULT_NFE, finish=finish)
 
 
-def chosen_grid(grid: Any, method: Solver, denoiser: Denoiser, finish: bool) -> Any:
+def grid_for(grid: Any, method: Solver, denoiser: Denoiser, finish: bool) -> Any:
     """`grid`; where none is given the one that goes with the solver, or else with the model.
 
     The name of the solver's own grid means that grid too: `auto` has one for networks and one for
     known densities.
     """
     own = method.default_grid
-    name = own if isinstance(own, str) else getattr(own, "__name__", "given")
+    if own is None:
+        return denoiser.default_grid if grid is None else grid
+    name = _name_of(own)
     if grid is not None and not (isinstance(grid, str) and grid == name):
         return grid
-    if own is None:
-        return denoiser.default_grid
     if finish:
         return own
-    # It may end above t_min, where the step to zero noise takes over; without that step the end is
-    # wanted.
+    # The grid may end above t_min, since the step to zero noise takes over there. Without that
+    # step, it must reach t_min.
     whole = partial(registry.grid_function(own), t_min=denoiser.process.t_min)
     whole.__name__ = name  # type: ignore[attr-defined]
     return whole
 
 
-def lay(process: Process, grid: str | GridFunction | None, levels: int, t: float | None) -> Tensor:
+def _name_of(grid: str | GridFunction) -> str:
+    return grid if isinstance(grid, str) else getattr(grid, "__name__", "given")
+
+
+def make_times(
+    process: Process, grid: str | GridFunction | None, levels: int, t: float | None
+) -> Tensor:
     """A grid of so many levels from `t` (or the end of time) down."""
     function = registry.grid_function(process.default_grid if grid is None else grid)
     if t is not None and not process.t_min <= t <= process.t_max:

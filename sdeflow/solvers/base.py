@@ -8,12 +8,15 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow._utils.math import value_of
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
@@ -26,13 +29,34 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """How a solution was made: what was asked for, with the defaults filled in.
+
+    `solver` is None for a plan. `times` are the levels of the grid, float64; `seconds` is the time
+    that the solve took.
+    """
+
+    solver: Solver | None = None
+    process: Process | None = None
+    grid: str = ""
+    times: Tensor | None = None
+    seeds: tuple[int, ...] = ()
+    noise: str = ""
+    condition: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    dtype: str = ""
+    seconds: float = 0.0
+    version: str = ""
+
+
 @dataclass
 class Solution:
-    """A solve, with everything about how it was made.
+    """The result of a solve; `provenance` says how it was made.
 
     `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch, `network_calls` forwards
     of the network in all. `trajectory` (`[levels, n, *shape]`, the result last) and `x0s`
-    (`[nfe, n, *shape]`) are there on request.
+    (`[nfe, n, *shape]`) are there on request, `interpolant` from solvers with a dense output.
     """
 
     x: Tensor
@@ -42,38 +66,37 @@ class Solution:
     statistics: dict[str, Any] = field(default_factory=dict)
     trajectory: Tensor | None = None
     x0s: Tensor | None = None
-    times: Tensor | None = None
-    solver: Solver | None = None
-    process: Process | None = None
-    grid: str = ""
-    seeds: tuple[int, ...] = ()
-    noise: str = ""
-    condition: dict[str, Any] = field(default_factory=dict)
-    device: str = ""
-    dtype: str = ""
-    seconds: float = 0.0
-    version: str = ""
     interpolant: Callable[[float], Tensor] | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+
+    solver = property(attrgetter("provenance.solver"))
+    process = property(attrgetter("provenance.process"))
+    grid = property(attrgetter("provenance.grid"))
+    times = property(attrgetter("provenance.times"))
+    seeds = property(attrgetter("provenance.seeds"))
+    noise = property(attrgetter("provenance.noise"))
+    condition = property(attrgetter("provenance.condition"))
+    device = property(attrgetter("provenance.device"))
+    dtype = property(attrgetter("provenance.dtype"))
+    seconds = property(attrgetter("provenance.seconds"))
+    version = property(attrgetter("provenance.version"))
 
     def __str__(self) -> str:
         """How it was made, in a few lines."""
+        how = self.provenance
         lines = [
-            (
-                f"{tuple(self.x.shape)} {self.dtype} on {self.device} in {self.seconds:.2f} s,"
-                f" sdeflow {self.version}"
-            ),
-            f"solver   {self.solver}",
-            f"process  {self.process}",
+            f"{tuple(self.x.shape)} {how.dtype} on {how.device} in {how.seconds:.2f} s,"
+            f" sdeflow {how.version}",
+            f"solver   {how.solver}",
+            f"process  {how.process}",
             f"NFE      {self.nfe} ({self.network_calls} network calls)",
         ]
-        if self.times is not None and len(self.times):
-            lines.append(
-                f"times    {len(self.times)} levels, {float(self.times[0]):g} ->"
-                f" {float(self.times[-1]):g} ({self.grid})"
-            )
-        if self.seeds:
-            shown = ", ".join(map(str, self.seeds[:4])) + (", ..." if len(self.seeds) > 4 else "")
-            lines.append(f"noise    {self.noise}, seeds {shown}")
+        if how.times is not None and len(how.times):
+            first, last = float(how.times[0]), float(how.times[-1])
+            lines.append(f"times    {len(how.times)} levels, {first:g} -> {last:g} ({how.grid})")
+        if how.seeds:
+            shown = ", ".join(map(str, how.seeds[:4])) + (", ..." if len(how.seeds) > 4 else "")
+            lines.append(f"noise    {how.noise}, seeds {shown}")
         lines += [
             f"{key:<8} {value}"
             for key, value in self.statistics.items()
@@ -156,12 +179,6 @@ class GridSolver(Solver):
         """The step from the last level to zero noise: the denoised prediction."""
         return reverse(x, t)
 
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        """Times between the levels at which `step` will need the process, so that they are computed
-        in the same pass.
-        """
-        return None
-
     def calls(self, levels: int, *, finish: bool = True) -> int:
         """Network calls on a grid of `levels`; override it where steps differ in cost."""
         return self.calls_of_step * (levels - 1) + int(finish)
@@ -172,18 +189,8 @@ class GridSolver(Solver):
         return self.calls_per_step
 
     def levels(self, nfe: int, *, finish: bool = True) -> int:
-        if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-            raise BudgetError(f"nfe is a whole number of network calls, at least 1; got {nfe!r}")
-        levels, below = 1 if finish else 2, 0
-        while (cost := self.calls(levels, finish=finish)) < nfe:
-            levels, below = levels + 1, cost
-        if cost != nfe:
-            near = f"{below} and {cost}" if below else f"{cost}"
-            raise BudgetError(
-                f"{type(self).__name__} cannot spend nfe={nfe}; the nearest it can"
-                f" {'are' if below else 'is'} {near}"
-            )
-        return levels
+        name, least = type(self).__name__, 1 if finish else 2
+        return search_levels(name, partial(self.calls, finish=finish), nfe, least)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -219,7 +226,27 @@ class GridSolver(Solver):
 
     def _trace(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
         trace = Trace(process)
-        levels = self._levels(trace, times)
+        levels = check_levels(trace.prepare(times), process)
+        # The steps ask for levels between those of the grid. The first passes note them, so that
+        # all are computed together. A pass on stand-ins may fail where they mislead.
+        for stand_ins in (True, True, True, False):
+            trace.begin(stand_ins=stand_ins)
+            try:
+                x = self._run(trace, levels, finish, record)
+            except Exception:
+                if not trace.missing:
+                    raise
+            if not trace.missing:
+                break
+            trace.compute_missing()
+        instructions, registers, result = optimise(trace.instructions, trace.value(x))
+        grid = tuple(
+            (value_of(level.t), value_of(level.s), value_of(level.sigma)) for level in levels
+        )
+        return Plan(instructions, registers, result, grid, finish, repr(self), repr(process))
+
+    def _run(self, trace: Trace, levels: list[Level], finish: bool, record: bool) -> Operand:
+        """Run the steps on symbolic operands; returns the result."""
         x, state = Operand({0: 1.0}), self.start(len(levels) - 1)
         for index, (t, t_next) in enumerate(pairwise(levels)):
             if record:
@@ -228,23 +255,7 @@ class GridSolver(Solver):
             trace.materialise((x, state))
         if record:
             trace.record(len(levels) - 1, x)
-        if finish:
-            x = self.finish(trace, x, levels[-1], trace.draw, state)
-        instructions, registers, result = optimise(trace.instructions, trace.value(x))
-        grid = tuple(
-            (value_of(level.t), value_of(level.s), value_of(level.sigma)) for level in levels
-        )
-        return Plan(instructions, registers, result, grid, finish, repr(self), repr(process))
-
-    def _levels(self, reverse: Reverse, times: Tensor) -> list[Level]:
-        """The levels of the grid; those of `extra_times` are prepared in the same pass."""
-        # Where gradients flow, levels within a step are computed there; here their infinities would
-        # only make NaN of zeros.
-        extra = None if times.requires_grad else self.extra_times(reverse.process, times)
-        if extra is None or extra.numel() == 0:
-            return check_levels(reverse.prepare(times), reverse.process)
-        levels = reverse.prepare(torch.cat([times, extra.reshape(-1).to(times)]))
-        return check_levels(levels[: len(times)], reverse.process)
+        return self.finish(trace, x, levels[-1], trace.draw, state) if finish else x
 
     def integrate(
         self,
@@ -274,7 +285,7 @@ class GridSolver(Solver):
         """
         times = check_times(times)
         self._check_direction(times, finish)
-        levels = self._levels(reverse, times)
+        levels = check_levels(reverse.prepare(times), reverse.process)
         state = self.start(len(levels) - 1)
 
         def draw(t: Level | None = None, t_next: Level | None = None) -> Tensor:
@@ -300,6 +311,20 @@ class GridSolver(Solver):
                 f"{type(self).__name__} only runs from noise to data; encode with a solver of the"
                 " ODE, such as Heun"
             )
+
+
+def search_levels(name: str, calls: Callable[[int], int], nfe: int, least: int) -> int:
+    """The levels, from `least` on, with which `calls(levels)` is exactly `nfe`; `BudgetError` names
+    the nearest budgets.
+    """
+    whole_number("nfe", nfe, of="network calls", error=BudgetError)
+    levels, below = least, 0
+    while (cost := calls(levels)) < nfe:
+        levels, below = levels + 1, cost
+    if cost != nfe:
+        near = f"are {below} and {cost}" if below else f"is {cost}"
+        raise BudgetError(f"{name} cannot spend nfe={nfe}; the nearest it can {near}")
+    return levels
 
 
 def run_plan(

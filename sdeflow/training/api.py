@@ -1,9 +1,9 @@
 """Training a denoiser: the loop behind `sdeflow train`.
 
 Everything random at step k is drawn from generators seeded with (seed, k, rank), and the learning
-rate is a function of the number of images seen, so a training's future depends on its saved state
-alone: stopped anywhere (by Ctrl-C, SIGTERM, a time limit, or kill -9 after its last save) and
-resumed, it goes on to the very same weights, bit for bit where kernels are deterministic.
+rate is a function of the number of images seen. So a training's future depends on its saved state
+alone. Stopped anywhere (by Ctrl-C, SIGTERM, a time limit, or kill -9 after its last save) and
+resumed, it reaches the same weights, bit for bit where kernels are deterministic.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How an invocation of `train` ended: after `images` images of the whole training, with the
-    last logged `loss`.
-    """
+    """How a call of `train` ended: after `images` images in total, with the last logged `loss`."""
 
     denoiser: Pretrained
     images: int
@@ -65,9 +63,9 @@ def train(
     """Train a UNet on `dataset` (anything that `load_images` takes; by default `config.data`) into
     the folder `config.out`.
 
-    The folder gets the state, the log, grids of samples and, at the end of each invocation, the
+    The folder gets the state, the log, grids of samples and, at the end of each call, the
     averaged network for inference (`model.safetensors`, copied to `export` too). With `resume` it
-    goes on from the folder's state, if there is one. Under torchrun all processes train together.
+    continues from the folder's state, if there is one. Under torchrun all processes train together.
     Raises `CheckpointError` if the folder holds a training and `resume` is not given or does not
     fit, and `NonFiniteError` if the loss is not finite; the last saved state then stays.
     """
@@ -76,8 +74,8 @@ def train(
     out, device = Path(config.out), rank.device(named_device(config.device))
     if (out / STATE).exists() and not resume:
         raise CheckpointError(
-            f"{out} already holds a training; go on with --resume, or choose another folder with"
-            " --out"
+            f"{out} already holds a training; continue it with --resume, or choose another folder"
+            " with --out"
         )
     if rank.first:
         check_writable(out / STATE, "training state")
@@ -135,33 +133,24 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
         "from": trainer.images,
         "to": trainer.images,
         "seconds": 0.0,
-    }
-    run |= {
         "machine": machine(trainer.device, rank.world),
         "torch": torch.__version__,
         "precision": trainer.precision,
     }
     trainer.runs.append(run)
-    before, began, saved = trainer.seconds, time.monotonic(), time.monotonic()
-    loss, window, window_began, window_step = (
-        math.nan,
-        torch.zeros(2, device=trainer.device),
-        began,
-        trainer.step,
-    )
+    before, loss = trainer.seconds, math.nan
+    began = saved = window_began = time.monotonic()
+    window, window_step = torch.zeros(2, device=trainer.device), trainer.step
     rows = 8 if trainer.device.type == "cuda" else 2
-    every = (
-        1 if rank.world == 1 else 20
-    )  # how often the processes agree on stopping, which makes them wait
+    # How often the processes agree on stopping, which makes them wait for each other.
+    every = 1 if rank.world == 1 else 20
 
     def account() -> None:
         run["to"], run["seconds"] = trainer.images, round(time.monotonic() - began, 3)
         trainer.seconds = before + run["seconds"]
 
-    with tqdm(
-        total=config.images, initial=trainer.images, unit="img", unit_scale=True, disable=not rank.first, mininterval=1.0,
-        dynamic_ncols=True,
-    ) as bar:  # fmt: skip
+    shown = {"unit": "img", "unit_scale": True, "mininterval": 1.0, "dynamic_ncols": True}
+    with tqdm(total=config.images, initial=trainer.images, disable=not rank.first, **shown) as bar:
         if trainer.compiled and rank.first:
             bar.write("compiling the network: a minute or two before the first step ...")
         while trainer.step < config.steps:
@@ -185,24 +174,13 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
                     )
                 bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.0f}", refresh=False)
                 if log:
-                    log.write(
-                        {
-                            "step": trainer.step,
-                            "images": trainer.images,
-                            "loss": round(loss, 6),
-                            "images_per_second": round(speed, 1),
-                            "lr": config.lr_at(trainer.step - 1),
-                            "grad_norm": round(mean_norm, 5),
-                            "seconds": round(trainer.seconds, 2),
-                        }
-                    )
+                    line = {"step": trainer.step, "images": trainer.images, "loss": round(loss, 6)}
+                    line |= {"images_per_second": round(speed, 1)}
+                    line |= {"lr": config.lr_at(trainer.step - 1), "grad_norm": round(mean_norm, 5)}
+                    log.write(line | {"seconds": round(trainer.seconds, 2)})
             if rank.first and crossed(trainer.images, config.batch_size, config.sample_images):
-                draw_grid(
-                    trainer.denoiser(images.class_names),
-                    out / f"samples-{trainer.images:09d}.png",
-                    trainer.autocast,
-                    rows,
-                )
+                path = out / f"samples-{trainer.images:09d}.png"
+                draw_grid(trainer.denoiser(images.class_names), path, trainer.autocast, rows)
             if rank.first and crossed(trainer.images, config.batch_size, config.snapshot_images):
                 with attempted("store the averages, and train on"):
                     store_averages(trainer, images)
@@ -217,17 +195,19 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
     if rank.first:
         try:
             trainer.save(out / STATE)
-        finally:  # the network is smaller: it may fit where the state does not
+        finally:  # the network is smaller: the disk may have room for it alone
             export_model(trainer, denoiser, [out / MODEL, *([export] if export else [])])
         if trainer.averages:
             with attempted("store the averages"):
                 store_averages(trainer, images)
-        if not stop.reason.startswith("SIG"):  # who sent a signal is waiting
+        if not stop.reason.startswith("SIG"):  # after a signal there may be little time
             with attempted("draw samples"):
                 draw_grid(denoiser, out / "samples.png", trainer.autocast, rows)
         if not finished:
-            print(f"stopped ({stop.reason or 'another process'}) at {trainer.images} of {config.images} images; "
-                  f"go on with: sdeflow train --out {out} --resume")  # fmt: skip
+            print(
+                f"stopped ({stop.reason or 'another process'}) at {trainer.images} of"
+                f" {config.images} images; continue with: sdeflow train --out {out} --resume"
+            )
     distributed.barrier()
     return TrainResult(denoiser, trainer.images, trainer.seconds, loss, finished, out)
 
@@ -247,7 +227,9 @@ def crossed(images: int, batch: int, every: int) -> bool:
 
 def card(trainer: Trainer, images: Images) -> dict[str, Any]:
     """The facts of a training, for the checkpoint and its model card."""
-    config = trainer.config
+    config, begun = trainer.config, {}
+    if trainer.begun_from:
+        begun = {"begun_from": trainer.begun_from, "images_before": trainer.before}
     return {
         "data": images.name,
         "data_images": images.count,
@@ -255,11 +237,7 @@ def card(trainer: Trainer, images: Images) -> dict[str, Any]:
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
         "runs": trainer.runs,
-        **(
-            {"begun_from": trainer.begun_from, "images_before": trainer.before}
-            if trainer.begun_from
-            else {}
-        ),
+        **begun,
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "loss": config.loss.describe(),
         "settings": config.to_dict(),
@@ -272,9 +250,12 @@ def store_averages(trainer: Trainer, images: Images) -> None:
     config = trainer.config
     same = {name: value for name, value in config.to_dict().items() if name in FIXED}
     facts = model_facts(
-        trainer.network, training=same, sigma_data=config.sigma_data, class_names=images.class_names,
+        trainer.network,
+        training=same,
+        sigma_data=config.sigma_data,
+        class_names=images.class_names,
         card=card(trainer, images),
-    )  # fmt: skip
+    )
     write_snapshot(config.out, trainer.averages, trainer.seen, facts)
 
 
@@ -284,9 +265,14 @@ def export_model(trainer: Trainer, denoiser: Pretrained, paths: list[Path]) -> N
     """
     for path in paths:
         save_model(
-            path, trainer.network, parameters=trainer.ema.state_dict(), sigma_data=trainer.config.sigma_data,
-            nsr_range=denoiser.nsr_range, class_names=denoiser.class_names, card=denoiser.card,
-        )  # fmt: skip
+            path,
+            trainer.network,
+            parameters=trainer.ema.state_dict(),
+            sigma_data=trainer.config.sigma_data,
+            nsr_range=denoiser.nsr_range,
+            class_names=denoiser.class_names,
+            card=denoiser.card,
+        )
         path.with_suffix(".md").write_text(card_markdown(denoiser.card))
 
 
@@ -295,17 +281,10 @@ def card_markdown(facts: Mapping[str, Any]) -> str:
     lines = ["# Model card", ""]
     for key, value in facts.items():
         if key == "runs":
-            lines += [
-                "",
-                "| run | from image | to image | seconds | machine | PyTorch | precision |",
-                "|---|---|---|---|---|---|---|",
-            ]
-            lines += [
-                f"| {r['started']} | {r['from']} | {r['to']} | {r['seconds']} | {r['machine']} |"
-                f" {r['torch']} | {r['precision']} |"
-                for r in value
-            ]
-            lines.append("")
+            head = "| run | from image | to image | seconds | machine | PyTorch | precision |"
+            keys = ("started", "from", "to", "seconds", "machine", "torch", "precision")
+            rows = [f"| {' | '.join(str(run[key]) for key in keys)} |" for run in value]
+            lines += ["", head, "|---" * len(keys) + "|", *rows, ""]
         elif key == "settings":
             lines += ["", "```json", json.dumps(value, indent=2), "```", ""]
         else:
@@ -316,17 +295,14 @@ def card_markdown(facts: Mapping[str, Any]) -> str:
 def draw_grid(
     denoiser: Pretrained, path: Path, autocast: Callable[[], Any] = nullcontext, rows: int = 8
 ) -> None:
-    """Draw `rows` samples of each class (or 8 columns of them) with fixed seeds, as a PNG."""
+    """Write a PNG of `rows` samples of each class (or 8 columns of them), with fixed seeds."""
     columns = min(denoiser.num_classes, 16) or 8
     label = {"label": torch.arange(columns).repeat(rows)} if denoiser.num_classes else {}
     names = denoiser.class_names[:columns] * rows if len(denoiser.class_names) >= columns else None
     with autocast(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
         x0 = sample(denoiser, n=rows * columns, seeds=0, condition=label)
-    facts = {
-        "images": denoiser.card.get("images"),
-        "solver": "default",
-        "seeds": f"0..{rows * columns - 1}",
-    }
+    seeds = f"0..{rows * columns - 1}"
+    facts = {"images": denoiser.card.get("images"), "solver": "default", "seeds": seeds}
     save_png(path, grid(x0, columns, labels=names, zoom=2, resample="nearest", gap=2), facts)
 
 

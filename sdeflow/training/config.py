@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sdeflow._utils.checks import one_of, positive_number
+from sdeflow._utils.options import option
 from sdeflow.losses import EDMLoss
 from sdeflow.models import UNetConfig
+
+LENGTH, MACHINE = "Length and optimizer", "Machine and files"
 
 
 @dataclass(frozen=True)
@@ -16,68 +20,69 @@ class TrainConfig:
     """What to train, on what, for how long; a plain value that is stored with the training's state.
 
     Lengths are counted in training images, so that they do not change with the batch size.
-    `batch_size` is over all processes; `lr` rises over `warmup` images and then decays to zero at
-    `images` (`schedule` "cosine" or "linear"; "constant" does not decay). `ema` is the half-life of
-    the average; every `snapshot_images` images (0 = never) averages with power profiles of the
-    relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length.
-    `init` is a checkpoint (bundled, or a file) from whose weights a new training begins; the
-    network is then like that one, but for its dropout, and the profiles of those averages begin
-    where the checkpoint's training did, its weights standing for all of it. `precision` "auto" is
-    bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and `graphs=None` replays
-    each step there as one CUDA graph. `save_seconds` and `sample_images` say how often the state is
-    saved and a grid drawn (0 = only at the end), `log_steps` how often the log gets a line.
-    `max_seconds` ends this invocation, not the training: its state is saved and `resume` goes on.
-    Raises `ValueError` for numbers out of range.
+        `batch_size` is over all processes; `lr` rises over `warmup` images and then decays to zero at
+        `images` (`schedule` "cosine" or "linear"; "constant" does not decay). `ema` is the half-life of
+        the average; every `snapshot_images` images (0 = never) averages with power profiles of the
+        relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length.
+        `init` is a checkpoint (bundled, or a file) with whose weights a new training begins. The
+        network is then like that one except for its dropout. The profiles of the averages begin where
+        the checkpoint's training did, as if its weights had been there from the start. `precision`
+        "auto" is bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and
+        `graphs=None` replays each step there as one CUDA graph. `save_seconds` and `sample_images` say
+        how often the state is saved and a grid of samples written (0 = only at the end), `log_steps`
+        how often the log gets a line. `max_seconds` ends this run, not the training: its state is saved
+        and `resume` continues it. Raises `ValueError` for numbers out of range.
     """
 
-    data: str = "uoft-cs/cifar10"
-    out: str = "runs/train"
-    images: int = 20_000_000
-    batch_size: int = 512
-    lr: float = 1e-3
-    schedule: str = "cosine"
-    warmup: int = 200_000
+    data: str = option("uoft-cs/cifar10", "A folder of images, a parquet file, or a hub name")
+    out: str = option("runs/train", "The folder for state, log, samples and the trained model")
+    images: int = option(20_000_000, "Train on this many images in total", LENGTH)
+    batch_size: int = option(512, "Images a step, over all processes", LENGTH)
+    lr: float = option(1e-3, "Peak learning rate of Adam", LENGTH)
+    schedule: str = option("cosine", "Decay after the warm-up: cosine, linear or constant", LENGTH)
+    warmup: int = option(200_000, "Images over which the learning rate rises", LENGTH)
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    ema: int = 500_000
+    grad_clip: float = option(1.0, "Largest norm of the gradients", LENGTH)
+    ema: int = option(500_000, "Half-life of the average, in images", LENGTH)
     ema_warmup: float = 0.05
     nsr_mean: float = -1.2
     nsr_std: float = 1.2
     sigma_data: float = 0.5
-    label_dropout: float = 0.1
-    flip: bool = True
-    seed: int = 0
+    label_dropout: float = option(0.1, "Probability of training without the label", LENGTH)
+    flip: bool = option(True, "Mirror half of the images", LENGTH, shown="flip")
+    seed: int = option(0, "Seed of everything random", LENGTH)
     split: str = "train"
     size: int | None = None
-    init: str | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool | None = None
-    graphs: bool | None = None
-    max_seconds: float | None = None
-    save_seconds: float = 600.0
-    sample_images: int = 2_000_000
-    snapshot_images: int = 0
+    init: str | None = option(
+        None,
+        "Begin with the weights and the network of a bundled model or a file (not on --resume)",
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1", MACHINE)
+    precision: str = option("auto", "bf16, float32, or auto: bf16 on a GPU", MACHINE)
+    compile: bool | None = option(None, "torch.compile", MACHINE, shown="on a GPU")
+    graphs: bool | None = option(None, "A step as one CUDA graph", MACHINE, shown="on a GPU")
+    max_seconds: float | None = option(
+        None, "Save and stop after this long; go on with --resume", MACHINE
+    )
+    save_seconds: float = option(600.0, "Save the state this often", MACHINE)
+    sample_images: int = option(
+        2_000_000, "Write a grid of samples every so many images; 0 is only at the end", MACHINE
+    )
+    snapshot_images: int = option(
+        0, "Store averages for 'sdeflow ema' every so many images; 0 is never", MACHINE
+    )
     snapshot_stds: tuple[float, ...] = (0.05, 0.10)
-    log_steps: int = 100
+    log_steps: int = option(100, "Write a line to the log every so many steps", MACHINE)
     model: UNetConfig = field(default_factory=UNetConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "snapshot_stds", tuple(self.snapshot_stds))  # JSON has lists
         for name in ("images", "batch_size", "log_steps", "ema", "ema_warmup", "lr", "grad_clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"TrainConfig: {name} must be positive, got {getattr(self, name)}")
-        for name, choices in (
-            ("schedule", ("cosine", "linear", "constant")),
-            ("precision", ("auto", "bf16", "float32")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"TrainConfig: {name} must be one of {', '.join(choices)}, got"
-                    f" {getattr(self, name)!r}"
-                )
+            positive_number(f"TrainConfig: {name}", getattr(self, name))
+        one_of("TrainConfig: schedule", self.schedule, ("cosine", "linear", "constant"))
+        one_of("TrainConfig: precision", self.precision, ("auto", "bf16", "float32"))
 
     @property
     def steps(self) -> int:

@@ -26,8 +26,8 @@ class GraphedStep:
     """`work`, captured at its fourth call and replayed from then on; images and labels keep their
     shapes.
 
-    All that is random in it is drawn from `generator` or from the device's own: a replay draws what
-    the seeds before it say. Raises `SdeflowError` where the step cannot be captured.
+    Its random numbers come from `generator` or the device's own generator, so that the seeds set
+    before a replay determine them. Raises `SdeflowError` where the step cannot be captured.
     """
 
     def __init__(self, work: Work, generator: torch.Generator) -> None:
@@ -64,7 +64,7 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         try:
-            # Other threads, such as NCCL's watchdog, may ask the device something meanwhile.
+            # Other threads, such as NCCL's watchdog, may use the device during the capture.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.work(self.pixels, self.label)
         except RuntimeError as error:

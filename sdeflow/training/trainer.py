@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,10 @@ from sdeflow.training.cuda_graph import GraphedStep, Work
 
 STATE_FORMAT = "sdeflow-training-1"
 FIXED = (
-    *(
-        "model",
-        "batch_size",
-        "seed",
-        "flip",
-        "nsr_mean",
-        "nsr_std",
-        "sigma_data",
-        "label_dropout",
-        "split",
-        "size",
-        "init",
-    ),
+    *("model", "batch_size", "seed", "flip", "nsr_mean", "nsr_std", "sigma_data"),
+    *("label_dropout", "split", "size", "init"),
 )
-"""Settings that cannot change while a training goes on: with others it would be another one."""
+"""Settings that cannot change during a training: with others it would be another one."""
 
 
 class Gradients:
@@ -46,9 +35,8 @@ class Gradients:
 
     def __init__(self, network: nn.Module) -> None:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        sizes = [
-            -(-p.numel() // 32) * 32 for p in self.parameters
-        ]  # each begins at a multiple of 128 bytes
+        # Each begins at a multiple of 128 bytes.
+        sizes = [-(-p.numel() // 32) * 32 for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), device=self.parameters[0].device)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.views = [
@@ -87,7 +75,7 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.rank, self.step, self.seconds = config, device, rank, 0, 0.0
         self.runs: list[dict[str, Any]] = []
-        self.begun_from = "" if init is None else told(config.init or "", init)
+        self.begun_from = "" if init is None else describe_start(config.init or "", init)
         self.before = 0 if init is None else seen_by(init)
         torch.manual_seed(mix(config.seed, 0))  # the same network on every rank
         self.network = self.build().to(device)
@@ -100,11 +88,10 @@ class Trainer:
         self.gradients = Gradients(self.network)
         self.generator = torch.Generator(device)
         gpu = device.type == "cuda"
+        # On a GPU the learning rate is a tensor, which a CUDA graph can read.
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
-            (
-                torch.tensor(config.lr, device=device) if gpu else config.lr
-            ),  # where a graph can read it
+            torch.tensor(config.lr, device=device) if gpu else config.lr,
             (config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             fused=gpu,
@@ -146,8 +133,8 @@ class Trainer:
 
     @property
     def seen(self) -> int:
-        """How many images the weights have seen, those before this training included: the time of
-        the averages' profiles.
+        """How many images the weights have seen, before this training too: the time of the
+        averages' profiles.
         """
         return self.before + self.images
 
@@ -170,14 +157,12 @@ class Trainer:
         return loss, norm
 
     def release(self) -> None:
-        """Let the recorded step go: NCCL may wait for the graphs that hold its sums when a group
-        ends.
-        """
+        """Free the captured step. NCCL may wait for graphs that hold its sums when a group ends."""
         self.work = self._work
 
     def _work(self, pixels: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a step does on the device, and nothing else: it may be recorded, and then this code
-        runs no more.
+        """What a step does on the device, and nothing else: once captured, this code does not run
+        again.
         """
         x0 = prepared(pixels, self.generator if self.config.flip else None)
         with self.autocast():
@@ -190,13 +175,10 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = dict(self.network.named_parameters())
-        parts = {f"model.{name}": p.detach() for name, p in named.items()} | {
-            f"ema.{n}": p for n, p in self.ema.state_dict().items()
-        }
+        parts = {f"model.{n}": p.detach() for n, p in named.items()}
+        parts |= {f"ema.{n}": p for n, p in self.ema.state_dict().items()}
         for average in self.averages:
-            parts |= {
-                f"power-{average.std:g}:{name}": p for name, p in average.state_dict().items()
-            }
+            parts |= {f"power-{average.std:g}:{n}": p for n, p in average.state_dict().items()}
         for key in ("exp_avg", "exp_avg_sq"):
             parts |= {f"{key}.{name}": self.optimizer.state[p][key] for name, p in named.items()}
         return parts
@@ -205,9 +187,8 @@ class Trainer:
         """Write all of it, atomically; refuses (`NonFiniteError`) to replace a good state by one
         that is not finite.
         """
-        norm = torch.stack(
-            torch._foreach_norm([p.detach() for p in self.network.parameters()])
-        ).sum()
+        weights = [p.detach() for p in self.network.parameters()]
+        norm = torch.stack(torch._foreach_norm(weights)).sum()
         if not math.isfinite(norm.item()):
             raise NonFiniteError(
                 f"not saved: the network's parameters are not finite after step {self.step}"
@@ -225,7 +206,7 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote; raises `CheckpointError` if it is damaged or of another
+        """Continue from what `save` wrote; raises `CheckpointError` if it is damaged or of another
         training.
         """
         tensors, facts = read_state(path)
@@ -239,27 +220,20 @@ class Trainer:
                 )
             if old != new:
                 raise CheckpointError(
-                    f"{path} was trained with {name}={old}, not {new}, and going on would not"
-                    " continue it; leave that option out, or start afresh in another folder"
+                    f"{path} was trained with {name}={old}, not {new}, which would be another"
+                    " training; leave that option out, or start afresh in another folder"
                 )
         own = self._tensors()
-        # Averages may be asked for, or no more, at any time: one that begins now begins with the
-        # weights of now.
-        if {n for n in own if not n.startswith("power-")} != {
-            n for n in tensors if not n.startswith("power-")
-        }:
+        # Averages may be added or left out at any time: a new one begins with the present weights.
+        if _without_averages(own) != _without_averages(tensors):
             raise CheckpointError(
                 f"{path} holds another network's tensors; start afresh in another folder"
             )
         for name, value in own.items():
-            value.copy_(
-                tensors[name] if name in tensors else tensors[f"model.{name.partition(':')[2]}"]
-            )
-        self.step, self.seconds, self.runs = (
-            int(facts["step"]),
-            float(facts["seconds"]),
-            list(facts["runs"]),
-        )
+            weights = f"model.{name.partition(':')[2]}"
+            value.copy_(tensors[name if name in tensors else weights])
+        self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
+        self.runs = list(facts["runs"])
         self.begun_from, self.before = str(facts.get("begun_from", "")), int(facts.get("before", 0))
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step)
@@ -273,9 +247,13 @@ class Trainer:
         return Pretrained(network, self.config.sigma_data, class_names=class_names, card=card)
 
 
-def told(name: str, init: Pretrained) -> str:
-    """Where a training begins, in words: the checkpoint, and what it had seen, its own beginning
-    included.
+def _without_averages(names: Iterable[str]) -> set[str]:
+    return {name for name in names if not name.startswith("power-")}
+
+
+def describe_start(name: str, init: Pretrained) -> str:
+    """The checkpoint that a training begins with, in words: what it had seen, and where its own
+    training began.
     """
     card = init.card
     before = f", begun from {card['begun_from']}" if card.get("begun_from") else ""
@@ -286,7 +264,7 @@ def told(name: str, init: Pretrained) -> str:
 
 
 def seen_by(init: Pretrained) -> int:
-    """How many images a checkpoint's weights have seen, as far as its card tells."""
+    """How many images a checkpoint's weights have seen, as far as its card says."""
     return int(init.card.get("images", 0)) + int(init.card.get("images_before", 0))
 
 

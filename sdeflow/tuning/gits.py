@@ -24,12 +24,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import one_of, positive_number, whole_number
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import GridError
 from sdeflow.grid.base import GridFunction, count, ends, falling
 from sdeflow.process import Level, Process
 from sdeflow.registry import grid_function, solver
-from sdeflow.sampling.api import solve
+from sdeflow.sampling.api import run
+from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import Solver, check_times
 from sdeflow.solvers.ode.weights import has_signal, moment
 
@@ -143,40 +145,34 @@ def gits(
 
     Cost: `nodes - 1` network calls for `n` samples, and memory for as many states and predictions.
     """
-    if order not in (1, 2):
-        raise ValueError(f"gits counts the errors of steps of order 1 or 2; got {order!r}")
-    if unit not in ("spread", "signal"):
-        raise ValueError(
-            'gits measures errors in units of the "spread" of the states or of the "signal"; got'
-            f" {unit!r}"
-        )
-    if not (coefficient > 0 and math.isfinite(coefficient)):
-        raise ValueError(f"the coefficient of gits is a positive number; got {coefficient}")
+    one_of("order", order, (1, 2))
+    one_of("unit", unit, ("spread", "signal"))
+    positive_number("coefficient", coefficient)
     method = solver(teacher)
     if method.stochastic:
         raise ValueError(
             f"the teacher of gits follows the probability flow; {teacher!r} is stochastic"
         )
-    known: dict[str, Any] = {
-        "shape": shape,
-        "x": x,
-        "condition": condition,
-        "batch_size": batch_size,
-    }
-    known |= {"device": device, "dtype": dtype} | ({"n": n, "seeds": seeds} if x is None else {})
-    path = solve(
-        denoiser,
-        process,
-        solver=method,
-        grid=_fine(fine, nodes),
-        nfe=nodes - 1 if isinstance(fine, str) or callable(fine) else None,
-        finish=False,
-        trajectory=True,
-        x0s=True,
-        **known,
+    path = run(
+        Request(
+            score_fn=denoiser,
+            process=process,
+            solver=method,
+            grid=_fine(fine, nodes),
+            nfe=nodes - 1 if isinstance(fine, str) or callable(fine) else None,
+            shape=shape,
+            n=n if x is None else None,
+            seeds=seeds if x is None else None,
+            x=x,
+            condition=condition,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            finish=False,
+            trajectory=True,
+            x0s=True,
+        )
     )
-    assert path.times is not None
-    assert path.process is not None
     assert path.trajectory is not None
     assert path.x0s is not None
     levels = path.process.levels(path.times)
@@ -200,8 +196,7 @@ def _fine(fine: str | GridFunction | Tensor | Sequence[float], nodes: int) -> Gr
     if isinstance(fine, str):
         fine = grid_function(fine)
     if callable(fine):
-        if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 3:
-            raise GridError(f"gits chooses from at least 3 nodes; got {nodes!r}")
+        whole_number("nodes", nodes, 3, of="levels to choose from", error=GridError)
         return fine
     times = check_times(fine)
     if len(times) < 3 or times[0] < times[-1]:

@@ -113,7 +113,7 @@ def _k_diffusion() -> Iterator[Case]:
     for nfe in (
         8,
         14,
-    ):  # where the rest is another it has a step of order 1 before the end, see docs/parity.md
+    ):  # where the rest is another it has a step of order 1 before the end, see docs/benchmarks/parity.md
         more = {"steps": (nfe,), "finish": False, "noise": "none", "grid": "fast"}
         yield _k("dpm_fast", "dpm_solver_fast", {}, f"nfe={nfe}", nfe=nfe, **more)
     yield _k("dpmpp_2s_ancestral", "dpmpp_2s", inner, "eta=0", eta=0.0)
@@ -319,7 +319,7 @@ def _diffusers() -> Iterator[Case]:
             for algorithm, frame in (("dpmsolver++", "x0"), ("dpmsolver", "eps")):
                 if (
                     p == 3 and kind == "midpoint"
-                ):  # its second stage is not the paper's, see docs/parity.md
+                ):  # its second stage is not the paper's, see docs/benchmarks/parity.md
                     continue
                 ours = {"p": p, "frame": frame, "taylor": kind == "heun", "stages": "grid"}
                 single = {"algorithm_type": algorithm, **short, **type_}

@@ -1,7 +1,7 @@
 """Ours against the published implementations: with what they returned (`records.safetensors`), live
 where one is installed.
 
-`cases.py` says what is what, `make.py` makes the records, `docs/parity.md` lists the findings.
+`cases.py` says what is what, `make.py` makes the records, `docs/benchmarks/parity.md` lists the findings.
 """
 
 from __future__ import annotations

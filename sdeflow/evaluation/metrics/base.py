@@ -93,13 +93,13 @@ class Statistics:
         where the process group communicates (on the GPU for NCCL).
         """
         count = torch.tensor([self.n], device=self.mean.device)
-        counts = distributed.gather(count).to(self.mean)
+        counts = distributed.all_gather(count).to(self.mean)
         if len(counts) == 1:
             return self
         total = int(counts.sum())
         if total == 0:
             return self
-        means = distributed.gather(self.mean.unsqueeze(0))
+        means = distributed.all_gather(self.mean.unsqueeze(0))
         mean = (counts / total) @ means
         step = self.mean - mean
         self.scatter += self.n * torch.outer(step, step)
@@ -233,7 +233,7 @@ def _radii(points: Tensor, k: int, rank: Rank) -> Tensor:
         own = torch.arange(len(block), device=points.device)
         squared[own, own + block.start] = math.inf
         parts.append(squared.topk(k, largest=False).values[:, -1])
-    return distributed.gather(torch.cat(parts)) if rank.world > 1 else torch.cat(parts)
+    return distributed.all_gather(torch.cat(parts)) if rank.world > 1 else torch.cat(parts)
 
 
 def _inside(points: Tensor, others: Tensor, radii: Tensor, rank: Rank) -> float:
@@ -244,5 +244,5 @@ def _inside(points: Tensor, others: Tensor, radii: Tensor, rank: Rank) -> float:
     hits = torch.zeros(1, dtype=torch.int64, device=points.device)
     for _, squared in _blocks(points, others, rank):
         hits += (squared <= radii + slack).any(1).sum()
-    total = distributed.gather(hits).sum() if rank.world > 1 else hits
+    total = distributed.all_gather(hits).sum() if rank.world > 1 else hits
     return int(total) / len(points)

@@ -2,8 +2,8 @@ r"""The exponential moving average of a network's parameters: the network that i
 
 $\bar\theta \leftarrow \beta\,\bar\theta + (1 - \beta)\,\theta$ with $\beta = 2^{-B/h}$ after a
 batch of B images, so the half-life h is counted in images and does not change with the batch size.
-While few images n have been seen, h is at most `warmup * n`: the start is forgotten as fast as it
-is left behind.
+While few images n have been seen, h is at most `warmup * n`: the start is forgotten
+quickly.
 
 Source. Karras et al. 2022, appendix F.3 (half-life and its ramp).
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class EMA:
     """An average in float32 of the parameters of `network`, on their device.
 
-    `half_life` and the `images` that `update` is told are counted in training images; `warmup` is
+    `half_life` and the `images` of `update` are counted in training images; `warmup` is
     the largest half-life as a fraction of the images seen so far. Raises `ValueError` for numbers
     that are not positive.
     """
@@ -28,10 +28,9 @@ class EMA:
     def __init__(
         self, network: nn.Module, half_life: float = 500_000, warmup: float = 0.05
     ) -> None:
-        if half_life <= 0 or warmup <= 0:
-            raise ValueError(
-                f"EMA: half_life and warmup must be positive, got {half_life} and {warmup}"
-            )
+        for name, value in (("half_life", half_life), ("warmup", warmup)):
+            if not value > 0:  # infinity is allowed
+                raise ValueError(f"{name} of an EMA is a positive number; got {value!r}")
         self.half_life, self.warmup = half_life, warmup
         self.parameters = {
             name: p.detach().clone().float() for name, p in network.named_parameters()

@@ -71,7 +71,7 @@ def model_facts(
     `save_model`, JSON-ready.
 
     `training` tells this training from any other (its seed, batch size, ...): averages whose
-    `training` differs are never combined, so it must not change while a training goes on.
+    `training` differs are never combined, so it must not change during a training.
     """
     facts = {
         "config": network.config.to_dict(),
@@ -94,8 +94,8 @@ def write_snapshot(
     """Store each of `averages`, which have seen `images` images, in a file of its own in `folder`;
     their paths.
 
-    `facts` is what `model_facts` gives. Each file is written whole or not at all. float16 takes
-    half the room and suffices where the model made of it is kept in half precision too. Raises
+    `facts` is what `model_facts` gives. Each file is written completely or not at all. float16 takes
+    half the space and suffices where the model made of it is kept in half precision too. Raises
     `CheckpointError` if an average is not finite (in `dtype`) or its file cannot be written; those
     that are already written stay, and are good.
     """
@@ -103,13 +103,9 @@ def write_snapshot(
         raise ValueError(f"facts lacks {', '.join(missing)}: use model_facts")
     paths = []
     for average in averages:
-        path = (
-            Path(folder)
-            / f"ema-{np.format_float_positional(average.std, min_digits=3)}-{images:09d}.safetensors"
-        )
-        tensors = {
-            name: value.detach().to("cpu", dtype) for name, value in average.state_dict().items()
-        }
+        std = np.format_float_positional(average.std, min_digits=3)
+        path = Path(folder) / f"ema-{std}-{images:09d}.safetensors"
+        tensors = {n: value.detach().to("cpu", dtype) for n, value in average.state_dict().items()}
         if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
             raise CheckpointError(
                 f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
@@ -122,17 +118,13 @@ def write_snapshot(
 
 
 def drop_snapshots(folder: str | os.PathLike[str], after: int) -> int:
-    """Remove the averages in `folder` that were stored after image number `after`; how many there
-    were.
+    """Remove the averages in `folder` that were stored after image number `after`, and return how
+    many there were.
 
-    For a training that goes on from a state older than they are: it may take another path from
-    there.
+    For a training that continues from a state older than they are: it may take another path.
     """
-    old = [
-        p
-        for p in Path(folder).glob("ema-*")
-        if (match := NAME.fullmatch(p.name)) and int(match[1]) > after
-    ]
+    files = [(path, NAME.fullmatch(path.name)) for path in Path(folder).glob("ema-*")]
+    old = [path for path, match in files if match and int(match[1]) > after]
     for path in old:
         path.unlink(missing_ok=True)
     return len(old)
@@ -154,8 +146,8 @@ def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
     found = [_opened(path) for path in sorted(folder.glob("ema-*.safetensors"))]
     if not found:
         raise CheckpointError(
-            f"{folder} holds no averages (ema-*.safetensors); a training stores them if it is told"
-            " to: sdeflow train --help"
+            f"{folder} holds no averages (ema-*.safetensors); a training stores them on"
+            " request: sdeflow train --help"
         )
     _check_one_training(found)
     return sorted(found, key=lambda s: (s.images, s.std))
@@ -276,12 +268,17 @@ class Reconstruction:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it for inference in half precision, as `save_model` does: whole or not at all."""
+        """Write it for inference in half precision, as `save_model` does."""
         low, high = self.facts["nsr_range"]
         save_model(
-            path, self._network(), parameters=self.parameters, sigma_data=self.facts["sigma_data"], nsr_range=(low, high),
-            class_names=self.facts["class_names"], card=self.card,
-        )  # fmt: skip
+            path,
+            self._network(),
+            parameters=self.parameters,
+            sigma_data=self.facts["sigma_data"],
+            nsr_range=(low, high),
+            class_names=self.facts["class_names"],
+            card=self.card,
+        )
 
 
 def select(
@@ -290,9 +287,9 @@ def select(
     """The snapshots (in a folder, or given) up to `images`, and `images`: by default that of the
     last one.
     """
-    found = (
-        find_snapshots(snapshots) if isinstance(snapshots, str | os.PathLike) else list(snapshots)
-    )
+    if isinstance(snapshots, str | os.PathLike):
+        snapshots = find_snapshots(snapshots)
+    found = list(snapshots)
     if not found:
         raise ValueError("there are no averages to combine: snapshots is empty")
     _check_one_training(found)
@@ -321,7 +318,7 @@ def reconstruct(
     `snapshots` is the training's folder, or what `find_snapshots` gave. By default `images` is that
     of the last snapshot; later ones are left out. The files are read one at a time. Raises
     `ValueError` if `std` is out of range or the profile's relative error would be above
-    `max_error`, and `CheckpointError` for what `find_snapshots` and `read_tensors` find amiss.
+    `max_error`, and `CheckpointError` where `find_snapshots` or `read_tensors` does.
     """
     exponent(std)
     chosen, images = select(snapshots, images)

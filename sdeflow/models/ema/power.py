@@ -7,7 +7,7 @@ $$\bar\theta(t) = \int_0^t p_{t,\gamma}(\tau)\,\theta(\tau)\,d\tau,\qquad
 p_{t,\gamma}(\tau) = \frac{(\gamma+1)\,\tau^\gamma}{t^{\gamma+1}},$$
 
 kept up to date by $\bar\theta \leftarrow \beta\,\bar\theta + (1-\beta)\,\theta$,
-$\beta = (1 - B/t)^{\gamma+1}$ after a batch of B images. Its length is told by `std`, the standard
+$\beta = (1 - B/t)^{\gamma+1}$ after a batch of B images. Its length is given by `std`, the standard
 deviation of its profile as a fraction of the training so far,
 
 $$\mathrm{std}^2 = \frac{\gamma+1}{(\gamma+2)^2(\gamma+3)}.$$
@@ -48,10 +48,8 @@ def exponent(std: float) -> float:
             f" whole training), got std={std}"
         )
     s = std**-2.0
-    p, q = (
-        s + 1 / 3,
-        2 / 27 + 4 * s / 3,
-    )  # with g = u - 7/3 the cubic is u^3 - p u + q = 0, which has three real roots
+    # With g = u - 7/3 the cubic is u^3 - p u + q = 0, which has three real roots.
+    p, q = s + 1 / 3, 2 / 27 + 4 * s / 3
     angle = math.acos(max(-1.0, -1.5 * q / p * math.sqrt(3 / p)))
     return max(0.0, 2 * math.sqrt(p / 3) * math.cos(angle / 3) - 7 / 3)
 

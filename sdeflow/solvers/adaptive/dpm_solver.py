@@ -2,36 +2,35 @@ r"""DPM-Solver-12 and DPM-Solver-23: pairs of exponential single steps in $\lamb
 size for every sample.
 
 An attempt takes the steps of orders `p - 1` and `p` that share their calls
-(`sdeflow.solvers.ode.dpm_solver`); their difference is the error of the lower, the state goes on
-with the higher. What a rejected attempt knows of the prediction at its start is kept.
+(`sdeflow.solvers.ode.dpm_solver`). Their difference is the error of the lower one; the state goes
+on with the higher one. A rejected attempt keeps the prediction at its start.
 
-Samples are not in step with each other: while one asks for the prediction at its state, another may
-ask for that at a stage, or try again. Every network call holds one question of each sample under
-way.
+Samples are not in step with each other: while one needs the prediction at its state, another may
+need that at a stage, or try again. Every network call holds one request of each sample under way.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdeflow._utils.math import batch_invariant, gauss_legendre
-from sdeflow.errors import GridError, NonFiniteError, unknown
-from sdeflow.noise import Noise
-from sdeflow.process import Process
-from sdeflow.reverse import Reverse
-from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, column, first_bad, row_rms
-from sdeflow.solvers.base import OnCall, Solution, check_levels, check_times
-from sdeflow.solvers.ode.dpm_solver import DPMFrame, corrections
+from sdeflow._utils.renamed import renamed
+from sdeflow.errors import unknown
+from sdeflow.process.clock import Clock, ClockRange
+from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
+from sdeflow.solvers.base import Solution
+from sdeflow.solvers.ode.dpm_solver import DPMPredicts, corrections
 
 RATIOS: dict[int, tuple[float, ...]] = {2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
 """Where the stages of an attempt stand, by its order."""
 
 
+@renamed({"theta": "safety", "frame": "predicts"})
 @dataclass(frozen=True)
 class DPMAdaptive(PerSample):
     r"""DPM-Solver-12 (`p=2`) and -23 (`p=3`): single steps of orders `p - 1` and `p` whose
@@ -39,19 +38,20 @@ class DPMAdaptive(PerSample):
 
     A step is accepted where
     `E = rms((x_high - x_low) / max(atol, rtol max(|x_low|, |x_low before|)))`, over the sample's
-    entries, is at most 1, and the next is `h theta E^(-1/p)`, within `shrink` and `grow` times the
-    last. States are compared in units of `sqrt(s^2 + sigma^2)`, which is 1 under the paper's VP, so
-    that a network costs the same number of calls under every process.
+    entries, is at most 1. The next step is `h safety E^(-1/p)`, within `shrink` and `grow` times
+    the last. States are compared in units of `sqrt(s^2 + sigma^2)`, which is 1 under the paper's
+    VP, so that a network costs the same number of calls under every process.
 
-    - `p`: 2 or 3. `frame`, `taylor`: as of `DPMSolver`.
-    - `rtol`, `atol`: tolerances of a step of the *lower* order; the published ones, .05 and .0078
-      (two levels of an 8-bit picture).
-    - `max_nfe`: network calls that a sample may take. `min_step`, `first_step`: in `lam`.
-    - `theta`, `shrink`, `grow`, `max_step` (in `lam`): of the controller. An error of zero grows
-      the step by `grow`. The paper sets no bounds; at high noise, where predictions hardly change,
-      the pair may agree by chance on a step over most of the path.
+    - `p`: 2 or 3. `predicts`, `taylor`: as of `DPMSolver`.
+    - `rtol`, `atol`: tolerances of a step of the *lower* order. The defaults are the published
+      ones, .05 and .0078 (two levels of an 8-bit image).
+    - `max_nfe`: network calls that a sample may take. `min_step`, `first_step`, `max_step`: in
+      `lam`.
+    - `safety`, `shrink`, `grow`, `exponent`, `beta`, `hold`: of the controller, see `StepSize`. The
+      paper sets no bounds. At high noise, where predictions hardly change, the pair may agree by
+      chance on a step over most of the path.
 
-    The published method has one step for the whole batch, that of its worst sample; here rows do
+    The published method has one step for the whole batch, that of its worst sample. Here rows do
     not depend on their batch. `Solution.nfe` counts the calls of the sample that took most, which
     is the number of forwards; `Solution.statistics` has `nfe`, `accepted` and `rejected` for each
     sample. From a level without signal the first step is DDIM's, to where the signal is so small
@@ -66,54 +66,30 @@ class DPMAdaptive(PerSample):
     atol: float = 0.0078
     first_step: float | None = 0.05
     p: int = 3
-    frame: DPMFrame = "eps"
+    predicts: DPMPredicts = "eps"
     taylor: bool = False
-    theta: float = 0.9
-    shrink: float = 0.1
-    grow: float = 5.0
-    max_step: float = 2.0
+    grow: float = field(default=5.0, kw_only=True)
+    max_step: float = field(default=2.0, kw_only=True)
 
     source: ClassVar[str] = "Lu et al. 2022, app. C"
     cost: ClassVar[str] = "2 or 3 a step, adaptive"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.p not in RATIOS:
             raise ValueError(f"DPM-Solver-12 has p=2 and DPM-Solver-23 p=3; got p={self.p!r}")
-        if self.frame not in ("eps", "x0"):
-            raise unknown("frame", self.frame, ("eps", "x0"))
-        if not (0 < self.theta <= 1 and 0 < self.shrink < 1 < self.grow and self.max_step > 0):
-            raise ValueError(
-                "the controller needs 0 < theta <= 1, 0 < shrink < 1 < grow and max_step > 0"
-            )
+        super().__post_init__()
+        if self.predicts not in ("eps", "x0"):
+            raise unknown("prediction", self.predicts, ("eps", "x0"))
+        if self.grow == 1.0:
+            raise ValueError("the controller of DPMAdaptive needs grow > 1; got grow=1.0")
 
     @property
     def order(self) -> int:  # type: ignore[override]
         """Order of convergence."""
         return self.p
 
-    def factor(self, ratio: float, before: float, after_rejection: bool) -> float:
-        if not math.isfinite(ratio):
-            return self.shrink
-        wish = self.theta * ratio ** (-1.0 / self.p) if ratio > 0.0 else math.inf
-        return min(max(wish, self.shrink), self.grow)
-
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
-        times = check_times(times)
-        if finish and len(times) > 1 and times[-1] > times[0]:
-            raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
-        check_levels(reverse.prepare(times), reverse.process)
-        return _Solve(self, reverse, x, times, finish, record, on_call).run()
+    def begin(self, task: Task) -> PerSampleSolve:
+        return _Solve(self, task)
 
 
 class _Points(NamedTuple):
@@ -124,112 +100,66 @@ class _Points(NamedTuple):
     sigma: Tensor
 
 
-class _Clock:
-    """`lam` over the given times of a process, float64 on the CPU; a level without signal has a
-    stand-in with a little.
-    """
-
-    def __init__(self, process: Process, times: Tensor, little: float):
-        self.process, self.times = process, times
-        self.levels = process.lam(times)
-        s = torch.broadcast_to(process.s(times), times.shape)
-        self.silent = [
-            bool(s[0] == 0.0),
-            bool(s[-1] == 0.0),
-        ]  # without signal at the start, at the end
-        self.levels = torch.where(s == 0.0, -math.inf, self.levels)
-        steps = self.levels.diff()
-        if len(times) > 1 and not bool((steps * torch.sign(steps[0]) > 0).all()):
-            raise GridError(
-                f"sigma / s of {process!r} is not monotone between the times of the grid"
-            )
-        finite = self.levels[torch.isfinite(self.levels)]
-        inside = min(little, float(finite.min())) if len(finite) else little
-        self.start, self.end = (
-            inside if silent else float(self.levels[i])
-            for silent, i in zip(self.silent, (0, -1), strict=True)
-        )
-
-    def time(self, lam: Tensor) -> Tensor:
-        """The time where the clock shows `lam`; the first and the last are met exactly."""
-        t = self.process.t_of_lam(lam).clamp(
-            min=float(self.times.min()), max=float(self.times.max())
-        )
-        t = torch.where(lam == self.levels[0], self.times[0], t)
-        return torch.where(lam == self.levels[-1], self.times[-1], t)
-
-    def read(self, lam: Tensor) -> tuple[Tensor, _Points]:
-        """`t` and the levels where it shows `lam` (of any shape)."""
-
-        def numbers(lam: Tensor) -> Tensor:
-            t = self.time(lam)
-            return torch.stack(
-                [t, *(torch.broadcast_to(c, t.shape) for c in self.process.kernel(t))]
-            )
-
-        t, s, sigma = batch_invariant(numbers, lam)
-        return t, _Points(lam, s, sigma)
-
-
 class _Solve(PerSampleSolve):
-    """One solve under way. `stage` says what a sample asks for: -2 none more, -1 has yet to try, 0
-    its state, 1, 2 stages.
+    """One solve under way. `stage` says where a sample needs the next prediction: 0 at its state,
+    1 and 2 at the stages, -1 not known before it tries a step, -2 nowhere.
     """
 
     carried = ("x", "x0", "low", "first", "query", "query_at", "target", "stage")
     results = ("x", "x0")
-    clock_name = "lam"
     solver: DPMAdaptive
 
-    def __init__(
-        self,
-        solver: DPMAdaptive,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        finish: bool,
-        record: bool,
-        on_call: OnCall | None,
-    ):
+    def __init__(self, solver: DPMAdaptive, task: Task):
+        clock = ClockRange(Clock("lam"), task.reverse.process, task.times)
+        levels, steps = clock.levels, len(task.times) > 1
         # At s / sigma = q, DDIM's step from no signal is off by about q^2 / 2 of the data's scale.
-        self.clock = _Clock(reverse.process, times, 0.5 * math.log(0.02 * solver.atol))
-        first = 0.05 if solver.first_step is None else solver.first_step
-        super().__init__(solver, reverse, len(x), self.clock.start, self.clock.end, first, on_call)
-        self.finish, self.dtype, n = finish, x.dtype, len(x)
+        little = 0.5 * math.log(0.02 * solver.atol)
+        first, last = float(levels[0]), float(levels[-1])
+        self.no_signal_first, self.no_signal_last = first == -math.inf, last == -math.inf
+        inside = min([little, *levels[torch.isfinite(levels)].tolist()])
+        span = (
+            inside if self.no_signal_first else first,
+            inside if self.no_signal_last else last,
+        )
+        super().__init__(solver, task, clock, 0.05, span)
         # The last prediction: the result, or what leads to a level without signal.
-        self.last = finish or (self.clock.silent[1] and len(times) > 1)
+        self.last = self.finish or (self.no_signal_last and steps)
         self.FINAL, self.JUMP = solver.p, solver.p + 1
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.x = self.x0 = self.first = self.query = x
-        self.low = x * (1.0 / math.hypot(*(float(c) for c in reverse.process.kernel(times[0]))))
-        self.query_at = self.clock.levels[:1].repeat(n)
+        self.x = self.x0 = self.first = self.query = self.start
+        kernel = clock.process.kernel(self.times[0])
+        self.low = self.x * (1.0 / math.hypot(*(float(c) for c in kernel)))
+        self.query_at = levels[:1].repeat(self.n)
         self.target = self.a
         stage = 0
-        if len(times) == 1:
-            stage = self.FINAL if finish else -2
-        elif self.clock.silent[0]:
+        if not steps:
+            stage = self.FINAL if self.finish else -2
+        elif self.no_signal_first:
             stage = self.JUMP
-        self.stage = torch.full((n,), stage)
-        self.trajectory = [x] + [torch.zeros_like(x) for _ in times[1:]] if record else None
+        self.stage = torch.full((self.n,), stage)
 
-    def time(self, a: Tensor) -> Tensor:
-        return self.clock.time(a)
+    def read(self, lam: Tensor) -> tuple[Tensor, _Points]:
+        """`t` and the levels where the clock is at `lam` (of any shape)."""
+        t, s, sigma = self.clock.read(lam, lambda _, *numbers: numbers)
+        return t, _Points(lam, s, sigma)
 
-    def reached(self) -> Tensor:
+    def current_states(self) -> Tensor:
         return self.gather("x").to(self.dtype)
 
     def run(self) -> Solution:
-        if (bad := first_bad(self.x)) is not None:
-            raise NonFiniteError(f"the state of sample {bad} to start from holds NaN or infinity")
-        self.depart(self.stage == -2)
+        self.retire(self.stage == -2)
         while len(self.rows):
             self.tick()
-        return self.solution()
+        x, x0 = self.gather("x"), self.gather("x0")
+        if self.no_signal_last and len(self.times) > 1:  # DDIM's step to no signal: sigma_next eps
+            _, end = self.read(torch.tensor([self.end], dtype=torch.float64))
+            after = float(self.clock.process.sigma(self.times[-1]))
+            x = (x - float(end.s) * x0) * (after / float(end.sigma))
+        return self.solution(x, x0)
 
     def tick(self) -> None:
-        """One network call, and what each sample makes of its answer."""
-        t, _ = self.clock.read(self.query_at)
-        x0 = self.ask(self.query, t)
+        """One network call, and what each sample does with its prediction."""
+        t, _ = self.read(self.query_at)
+        x0 = self.predict(self.query, t)
         stage, p = self.stage, self.solver.p
         at_state = ((stage == 0) | (stage >= self.FINAL)).nonzero().flatten()
         if len(at_state):
@@ -243,17 +173,16 @@ class _Solve(PerSampleSolve):
         self.jump((stage == self.JUMP).nonzero().flatten())
         self.stage = torch.where(stage == 0, -1, torch.where(stage == self.FINAL, -2, self.stage))
         self.begin((self.stage == -1).nonzero().flatten())
-        self.depart(self.stage == -2)
+        self.retire(self.stage == -2)
 
     def begin(self, some: Tensor) -> None:
         """The samples `some` try a step: to their first stage."""
         if not len(some):
             return
-        self.h = self.h.clamp(max=self.solver.max_step)
         self.target = _put(self.target, some, self.propose()[some])
         here, stage, _ = self.levels(some)
         x = self.combine(some, here, stage[0], [])
-        self.ask_next(some, 1, stage[0].lam, x)
+        self.request(some, 1, stage[0].lam, x)
 
     def second_stage(self, some: Tensor, x0: Tensor) -> None:
         """The samples `some` know the prediction `x0` at their first stage: to their second."""
@@ -262,10 +191,10 @@ class _Solve(PerSampleSolve):
         self.first = _put(self.first, some, _rows(x0, some))
         here, (one, two), _ = self.levels(some)
         x = self.combine(some, here, two, [one], [_rows(x0, some)])
-        self.ask_next(some, 2, two.lam, x)
+        self.request(some, 2, two.lam, x)
 
     def conclude(self, some: Tensor, x0: Tensor) -> None:
-        """The samples `some` know all of their step: they accept or refuse it."""
+        """The samples `some` know all of their step: they accept or reject it."""
         if not len(some):
             return
         here, stages, end = self.levels(some)
@@ -278,11 +207,7 @@ class _Solve(PerSampleSolve):
             1.0 / torch.sqrt(end.s**2 + end.sigma**2), high
         )  # not hypot: see `batch_invariant`
         low = low * scale
-        with torch.no_grad():
-            size = torch.maximum(low.abs(), _rows(self.low, some).abs())
-            ratios = row_rms(
-                (high * scale - low) / (self.solver.rtol * size).clamp(min=self.solver.atol)
-            )
+        ratios = self.error_ratios(high * scale - low, low, _rows(self.low, some))
         yes = self.judge(ratios, self.target, x0, some)
         stage = torch.where(yes, 0, -1)
         if bool(yes.any()):
@@ -292,7 +217,7 @@ class _Solve(PerSampleSolve):
             rows, x = some[taken], _rows(high, taken)
             self.x, self.low = _put(self.x, rows, x), _put(self.low, rows, _rows(low, taken))
             self.a = _put(self.a, rows, self.target[rows])
-            self.ask_next(rows, 0, self.target[rows], x)
+            self.request(rows, 0, self.target[rows], x)
             stage[yes & (self.target[some] == self.end)] = self.FINAL if self.last else -2
         self.stage = _put(self.stage, some, stage)
 
@@ -300,23 +225,23 @@ class _Solve(PerSampleSolve):
         """DDIM's step of the samples `some` from no signal."""
         if not len(some):
             return
-        _, here = self.clock.read(self.a[some])
-        sigma = column(self.clock.process.sigma(self.clock.times[:1]), self.x)
+        _, here = self.read(self.a[some])
+        sigma = column(self.clock.process.sigma(self.times[:1]), self.x)
         x = (
             column(here.s, self.x) * self.x0[some]
             + (column(here.sigma, self.x) / sigma) * self.x[some]
         )
         self.x = _put(self.x, some, x)
-        self.ask_next(some, 0, self.a[some], x)
-        if self.clock.start == self.end:
+        self.request(some, 0, self.a[some], x)
+        if bool((self.a[some] == self.end).all()):
             self.stage = _put(
                 self.stage, some, torch.full_like(some, self.FINAL if self.last else -2)
             )
 
     # ----------------------------------------------------------------------------------- arithmetic
 
-    def ask_next(self, some: Tensor, stage: int, lam: Tensor, x: Tensor) -> None:
-        """The next question of the samples `some`."""
+    def request(self, some: Tensor, stage: int, lam: Tensor, x: Tensor) -> None:
+        """Where the samples `some` need the next prediction."""
         self.query, self.query_at = _put(self.query, some, x), _put(self.query_at, some, lam)
         self.stage = _put(self.stage, some, torch.full_like(some, stage))
 
@@ -324,7 +249,7 @@ class _Solve(PerSampleSolve):
         """Where a step of the samples `some` starts, its stages, and where it ends."""
         a, target = self.a[some], self.target[some]
         nodes = torch.stack([a, *(a + r * (target - a) for r in RATIOS[self.solver.p]), target])
-        _, (lam, s, sigma) = self.clock.read(nodes)
+        _, (lam, s, sigma) = self.read(nodes)
         here, *stages, end = (_Points(*row) for row in zip(lam, s, sigma, strict=True))
         return here, stages, end
 
@@ -344,7 +269,7 @@ class _Solve(PerSampleSolve):
 
         def numbers(index: Tensor) -> Tensor:
             here, there, *stages = (_Points(*rows) for rows in points[:, :, index.long()])
-            c = corrections(self.solver.frame, taylor, here, stages, there, _moment)
+            c = corrections(self.solver.predicts, taylor, here, stages, there, _moment)
             first = there.s * _moment(0, there.lam - here.lam) - sum(c)
             return torch.stack(torch.broadcast_tensors(there.sigma / here.sigma, first, *c))
 
@@ -369,32 +294,10 @@ class _Solve(PerSampleSolve):
             index = inside.nonzero().flatten()
             if len(index):
                 rows = some[index]
-                _, there = self.clock.read(torch.full((len(index),), level, dtype=torch.float64))
+                _, there = self.read(torch.full((len(index),), level, dtype=torch.float64))
                 at, *nodes = (_Points(*(c[index] for c in point)) for point in (here, *stages))
                 x = self.combine(rows, at, there, nodes, [_rows(value, index) for value in values])
                 self.trajectory[j] = _put(self.trajectory[j], self.rows[rows], x)
-
-    def solution(self) -> Solution:
-        x, x0 = self.gather("x"), self.gather("x0")
-        if (
-            self.clock.silent[1] and len(self.clock.times) > 1
-        ):  # DDIM's step to no signal: sigma_next eps
-            _, end = self.clock.read(torch.tensor([self.end], dtype=torch.float64))
-            s, sigma, after = (
-                float(c) for c in (end.s, end.sigma, self.clock.process.sigma(self.clock.times[-1]))
-            )
-            x = (x - s * x0) * (after / sigma)
-        trajectory = None
-        if self.trajectory is not None:
-            if len(self.clock.times) > 1:
-                self.trajectory[-1] = x
-            trajectory = torch.stack([*self.trajectory, x0] if self.finish else self.trajectory).to(
-                self.dtype
-            )
-        result = (x0 if self.finish else x).to(self.dtype)
-        return Solution(
-            result, self.calls, self.calls, statistics=self.statistics(), trajectory=trajectory
-        )
 
 
 def _moment(k: int, h: Tensor) -> Tensor:

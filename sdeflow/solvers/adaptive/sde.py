@@ -1,9 +1,9 @@
-r"""An adaptive solver of the reverse SDE: every sample has its own steps, and refused ones leave no
-trace in the noise.
+r"""An adaptive solver of the reverse SDE: every sample has its own steps, and rejected ones do not
+change the law of the noise.
 
-A step is tried with a first-order method; the prediction where that ends makes it a second-order
-one, and the difference of the two is the error. In the form `"euler"`, the paper's, over the
-process's own time ($h = t - t_+$, $\Delta B$ an increment of a Brownian motion in $t$):
+An attempt is a step of a first-order method. The prediction where it ends makes it a second-order
+one, and the difference of the two is the error. The form `"euler"` is the paper's, over the time of
+the process ($h = t - t_+$, $\Delta B$ an increment of a Brownian motion in $t$):
 
 $$K_1 = -h\,(f x - g^2 \nabla\log p) + g\,\Delta B, \qquad x' = x + K_1, \qquad
 K_2 = K_1\text{ at }(x', t_+), \qquad x'' = x + \tfrac12 (K_1 + K_2).$$
@@ -15,33 +15,31 @@ that
 $$z' = \frac{\tau_+}{\tau} z + \Big(1 - \frac{\tau_+}{\tau}\Big) x_0 + \tau_+ \Delta V, \qquad
 z'' = z' + \tfrac12 \Big(1 - \frac{\tau_+}{\tau}\Big) (x_0' - x_0),$$
 
-of which the first is an ancestral step. It is finite where no signal is left ($1/\tau = 0$), and
+The first of these is an ancestral step. It is finite where no signal is left ($1/\tau = 0$), and
 runs over the clock $\operatorname{asinh}(s / \sigma)$, as RK45 does.
 
-A refused step has shown its noise. Drawing anew would prefer the noise that makes for small errors;
-so the increment is kept, and a shorter step takes its part of it, by a Brownian bridge.
+New noise after a rejected step would favour noise that makes small errors. So the increment is
+kept, and a shorter step takes its part of it, by a Brownian bridge.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from sdeflow._utils.math import batch_invariant
-from sdeflow.errors import GridError, NonFiniteError, SolverError, unknown
+from sdeflow.errors import GridError, SolverError, unknown
 from sdeflow.noise import BrownianNoise, Noise
-from sdeflow.process import Process
-from sdeflow.reverse import Reverse
-from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, column, first_bad, row_rms
-from sdeflow.solvers.base import OnCall, Solution, check_levels, check_times
+from sdeflow.process.clock import Clock, ClockRange
+from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
+from sdeflow.solvers.base import Solution
 
 Form = Literal["euler", "ancestral"]
-"""The first-order step within: Euler-Maruyama's in the process's time, or the ancestral one."""
+"""The first-order step: Euler-Maruyama's in the time of the process, or the ancestral one."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,19 @@ class AdaptiveSDE(PerSample):
     A step is accepted where the root mean square of
     `(u'' - u') / max(atol, rtol max(|u'|, |u'_before|))` is at most 1, with
     `u = x / sqrt(s^2 + sigma^2)` (under VP, `x`) and `u'_before` the first-order end of the last
-    accepted step; then `x''` is taken. `h_next = h clip(safety ratio^-exponent, shrink, grow)`.
+    accepted step; then `x''` is taken.
 
     - `form`: `"euler"`, the paper's, or `"ancestral"`, with the linear part solved exactly; see the
       module.
     - `rtol`, `atol`: tolerances of a step; the paper has `rtol` 0.01 to 0.05 and `atol` 1/128 for
       images in [-1, 1].
-    - `max_nfe`: network calls that a sample may take. `min_step`, `first_step`: in the form's
-      clock, `t` or `asinh(s / sigma)`.
+    - `max_nfe`: network calls that a sample may take. `min_step`, `first_step`, `max_step`: in the
+      clock of the form, `t` or `asinh(s / sigma)`.
+    - `safety`, `shrink`, `grow`, `exponent`, `beta`, `hold`: of the controller, see `StepSize`.
 
-    Refused steps cost their two calls, and keep their noise: the increment is split by a Brownian
+    Rejected steps cost their two calls, and keep their noise: the increment is split by a Brownian
     bridge. With `noise="brownian"` the noise is that of the sample's one path. Rows do not depend
-    on their batch. Every level of a given grid is met by every sample; for speed give two.
+    on their batch. Every sample meets every level of a given grid; two levels are fastest.
     `Solution.statistics` has `nfe`, `accepted` and `rejected` for each sample.
 
     Errors: as `RK45`; `GridError` for `"euler"` where no signal is left (rectified flow at t = 1),
@@ -71,16 +70,13 @@ class AdaptiveSDE(PerSample):
 
     Cost: 2 calls a step tried, and 1 at the end. Weak order: 2. Source: Jolicoeur-Martineau et al.,
     "Gotta go fast when generating data with score-based models" (2021), algorithm 1; Roberts
-    (2012); Rackauckas & Nie (2017) for refused steps.
+    (2012); Rackauckas & Nie (2017) for rejected steps.
     """
 
     rtol: float = 0.02
     atol: float = 0.0078
     form: Form = "euler"
-    safety: float = 0.9
-    exponent: float = 0.9
-    shrink: float = 0.1
-    grow: float = 10.0
+    exponent: float | None = field(default=0.9, kw_only=True)
 
     order: ClassVar[int] = 2
     stochastic: ClassVar[bool] = True
@@ -92,53 +88,27 @@ class AdaptiveSDE(PerSample):
         super().__post_init__()
         if self.form not in get_args(Form):
             raise unknown("form", self.form, get_args(Form))
-        if not (
-            0 < self.safety <= 1 and 0.5 <= self.exponent <= 1 and 0 < self.shrink < 1 <= self.grow
-        ):
-            raise ValueError(
-                "the controller needs 0 < safety <= 1, 0.5 <= exponent <= 1 and 0 < shrink < 1 <="
-                " grow"
-            )
 
-    def factor(self, ratio: float, before: float, after_rejection: bool) -> float:
-        if not math.isfinite(ratio):
-            return self.shrink
-        wish = (
-            self.safety * max(ratio, 1e-10) ** -self.exponent
-        )  # an error of 0 asks for the longest step
-        # A refused step keeps its noise, so that the same step would be refused for ever.
-        return min(max(wish, self.shrink), 0.9 if ratio > 1.0 else self.grow)
-
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
-        times = check_times(times)
+    def check_direction(self, times: Tensor, finish: bool) -> None:
         if len(times) > 1 and times[-1] > times[0]:
             raise GridError(
                 "AdaptiveSDE only runs from noise to data; encode with a solver of the ODE, such as"
                 " RK45, and finish=False"
             )
-        levels = check_levels(reverse.prepare(times.detach()), reverse.process)
-        if self.form == "euler" and levels[0].s == 0.0:
+
+    def begin(self, task: Task) -> PerSampleSolve:
+        if self.form == "euler" and (first := task.reverse.level(float(task.times[0]))).s == 0.0:
             raise GridError(
-                f"the SDE's coefficients are infinite at t={levels[0].t:g}, where no signal is"
+                f"the SDE's coefficients are infinite at t={first.t:g}, where no signal is"
                 " left: AdaptiveSDE(form='ancestral') can start there, or start from a smaller t"
             )
-        if noise is None:
+        if task.noise is None:
             raise SolverError("AdaptiveSDE draws noise: give it a source of noise")
-        return _Solve(self, reverse, x, times.detach(), noise, finish, record, on_call).run()
+        return _Solve(self, task._replace(times=task.times.detach()), task.noise)
 
 
 class _Numbers(NamedTuple):
-    """A process at the readings of a clock, `[b]` each, float64."""
+    """A process at some values of a clock, `[b]` each, float64."""
 
     t: Tensor
     s: Tensor
@@ -148,58 +118,13 @@ class _Numbers(NamedTuple):
     g2: Tensor
 
 
-class _Clock:
-    """What a form steps in: `t` itself, or `asinh(s / sigma)`; and the clock of its Brownian
-    motion.
-    """
-
-    def __init__(self, process: Process, form: str, times: Tensor):
-        self.process, self.form, self.times = process, form, times
-        s, sigma = (torch.broadcast_to(c, times.shape) for c in process.kernel(times))
-        self.levels = times if form == "euler" else torch.asinh(s / sigma)
-        if form != "euler" and len(times) > 1 and not bool((self.levels.diff() > 0).all()):
-            raise GridError(
-                f"sigma / s of {process!r} is not monotone between the times of the grid"
-            )
-
-    def time(self, a: Tensor) -> Tensor:
-        """The time at which the clock shows `a`; the levels are met exactly."""
-        if self.form == "euler":
-            return a
-        t = self.process.t_of_lam(a - math.log(2.0) + torch.log(-torch.expm1(-2.0 * a)))
-        t = t.clamp(min=float(self.times.min()), max=float(self.times.max()))
-        for level, time in zip(self.levels, self.times, strict=True):
-            t = torch.where(a == level, time, t)
-        return t
-
-    def read(self, a: Tensor) -> _Numbers:
-        def numbers(a: Tensor) -> Tensor:
-            t = self.time(a)
-            s, sigma = (torch.broadcast_to(c, t.shape) for c in self.process.kernel(t))
-            euler = self.form == "euler"
-            f, g2 = (
-                (self.process.f(t), self.process.g2(t))
-                if euler
-                else (torch.zeros_like(t), torch.zeros_like(t))
-            )
-            return torch.stack([t, s, sigma, torch.hypot(s, sigma), f, g2]).detach()
-
-        return _Numbers(*batch_invariant(numbers, a))
-
-    def brownian(self, at: _Numbers) -> Tensor:
-        """What the clock of the form's Brownian motion shows: `-t`, or `1 / nsr^2`; it increases
-        towards data.
-        """
-        return -at.t if self.form == "euler" else (at.s / at.sigma) ** 2
-
-
 class _Paths:
-    """The Brownian motion of every sample, as far as steps have asked for it: increments ahead, in
-    order.
+    """The Brownian motion of every sample, as far as steps have needed it: the increments ahead,
+    in order.
 
-    A step asks for the increment to where it ends. What is known beyond is kept; what lies between
-    two known points is split by a bridge. A request takes at most one draw of the sample's own
-    stream, whatever its batch does.
+    A step needs the increment to where it ends. What is known beyond is kept. What lies between two
+    known points is split by a bridge. A request takes at most one draw of the sample's own stream,
+    whatever its batch does.
     """
 
     def __init__(self, noise: Noise, like: Tensor):
@@ -217,9 +142,7 @@ class _Paths:
     def increments(
         self, rows: Tensor, at: Tensor, to: Tensor, nsr: Tensor, nsr_to: Tensor, needed: set[int]
     ) -> Tensor:
-        """The increments `[b, *shape]` of some samples between two readings of the Brownian
-        clock.
-        """
+        """The increments `[b, *shape]` of some samples between two values of the Brownian clock."""
         found = []
         for row, a, b, n, m in zip(*(v.tolist() for v in (rows, at, to, nsr, nsr_to)), strict=True):
             if self.trees is not None:
@@ -267,83 +190,65 @@ class _Solve(PerSampleSolve):
     results = ("x", "low", "h")
     solver: AdaptiveSDE
 
-    def __init__(
-        self,
-        solver: AdaptiveSDE,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise,
-        finish: bool,
-        record: bool,
-        on_call: OnCall | None,
-    ):
-        self.clock, self.finish, self.dtype = (
-            _Clock(reverse.process, solver.form, times),
-            finish,
-            x.dtype,
+    def __init__(self, solver: AdaptiveSDE, task: Task, noise: Noise):
+        process, self.is_euler = task.reverse.process, solver.form == "euler"
+        clock = ClockRange(
+            Clock("t" if self.is_euler else "asinh"), process, task.times, every=True
         )
-        start, end = float(self.clock.levels[0]), float(self.clock.levels[-1])
-        euler = solver.form == "euler"
-        first = solver.first_step or (
-            0.01 * (reverse.process.t_max - reverse.process.t_min) if euler else 0.1
-        )
-        super().__init__(solver, reverse, len(x), start, end, first, on_call)
-        self.x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.low = self.x / float(self.clock.read(self.a[:1]).scale)
+        first = 0.01 * (process.t_max - process.t_min) if self.is_euler else 0.1
+        super().__init__(solver, task, clock, first)
+        self.x = self.start
+        self.low = self.x / float(self.read(self.a[:1]).scale)
         self.paths = _Paths(noise, self.x)
-        self.trajectory = [self.x] if record else None
 
-    @property
-    def clock_name(self) -> str:  # type: ignore[override]
-        """What steps are measured in."""
-        return "t" if self.solver.form == "euler" else "asinh(s / sigma)"
+    def read(self, a: Tensor) -> _Numbers:
+        """The process where the clock is at `a`."""
+
+        def numbers(a: Tensor, t: Tensor, s: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+            process, none = self.clock.process, torch.zeros_like(t)
+            f, g2 = (process.f(t), process.g2(t)) if self.is_euler else (none, none)
+            return t, s, sigma, torch.hypot(s, sigma), f, g2
+
+        return _Numbers(*(number.detach() for number in self.clock.read(a, numbers)))
+
+    def brownian(self, at: _Numbers) -> Tensor:
+        """The clock of the Brownian motion: `-t`, or `1 / nsr^2`. It increases towards data."""
+        return -at.t if self.is_euler else (at.s / at.sigma) ** 2
 
     def run(self) -> Solution:
-        if (bad := first_bad(self.x)) is not None:
-            raise NonFiniteError(f"the state of sample {bad} to start from holds NaN or infinity")
         levels = self.clock.levels.tolist()
-        for end in levels[1:]:
+        for i, end in enumerate(levels[1:], 1):
             self.end = end
             while len(self.rows):
                 self.attempt(last=end == levels[-1])
-            self.gather_all()
+            # All samples have reached the level: they go on from there together.
+            gathered = {name: self.gather(name) for name in self.results}
+            self.set_out(end, gathered["h"])
+            self.x, self.low = gathered["x"], gathered["low"]
             if self.trajectory is not None:
-                self.trajectory.append(self.x)
+                self.trajectory[i] = self.x
         result = self.x
         if self.finish:
-            result = self.ask(self.x, self.clock.read(self.a).t)
+            result = self.predict(self.x, self.read(self.a).t)
             if (bad := first_bad(result)) is not None:
                 self.fail_nonfinite(bad, self.a, 0.0)
-            if self.trajectory is not None:
-                self.trajectory.append(result)
-        trajectory = (
-            torch.stack(self.trajectory).to(self.dtype) if self.trajectory is not None else None
-        )
-        statistics = self.statistics()
-        return Solution(
-            result.to(self.dtype),
-            self.calls,
-            self.calls,
-            statistics=statistics,
-            trajectory=trajectory,
-        )
+        return self.solution(self.x, result)
 
     def attempt(self, last: bool) -> None:
-        """One step of every active sample, which each of them accepts or refuses."""
+        """One step of every active sample, which each of them accepts or rejects."""
         self.check_budget(2)
         a_next = self.propose()
-        here, there = self.clock.read(self.a), self.clock.read(a_next)
-        x0 = self.ask(self.x, here.t)
-        start, end = self.clock.brownian(here), self.clock.brownian(there)
+        here, there = self.read(self.a), self.read(a_next)
+        x0 = self.predict(self.x, here.t)
+        start, end = self.brownian(here), self.brownian(there)
         needed = set(self.rows.tolist()) if last else set(range(self.n))
         nsr, nsr_next = here.sigma / here.s, there.sigma / there.s
         dw = self.paths.increments(self.rows, start, end, nsr, nsr_next, needed)
-        step = self.euler if self.solver.form == "euler" else self.ancestral
+        step = self.euler if self.is_euler else self.ancestral
         low, high, shown = step(here, there, x0, dw)
         scale = column(there.scale, low)
         u = low / scale
-        mask = self.judge(self.error(u, high / scale), a_next, shown)
+        mask = self.judge(self.error_ratios(high / scale - u, u, self.low), a_next, shown)
         self.paths.pass_over(self.rows[mask], end[mask])
         self.advance(mask, a_next, {"x": high, "low": u})
 
@@ -362,7 +267,7 @@ class _Solve(PerSampleSolve):
 
         first = increment(self.x, x0, here)
         low = self.x + first
-        shown = self.ask(low, there.t)
+        shown = self.predict(low, there.t)
         return low, self.x + 0.5 * (first + increment(low, shown, there)), shown
 
     def ancestral(
@@ -374,29 +279,8 @@ class _Solve(PerSampleSolve):
         numbers = torch.stack([ratio * there.sigma / here.sigma, gain, there.sigma**2 / there.s])
         of_x, of_x0, of_noise = column(numbers, self.x)
         low = of_x * self.x + of_x0 * x0 + of_noise * dw
-        shown = self.ask(low, there.t)
+        shown = self.predict(low, there.t)
         return low, low + 0.5 * of_x0 * (shown - x0), shown
 
-    @torch.no_grad()
-    def error(self, low: Tensor, high: Tensor) -> Tensor:
-        """The estimated error of a step over its tolerance, `[b]`, float64 on the CPU."""
-        largest = torch.maximum(low.abs(), self.low.abs())
-        return row_rms((high - low) / largest.mul_(self.solver.rtol).clamp_(min=self.solver.atol))
-
-    def gather_all(self) -> None:
-        """All samples have arrived at a level: they set out from there together."""
-        gathered = {name: self.gather(name) for name in self.results}
-        self.arrived, self.rows, self.a = (
-            [],
-            torch.arange(self.n),
-            torch.full((self.n,), self.end, dtype=torch.float64),
-        )
-        self.x, self.low, self.h = gathered["x"], gathered["low"], gathered["h"]
-        self.before, self.refused, self.broken = [1e-4] * self.n, [False] * self.n, [0] * self.n
-        self.active = self.reverse.rows(self.rows, self.n)
-
-    def time(self, a: Tensor) -> Tensor:
-        return self.clock.read(a).t
-
-    def reached(self) -> Tensor:
+    def current_states(self) -> Tensor:
         return self.gather("x").to(self.dtype)

@@ -1,37 +1,55 @@
-"""Step-size control for every sample of a batch: what solvers that choose their own steps have in
-common.
+"""Step-size control for every sample of a batch: what adaptive solvers share.
 
-A solve runs over a clock, from one reading to another, towards data or towards noise. Every sample
-has its own reading and its own step; those that have arrived leave the batch, so that a network
-call holds only samples under way, and a row's steps do not depend on its batch. A subclass of
-`PerSampleSolve` has the state and the step; here are the bookkeeping, the budget and the errors.
+A solve runs over a clock, from one value to another, towards data or towards noise. Every sample
+has its own value and its own step. Samples that have finished leave the batch, so that a network
+call holds only samples under way, and the steps of a row do not depend on its batch. A subclass of
+`PerSampleSolve` has the state and the step. The bookkeeping, the budget and the errors are here.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from sdeflow.errors import BudgetError, NonFiniteError, SolverError
+from sdeflow._utils.checks import whole_number
+from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
+from sdeflow.noise import Noise
 from sdeflow.plan.execute import OnCall
 from sdeflow.plan.instructions import Call
+from sdeflow.process.clock import ClockRange
 from sdeflow.reverse import Reverse
-from sdeflow.solvers.base import Solution, Solver
+from sdeflow.solvers.base import Solution, Solver, check_levels, check_times
 
 
 @dataclass(frozen=True)
-class PerSample(Solver):
-    """A solver whose samples each choose their own steps; its subclasses have the method.
+class StepSize:
+    """A controller of step sizes: tolerances, bounds, and the rule for the next step. A value.
 
-    - `rtol`, `atol`: tolerances of a step.
-    - `max_nfe`: network calls that a sample may take. `min_step`, `first_step`: in the clock of the
-      method.
+    After an accepted step `h_next = h clip(safety ratio^(0.75 beta - exponent) ratio_before^beta,
+    shrink, grow)`, after a refused one `h_next = h clip(safety ratio^-exponent, shrink, 0.9)`.
+    `ratio` is the error of the step over its tolerance; a step is accepted where it is at most 1.
+
+    - `rtol`, `atol`: tolerances of a step, relative to the state and absolute.
+    - `max_nfe`: network calls that a sample may take.
+    - `min_step`, `first_step`, `max_step`: lengths of steps in the clock of the method, positive.
+      A `first_step` of None leaves it to the method.
+    - `safety`: in (0, 1]. `shrink` and `grow`: the smallest and the largest factor, below 1 and
+      from 1 up. An error of zero grows the step by `grow`; one that is not finite shrinks it by
+      `shrink`, or to a tenth.
+    - `exponent`: in (0, 1]; None is `1 / order` of the method. `beta`: from 0 to below the
+      exponent, the weight of the error of the last accepted step.
+    - `hold`: whether the step after a refused one may not grow.
+
+    Errors: `ValueError` for values outside of these ranges.
+
+    Source: Gustafsson (1991) for `beta`; Hairer, Norsett & Wanner, "Solving ordinary differential
+    equations I" (1993), section II.4.
     """
 
     rtol: float = 1e-3
@@ -39,8 +57,15 @@ class PerSample(Solver):
     max_nfe: int = 10_000
     min_step: float = 1e-7
     first_step: float | None = None
+    max_step: float = field(default=math.inf, kw_only=True)
+    safety: float = field(default=0.9, kw_only=True)
+    shrink: float = field(default=0.1, kw_only=True)
+    grow: float = field(default=10.0, kw_only=True)
+    exponent: float | None = field(default=None, kw_only=True)
+    beta: float = field(default=0.0, kw_only=True)
+    hold: bool = field(default=False, kw_only=True)
 
-    adaptive: ClassVar[bool] = True
+    order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not (0 <= self.rtol < math.inf and 0 < self.atol < math.inf):
@@ -48,15 +73,54 @@ class PerSample(Solver):
                 f"tolerances are positive numbers, such as 1e-3; got rtol={self.rtol},"
                 f" atol={self.atol}"
             )
-        if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
+        whole_number("max_nfe", self.max_nfe, of="network calls a sample")
+        first = 1.0 if self.first_step is None else self.first_step
+        if not (self.min_step > 0 and first > 0 and self.max_step > 0):
             raise ValueError(
-                "max_nfe is a whole number of network calls a sample, at least 1; got"
-                f" {self.max_nfe!r}"
+                f"steps are positive; got min_step={self.min_step}, first_step={self.first_step},"
+                f" max_step={self.max_step}"
             )
-        if not (self.min_step > 0 and (self.first_step is None or self.first_step > 0)):
+        if not (
+            0 < self.safety <= 1
+            and 0 < self.shrink < 1 <= self.grow
+            and 0 <= self.beta < self.rate <= 1
+        ):
             raise ValueError(
-                f"steps are positive; got min_step={self.min_step}, first_step={self.first_step}"
+                "the controller needs 0 < safety <= 1, 0 < shrink < 1 <= grow, 0 < exponent <= 1"
+                f" and 0 <= beta < exponent; got safety={self.safety}, shrink={self.shrink},"
+                f" grow={self.grow}, exponent={self.rate}, beta={self.beta}"
             )
+
+    @property
+    def rate(self) -> float:
+        """`exponent`, or `1 / order` where it is None."""
+        return 1.0 / self.order if self.exponent is None else self.exponent
+
+    def factor(self, ratio: float, before: float = 1.0, after_rejection: bool = False) -> float:
+        """The length of the next step over that of a step whose error was `ratio` times the
+        tolerance.
+
+        `before` is the ratio of the last accepted step, at least 1e-4.
+        """
+        if not math.isfinite(ratio):
+            return min(0.1, self.shrink)
+        if (
+            ratio > 1.0
+        ):  # a step that keeps its noise must become shorter, or it is refused for ever
+            return min(max(self.safety * ratio**-self.rate, self.shrink), 0.9)
+        power = 0.75 * self.beta - self.rate
+        wish = self.safety * max(ratio, 1e-10) ** power * before**self.beta
+        return min(max(wish, self.shrink), 1.0 if self.hold and after_rejection else self.grow)
+
+
+@dataclass(frozen=True)
+class PerSample(StepSize, Solver):
+    """A solver whose samples each choose their own steps; its subclasses have the method.
+
+    It has the fields of `StepSize`.
+    """
+
+    adaptive: ClassVar[bool] = True
 
     def levels(self, nfe: int, *, finish: bool = True) -> int:
         raise BudgetError(
@@ -65,62 +129,106 @@ class PerSample(Solver):
             " for an exact budget"
         )
 
+    def integrate(
+        self,
+        reverse: Reverse,
+        x: Tensor,
+        times: Tensor,
+        noise: Noise | None,
+        *,
+        finish: bool = True,
+        record: bool = False,
+        on_call: OnCall | None = None,
+    ) -> Solution:
+        times = check_times(times)
+        self.check_direction(times, finish)
+        check_levels(reverse.prepare(times), reverse.process)
+        return self.begin(Task(reverse, x, times, noise, finish, record, on_call)).run()
+
+    def check_direction(self, times: Tensor, finish: bool) -> None:
+        """Raise `GridError` where the solver cannot solve along `times`."""
+        if finish and len(times) > 1 and times[-1] > times[0]:
+            raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
+
     @abstractmethod
-    def factor(self, ratio: float, before: float, after_rejection: bool) -> float:
-        """By how much the next step is longer than one whose error was `ratio` times the tolerance.
-
-        `before` is the ratio of the last accepted step, at least 1e-4.
-        """
+    def begin(self, task: Task) -> PerSampleSolve:
+        """A solve, ready to run."""
 
 
-class PerSampleSolve:
-    """One solve under way: the samples that have not arrived, compacted, and those that have.
+class Task(NamedTuple):
+    """What a solve was asked for: the arguments of `Solver.integrate`."""
 
-    `carried` names the attributes with a row for each active sample (tensors, or lists), `results`
-    those of them that are kept of the samples that have arrived.
+    reverse: Reverse
+    x: Tensor
+    times: Tensor
+    noise: Noise | None
+    finish: bool
+    record: bool
+    on_call: OnCall | None
+
+
+class PerSampleSolve(ABC):
+    """One solve under way: the samples that have not finished, compacted, and those that have.
+
+    `carried` names the attributes with a row for each active sample (tensors, or lists). `results`
+    are those of them that are kept of the samples that have finished.
     """
 
     carried: ClassVar[tuple[str, ...]]
     results: ClassVar[tuple[str, ...]]
-    clock_name: ClassVar[str]
 
     def __init__(
         self,
         solver: PerSample,
-        reverse: Reverse,
-        n: int,
-        a: float,
-        end: float,
-        first: float,
-        on_call: OnCall | None,
+        task: Task,
+        clock: ClockRange,
+        first_step: float,
+        span: tuple[float, float] | None = None,
     ):
-        self.solver, self.reverse, self.on_call, self.n, self.end = solver, reverse, on_call, n, end
-        self.sign = 1.0 if end >= a else -1.0
-        self.rows = torch.arange(n)
-        self.a = torch.full((n,), a, dtype=torch.float64)
-        self.h = torch.full((n,), first, dtype=torch.float64)
+        """`span` is the first and the last value of the clock, where they are not its own."""
+        self.solver, self.clock, self.times = solver, clock, task.times
+        self.reverse, self.finish, self.on_call = task.reverse, task.finish, task.on_call
+        self.n, self.dtype = len(task.x), task.x.dtype
+        if (bad := first_bad(task.x)) is not None:
+            raise NonFiniteError(f"the state of sample {bad} to start from holds NaN or infinity")
+        self.start = task.x.to(torch.promote_types(self.dtype, torch.float32))
+        self.trajectory = (
+            [self.start] + [torch.zeros_like(self.start) for _ in self.times[1:]]
+            if task.record
+            else None
+        )
+        begin, self.end = span or (float(clock.levels[0]), float(clock.levels[-1]))
+        self.sign = 1.0 if self.end >= begin else -1.0
+        first = min(first_step if solver.first_step is None else solver.first_step, solver.max_step)
+        self.calls = 0
+        self.nfe, self.accepted, self.rejected = (
+            torch.zeros(self.n, dtype=torch.int64) for _ in range(3)
+        )
+        self.seen: tuple[Tensor, Tensor] | None = None
+        self.set_out(begin, torch.full((self.n,), first, dtype=torch.float64))
+
+    def set_out(self, begin: float, steps: Tensor) -> None:
+        """All samples are active, where the clock has the value `begin`, each with its step."""
+        n = self.n
+        self.rows, self.h = torch.arange(n), steps
+        self.a = torch.full((n,), begin, dtype=torch.float64)
         # For each active sample: the error of its last accepted step, whether its last was refused,
         # how many were not finite.
         self.before, self.refused, self.broken = [1e-4] * n, [False] * n, [0] * n
-        self.calls = 0
-        self.nfe, self.accepted, self.rejected = (
-            torch.zeros(n, dtype=torch.int64) for _ in range(3)
-        )
-        self.arrived: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self.seen: tuple[Tensor, Tensor] | None = None
-        self.active = reverse.rows(self.rows, n)
+        self.finished: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.active = self.reverse.rows(self.rows, n)
 
-    def time(self, a: Tensor) -> Tensor:
-        """The time at which the clock shows `a`."""
-        raise NotImplementedError
+    @abstractmethod
+    def run(self) -> Solution:
+        """Solve."""
 
-    def reached(self) -> Tensor:
+    @abstractmethod
+    def current_states(self) -> Tensor:
         """The states of all samples, in their order, each at its own time: for `error.partial`."""
-        raise NotImplementedError
 
     # --------------------------------------------------------------------------------------- a step
 
-    def ask(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The prediction for the active samples, at a time for each of them; counted."""
         self.check_budget(1)
         x0 = self.active.ask(x, t).to(x.dtype)
@@ -132,15 +240,23 @@ class PerSampleSolve:
         return x0
 
     def check_budget(self, calls: int) -> None:
-        """Whether so many more calls can be made; an attempt that cannot be completed is not
+        """Fail unless `calls` more calls can be made. An attempt that cannot be completed is not
         begun.
         """
-        if self.calls + calls > self.solver.max_nfe:
-            self.fail_budget()
+        if self.calls + calls <= self.solver.max_nfe:
+            return
+        behind = int((self.sign * self.a).argmin())
+        self.fail(
+            SolverError,
+            f"{type(self.solver).__name__} spent {self.calls} of max_nfe={self.solver.max_nfe}"
+            f" network calls with {len(self.rows)} of {self.n} samples under way; sample"
+            f" {int(self.rows[behind])} is farthest behind, at {self.where(behind)}. Raise max_nfe,"
+            " loosen rtol and atol, or take a solver with a fixed grid",
+        )
 
     def propose(self) -> Tensor:
-        """Where the clock will stand after the step that each active sample tries next; the end is
-        met exactly.
+        """The value of the clock after the step that each active sample tries next. The end is met
+        exactly.
         """
         rest = (self.end - self.a).abs()
         left = (
@@ -156,13 +272,14 @@ class PerSampleSolve:
         were `ratios` times the tolerance.
 
         `a_next` and `shown`, what the network returned there, have a row for each active sample.
-        Sets the next steps, or fails where they are too short: as stiff or as broken, according to
-        whether `shown` is finite.
+        Sets the next steps. Fails where they are too short: as broken where `shown` is not finite,
+        else as stiff.
         """
         some = torch.arange(len(self.rows)) if some is None else some
         lengths, errors, h = (a_next - self.a).abs().tolist(), ratios.tolist(), self.h.tolist()
         for i, ratio in zip(some.tolist(), errors, strict=True):
-            h[i] = lengths[i] * self.solver.factor(ratio, self.before[i], self.refused[i])
+            factor = self.solver.factor(ratio, self.before[i], self.refused[i])
+            h[i] = min(lengths[i] * factor, self.solver.max_step)
             self.refused[i] = not ratio <= 1.0
             if ratio <= 1.0:
                 self.before[i] = max(ratio, 1e-4)
@@ -179,8 +296,16 @@ class PerSampleSolve:
         self.rejected[self.rows[some]] += ~mask
         return mask
 
+    @torch.no_grad()
+    def error_ratios(self, error: Tensor, u: Tensor, other: Tensor) -> Tensor:
+        """Root mean square of `error / max(atol, rtol max(|u|, |other|))` over each row, `[b]`,
+        float64 on the CPU.
+        """
+        largest = torch.maximum(u.abs(), other.abs())
+        return row_rms(error / largest.mul_(self.solver.rtol).clamp_(min=self.solver.atol))
+
     def advance(self, mask: Tensor, a_next: Tensor, new: Mapping[str, Tensor]) -> None:
-        """Take the accepted steps, `new` by name, and put the samples that have arrived aside."""
+        """Take the accepted steps, `new` by name, and put the samples that have finished aside."""
         all_of_them = bool(mask.all())
         for name, value in new.items():
             if not all_of_them:
@@ -188,15 +313,15 @@ class PerSampleSolve:
                 value = torch.where(where, value, getattr(self, name))
             setattr(self, name, value)
         self.a = a_next if all_of_them else torch.where(mask, a_next, self.a)
-        self.depart(self.a == self.end)
+        self.retire(self.a == self.end)
 
-    def depart(self, there: Tensor) -> None:
-        """Put the active samples that are `there` aside."""
-        if not bool(there.any()):
+    def retire(self, done: Tensor) -> None:
+        """Put the active samples that are `done` aside."""
+        if not bool(done.any()):
             return
-        rows, stay = there.nonzero().flatten(), (~there).nonzero().flatten()
-        self.arrived.append(
-            (self.rows[there], {name: take(getattr(self, name), rows) for name in self.results})
+        rows, stay = done.nonzero().flatten(), (~done).nonzero().flatten()
+        self.finished.append(
+            (self.rows[done], {name: take(getattr(self, name), rows) for name in self.results})
         )
         for name in ("rows", "a", "h", "before", "refused", "broken", *self.carried):
             setattr(self, name, take(getattr(self, name), stay))
@@ -218,12 +343,12 @@ class PerSampleSolve:
 
     def gather(self, name: str) -> Tensor:
         """One of `results` of all samples, in their order, wherever they are."""
-        rows = torch.cat([part for part, _ in self.arrived] + [self.rows])
-        values: Tensor = torch.cat([part[name] for _, part in self.arrived] + [getattr(self, name)])
+        rows = torch.cat([part for part, _ in self.finished] + [self.rows])
+        values = torch.cat([part[name] for _, part in self.finished] + [getattr(self, name)])
         return values.index_select(0, rows.argsort().to(values.device))
 
     def readings(self) -> Tensor:
-        """Where the clock of every sample stands."""
+        """The value of the clock of every sample."""
         a = torch.full((self.n,), self.end, dtype=torch.float64)
         a[self.rows] = self.a
         return a
@@ -231,52 +356,58 @@ class PerSampleSolve:
     def statistics(self) -> dict[str, Any]:
         return {"nfe": self.nfe, "accepted": self.accepted, "rejected": self.rejected}
 
-    def partial(self) -> Solution:
-        """What was reached: every sample's state at its own time, `statistics["t"]`."""
-        a = self.readings()
-        statistics = {**self.statistics(), "t": self.time(a), "arrived": a == self.end}
-        return Solution(self.reached(), self.calls, self.calls, statistics=statistics)
-
-    def fail_budget(self) -> None:
-        behind = int((self.sign * self.a).argmin())
-        error = SolverError(
-            f"{type(self.solver).__name__} spent {self.calls} of max_nfe={self.solver.max_nfe}"
-            f" network calls with {len(self.rows)} of {self.n} samples under way; sample"
-            f" {int(self.rows[behind])} is farthest behind, at {self.where(behind)}. Raise max_nfe,"
-            " loosen rtol and atol, or take a solver with a fixed grid. error.partial holds what"
-            " was reached"
+    def solution(self, state: Tensor, x0: Tensor, interpolant: Any = None) -> Solution:
+        """The solution, by the states at the last level and, if asked for, the step to zero
+        noise `x0`.
+        """
+        trajectory = None
+        if self.trajectory is not None:
+            if len(self.times) > 1:
+                self.trajectory[-1] = state
+            parts = [*self.trajectory, x0] if self.finish else self.trajectory
+            trajectory = torch.stack(parts).to(self.dtype)
+        return Solution(
+            (x0 if self.finish else state).to(self.dtype),
+            self.calls,
+            self.calls,
+            statistics=self.statistics(),
+            trajectory=trajectory,
+            interpolant=interpolant,
         )
-        error.partial = self.partial()
+
+    def fail(self, kind: type[SolverError | NonFiniteError], reason: str) -> NoReturn:
+        """Raise an error that holds every sample's state at its own time, `statistics["t"]`."""
+        a = self.readings()
+        statistics = {**self.statistics(), "t": self.clock.time(a), "arrived": a == self.end}
+        error = kind(f"{reason}. error.partial holds what was reached")
+        error.partial = Solution(
+            self.current_states(), self.calls, self.calls, statistics=statistics
+        )
         raise error
 
     def fail_stiff(self, i: int, h: float) -> None:
-        error = SolverError(
+        self.fail(
+            SolverError,
             f"{type(self.solver).__name__} cannot meet rtol={self.solver.rtol:g},"
             f" atol={self.solver.atol:g} for sample {int(self.rows[i])}: at {self.where(i)} its"
             f" step fell to {h:.3g}, below min_step={self.solver.min_step:g}. The state is finite:"
             " the network jumps there, or its rounding is coarser than the tolerance. Loosen the"
-            " tolerances, compute in a wider dtype, or lower min_step. error.partial holds what"
-            " was reached"
+            " tolerances, compute in a wider dtype, or lower min_step",
         )
-        error.partial = self.partial()
-        raise error
 
     def fail_nonfinite(self, i: int, a: Tensor, width: float) -> None:
-        between = (
-            f" (a step of {abs(width):.3g} to t={float(self.time(a[i])):.6g})" if width else ""
-        )
-        error = NonFiniteError(
+        time = f"{float(self.clock.time(a[i])):.6g}"
+        between = f" (a step of {abs(width):.3g} to t={time})" if width else ""
+        self.fail(
+            NonFiniteError,
             f"the network returned NaN or infinity for sample {int(self.rows[i])} at"
-            f" {self.where(i)}{between}, though the state there is finite. error.partial holds what"
-            " was reached"
+            f" {self.where(i)}{between}, though the state there is finite",
         )
-        error.partial = self.partial()
-        raise error
 
     def where(self, i: int) -> str:
-        return (
-            f"t={float(self.time(self.a[i])):.6g} (h={float(self.h[i]):.3g} in {self.clock_name})"
-        )
+        name = self.clock.clock.name
+        name = "asinh(s / sigma)" if name == "asinh" else name
+        return f"t={float(self.clock.time(self.a[i])):.6g} (h={float(self.h[i]):.3g} in {name})"
 
 
 def take(values: Any, some: Tensor) -> Any:

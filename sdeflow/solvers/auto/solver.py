@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdeflow._utils.math import value_of
+from sdeflow._utils.renamed import renamed
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import unknown
 from sdeflow.grid import GridFunction
@@ -21,9 +22,10 @@ from sdeflow.solvers.auto.recipes import DATA_STD, TABLES, Recipe, Table, recipe
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.adams import ExponentialAdams
 from sdeflow.solvers.ode.to_zero import ToZero
-from sdeflow.solvers.ode.weights import Frame, NodeClock
+from sdeflow.solvers.ode.weights import NodeClock, Predicts
 
 
+@renamed({"exact": "table"})
 @dataclass(frozen=True)
 class Auto(GridSolver):
     r"""The exponential Adams method that was most accurate at the budget, with the grid that goes
@@ -63,6 +65,8 @@ class Auto(GridSolver):
                 "data_std is the data's standard deviation, positive and finite; got"
                 f" {self.data_std!r}"
             )
+        if isinstance(self.table, bool):  # what `exact` was
+            object.__setattr__(self, "table", "density" if self.table else "network")
         if self.table is not None and self.table not in TABLES:
             raise unknown("table", self.table, TABLES)
 
@@ -86,11 +90,6 @@ class Auto(GridSolver):
     def member(self, levels: int) -> ExponentialAdams:
         """The method for a grid of so many levels."""
         return member(self.recipe(levels))
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        asked = self.recipe(len(times)).nsr_asked
-        above = bool((process.nsr(times[[0, -1]]) > asked).any())
-        return process.t_of_nsr(torch.tensor([asked], dtype=torch.float64)) if above else None
 
     def start(self, steps: int) -> Any:
         member = self.member(steps + 1)
@@ -137,10 +136,10 @@ def member(r: Recipe) -> ExponentialAdams:
     """The method of a recipe."""
     return ExponentialAdams(
         r.p,
-        cast(Frame, r.frame),
+        cast(Predicts, r.frame),
         cast(NodeClock, r.clock),
         r.corrector,
-        frame_scale=r.frame_scale,
+        predicts_scale=r.frame_scale,
         clock_scale=r.clock_scale,
         to_zero=cast(ToZero, r.to_zero),
     )

@@ -5,12 +5,11 @@ share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sdeflow.errors import BudgetError, GridError, unknown
+from sdeflow.errors import GridError, unknown
 from sdeflow.plan.instructions import Call
 from sdeflow.process import Level, Process
 from sdeflow.reverse import eps_of
@@ -84,21 +83,6 @@ def watch(on_call: OnCall | None, index: int, t: Level, x: Tensor, x0: Tensor) -
     """Tell a callback of a network call, if there is one."""
     if on_call is not None:
         on_call(index, Call(1, 0, t.t, t.s, t.sigma), x, x0)
-
-
-def search_levels(name: str, calls: Callable[[int], int], nfe: int, least: int) -> int:
-    """Grid levels that spend exactly `nfe` calls."""
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-        raise BudgetError(f"nfe is a whole number of network calls, at least 1; got {nfe!r}")
-    levels, below = least, 0
-    while (cost := calls(levels)) < nfe:
-        levels, below = levels + 1, cost
-    if cost != nfe:
-        near = f"{below} and {cost}" if below else f"{cost}"
-        raise BudgetError(
-            f"{name} cannot spend nfe={nfe}; the nearest it can {'are' if below else 'is'} {near}"
-        )
-    return levels
 
 
 # -------------------------------------------------------------------------------------- torchdiffeq

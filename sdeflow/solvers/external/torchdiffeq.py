@@ -30,14 +30,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import whole_number
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError, unknown
 from sdeflow.noise import Noise
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse
-from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times
+from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times, search_levels
 
 # --------------------------------------------------------------------------------------- the clocks
-from sdeflow.solvers.external.clock import Clock, check_clock, search_levels, watch
+from sdeflow.solvers.external.clock import Clock, check_clock, watch
 
 
 class _Method(NamedTuple):
@@ -115,10 +116,7 @@ class TorchDiffEq(Solver):
                 f"tolerances are positive numbers, such as 1e-5; got rtol={self.rtol},"
                 f" atol={self.atol}"
             )
-        if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
-            raise ValueError(
-                f"max_nfe is a whole number of network calls, at least 1; got {self.max_nfe!r}"
-            )
+        whole_number("max_nfe", self.max_nfe, of="network calls")
         object.__setattr__(self, "order", _ODE_METHODS[self.method].order)
         object.__setattr__(
             self, "adaptive", _ODE_METHODS[self.method].calls is None and self.method not in _ADAMS

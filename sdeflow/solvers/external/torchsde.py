@@ -14,10 +14,10 @@ from sdeflow.errors import GridError, SolverError, unknown
 from sdeflow.noise import Noise
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times
+from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times, search_levels
 
 # --------------------------------------------------------------------------------------- the clocks
-from sdeflow.solvers.external.clock import Clock, check_clock, search_levels, watch
+from sdeflow.solvers.external.clock import Clock, check_clock, watch
 
 
 class _SDEMethod(NamedTuple):

@@ -11,10 +11,10 @@ several eps there:
 | 3 | $(23\varepsilon_0 - 16\varepsilon_1 + 5\varepsilon_2)/12$ |
 | 4 | $(55\varepsilon_0 - 59\varepsilon_1 + 37\varepsilon_2 - 9\varepsilon_3)/24$ |
 
-These are the exact weights where the levels are equally spaced in nsr (then PNDM is
-Adams-Bashforth), and nowhere else. On other grids whose steps change smoothly the methods are of
-order 2 whatever `p`, and where steps jump of order 1; with few steps the constant weights
-extrapolate less than the exact ones, which often helps. The exact ones are those of `LMS`.
+Only where the levels are equally spaced in nsr are these the exact weights (then PNDM is
+Adams-Bashforth). On other grids whose steps change smoothly the methods are of order 2, whatever
+`p`; where steps jump they are of order 1. With few steps the constant weights extrapolate less than
+the exact ones, which often helps. `LMS` has the exact weights.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
 from sdeflow._utils.math import Scalar
+from sdeflow._utils.renamed import renamed
 from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.ode.deis import EpsMultistep
-from sdeflow.solvers.ode.weights import adams, frame_value, has_signal
+from sdeflow.solvers.ode.weights import has_signal, predicted
 
 ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
     (1.0,),
@@ -42,11 +41,11 @@ ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
 """The weights of the last 1, 2, 3 and 4 slopes where steps are equal, newest first."""
 
 
-def carried(x: Any, value: Any, t: Level, t_next: Level, frame: str = "eps") -> Any:
-    """DDIM's step along a given `eps`; with `frame="x0"` along a given `x0`, which is the same and
-    needs no signal at `t`.
+def carried(x: Any, value: Any, t: Level, t_next: Level, predicts: str = "eps") -> Any:
+    """DDIM's step along a given `eps`; with `predicts="x0"` along a given `x0`, which is the same
+    and needs no signal at `t`.
     """
-    if frame == "x0":
+    if predicts == "x0":
         ratio = t_next.sigma / t.sigma
         return ratio * x + (t_next.s - t.s * ratio) * value
     ratio = t_next.s / t.s
@@ -70,40 +69,46 @@ class IPNDM(EpsMultistep):
 
     source: ClassVar[str] = "Zhang & Chen 2022"
 
-    def weights(self, nodes: Sequence[Level], t_next: Level, process: Process) -> Sequence[Scalar]:
-        whole = adams("eps", "nsr", nodes[:1], nodes[0], t_next, process)[1][0]
+    def weights(
+        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
+    ) -> Sequence[Scalar]:
+        (whole,) = super().weights(nodes[:1], t, t_next, process)
         return [whole * c for c in ADAMS_BASHFORTH[len(nodes) - 1]]
 
+    def readable(self, t: Level) -> bool:
+        return True  # the weights are constant
 
+
+@renamed({"exact": "exact_weights"})
 @dataclass(frozen=True)
 class IPNDMv(EpsMultistep):
     r"""iPNDM_v: iPNDM with weights for variable steps,
     `x_next = (s_next / s) x + s_next (nsr_next - nsr) sum_j c_j eps_j`.
 
     - `p`: predictions, 1 to 4.
-    - `exact`: the weights of the actual steps, as intended; it is `LMS(p)` then. By default the
-      weights are those of the published code, which differ: from `p=3` on a factor stands inside a
-      bracket instead of outside it, and with `p=4` a sign is turned and one ratio of steps stands
-      for another, so that the weights do not sum to 1 unless that ratio is the same twice.
+    - `exact_weights`: the weights of the actual steps, as intended; the method is then `LMS(p)`. By
+      default the weights are those of the published code. From `p=3` on that code has a factor
+      inside a bracket instead of outside it. With `p=4` it also has a wrong sign and one ratio of
+      steps in place of another, so that the weights sum to 1 only where the two ratios are equal.
 
     Cost: 1 call a step. Order: 2 (1 with `p=1`, which is DDIM): the start bounds it. Source: Zhou
     et al., diff-sampler (2023).
     """
 
     p: int = 4
-    exact: bool = False
+    exact_weights: bool = False
 
+    clock = "nsr"
     source: ClassVar[str] = "Zhou et al. 2023, diff-sampler"
 
-    def weights(self, nodes: Sequence[Level], t_next: Level, process: Process) -> Sequence[Scalar]:
-        if self.exact:
-            return adams("eps", "nsr", nodes, nodes[0], t_next, process)[1]
-        whole = adams("eps", "nsr", nodes[:1], nodes[0], t_next, process)[1][0]
+    def weights(
+        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
+    ) -> Sequence[Scalar]:
+        if self.exact_weights:
+            return super().weights(nodes, t, t_next, process)
+        (whole,) = super().weights(nodes[:1], t, t_next, process)
         readings = [t_next.nsr, *(node.nsr for node in nodes)]
         return [whole * c for c in published_weights([a - b for a, b in pairwise(readings)])]
-
-    def usable(self, t: Level) -> bool:
-        return has_signal(t)
 
 
 def published_weights(steps: Sequence[Scalar]) -> list[Scalar]:
@@ -140,7 +145,7 @@ def published_weights(steps: Sequence[Scalar]) -> list[Scalar]:
 
 
 @dataclass(frozen=True)
-class PNDM(EpsMultistep):
+class PNDM(IPNDM):
     r"""PNDM: iPNDM's step, started by pseudo Runge-Kutta steps, in which every slope is an eps and
     every move DDIM's.
 
@@ -184,36 +189,25 @@ class PNDM(EpsMultistep):
         steps, each = self._first
         return levels - 1 + int(finish) + (each - 1) * min(steps, levels - 1)
 
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        first = times[: self._first[0] + 1]
-        return (
-            0.5 * (first[:-1] + first[1:])
-            if self.start_up == "runge_kutta" and len(first) > 1
-            else None
-        )
-
-    def weights(self, nodes: Sequence[Level], t_next: Level, process: Process) -> Sequence[Scalar]:
-        whole = adams("eps", "nsr", nodes[:1], nodes[0], t_next, process)[1][0]
-        return [whole * c for c in ADAMS_BASHFORTH[len(nodes) - 1]]
-
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
-        if len(state) >= self._first[0]:
+        left, history, _, seen = state
+        if len(history) >= self._first[0]:
             return super().step(reverse, x, t, t_next, noise, state)
-        frame = "eps" if has_signal(t, t_next) else "x0"
+        predicts = "eps" if has_signal(t, t_next) else "x0"
 
         def slope(y: Any, level: Level) -> Any:
-            return frame_value(frame, y, reverse(y, level), level)
+            return predicted(predicts, y, reverse(y, level), level)
 
         x0 = reverse(x, t)
-        eps, e1 = eps_of(x, x0, t), frame_value(frame, x, x0, t)
+        eps, e1 = eps_of(x, x0, t), predicted(predicts, x, x0, t)
         if self.start_up == "heun":
-            mean = 0.5 * (e1 + slope(carried(x, e1, t, t_next, frame), t_next))
+            mean = 0.5 * (e1 + slope(carried(x, e1, t, t_next, predicts), t_next))
         else:
             middle = reverse.level(0.5 * (t.t + t_next.t))
-            e2 = slope(carried(x, e1, t, middle, frame), middle)
-            e3 = slope(carried(x, e2, t, middle, frame), middle)
-            e4 = slope(carried(x, e3, t, t_next, frame), t_next)
+            e2 = slope(carried(x, e1, t, middle, predicts), middle)
+            e3 = slope(carried(x, e2, t, middle, predicts), middle)
+            e4 = slope(carried(x, e3, t, t_next, predicts), t_next)
             mean = (1 / 6) * (e1 + 2.0 * e2 + 2.0 * e3 + e4)
-        return carried(x, mean, t, t_next, frame), ((t, eps), *state)
+        return carried(x, mean, t, t_next, predicts), (left - 1, ((t, eps), *history), None, seen)

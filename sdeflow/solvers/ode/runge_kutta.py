@@ -10,7 +10,7 @@ its logarithm, `clock="lam"`:
 
 $$\frac{dz}{d\,\mathrm{nsr}} = \varepsilon, \qquad \frac{dz}{d\lambda} = -\mathrm{nsr}\,\varepsilon.$$
 
-The same method in two clocks is two methods, see the table of `docs/defaults.md`; `clock=None` is
+The same method in two clocks is two methods, see the table of `docs/benchmarks/defaults.md`; `clock=None` is
 the process's own choice (`Process.default_clock`): its time, save for `VE`, whose time is
 logarithmic in the noise.
 """
@@ -21,18 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from sdeflow._utils import math as _math
 from sdeflow.errors import SolverError, unknown
-from sdeflow.process import Level, Process
+from sdeflow.process import Level
+from sdeflow.process.clock import Clock
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode import tableaus
 from sdeflow.solvers.ode.tableaus import Tableau
 
-Clock = Literal["t", "nsr", "lam"]
+ODEClock = Literal["t", "nsr", "lam"]
 """The variable in which a Runge-Kutta method steps."""
 
 
@@ -44,7 +41,7 @@ class RungeKutta(GridSolver):
     choice.
     """
 
-    clock: Clock | None = None
+    clock: ODEClock | None = None
 
     tableau: ClassVar[Tableau]
 
@@ -56,44 +53,26 @@ class RungeKutta(GridSolver):
     def calls_of_step(self) -> int:
         return self.tableau.stages
 
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        inner = [c for c in self.tableau.c if 0.0 < c < 1.0]
-        if not inner or len(times) < 2:
-            return None
-        clock = self.clock or process.default_clock
-        q = {"t": lambda t: t, "nsr": process.nsr, "lam": process.lam}[clock](times)
-        stages = torch.stack([q[:-1] + c * q.diff() for c in dict.fromkeys(inner)])
-        return (
-            stages
-            if clock == "t"
-            else process.t_of_nsr(stages)
-            if clock == "nsr"
-            else process.t_of_lam(stages)
-        )
-
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
-        clock = self.clock or reverse.process.default_clock
-        if clock == "t":
-            return self._combine(reverse, x, t, t_next, "t"), state
+        clock = Clock(self.clock or reverse.process.default_clock)
+        if clock.name == "t":
+            return self._combine(reverse, x, t, t_next, clock), state
         if any(isinstance(level.s, float) and level.s == 0.0 for level in (t, t_next)):
             raise SolverError(
-                f'{type(self).__name__} in clock="{clock}" cannot start where no signal is left'
-                f' (t={t.t:g}); use clock="t"'
+                f'{type(self).__name__} in clock="{clock.name}" cannot start where no signal is'
+                f' left (t={t.t:g}); use clock="t"'
             )
         # The ODE of z = x / s; a slope is asked for at x = s z.
         return self._combine(reverse, x * (1.0 / t.s), t, t_next, clock) * t_next.s, state
 
-    def _combine(self, reverse: Reverse, z: Any, t: Level, t_next: Level, clock: str) -> Any:
-        h = _reading(t_next, clock) - _reading(t, clock)
+    def _combine(self, reverse: Reverse, z: Any, t: Level, t_next: Level, clock: Clock) -> Any:
+        h = clock.reading(t_next) - clock.reading(t)
         slopes: list[Any] = []
         for c, row in zip(self.tableau.c, self.tableau.a, strict=True):
-            level = (
-                t if c == 0.0 else t_next if c == 1.0 else _between(reverse, t, t_next, c, clock)
-            )
-            y = _add(z, h, row, slopes)
-            slopes.append(_slope(reverse, y, level, clock))
+            level = t if c == 0.0 else t_next if c == 1.0 else _between(reverse, t, h, c, clock)
+            slopes.append(_slope(reverse, _add(z, h, row, slopes), level, clock))
         return _add(z, h, self.tableau.b, slopes)
 
 
@@ -105,27 +84,17 @@ def _add(z: Any, h: Any, weights: Sequence[float], slopes: list[Any]) -> Any:
     return z
 
 
-def _slope(reverse: Reverse, z: Any, t: Level, clock: str) -> Any:
-    """`dx / dt`; or, at `x = s z`, `dz / d nsr = eps` or `dz / d lam = -nsr eps`."""
-    if clock == "t":
+def _slope(reverse: Reverse, z: Any, t: Level, clock: Clock) -> Any:
+    """`dz / dq` in the clock, at a level."""
+    if clock.name == "t":
         return reverse.velocity(z, t)
-    x = z * t.s
-    eps = reverse.eps(x, t)
-    return eps if clock == "nsr" else eps * -t.nsr
+    return clock.slope(z, None, reverse.eps(z * t.s, t), t)
 
 
-def _reading(t: Level, clock: str) -> Any:
-    """What the clock shows at a level."""
-    return t.t if clock == "t" else t.nsr if clock == "nsr" else t.lam
-
-
-def _between(reverse: Reverse, t: Level, t_next: Level, c: float, clock: str) -> Level:
-    """The level a fraction `c` of the way, by the clock."""
-    q = _reading(t, clock)
-    q = q + c * (_reading(t_next, clock) - q)
-    if clock == "t":
-        return reverse.level(q)
-    return reverse.level_of_lam(q if clock == "lam" else -_math.log(q))
+def _between(reverse: Reverse, t: Level, h: Any, c: float, clock: Clock) -> Level:
+    """The level a fraction `c` of the step `h` after `t`, by the clock."""
+    q = clock.reading(t) + c * h
+    return reverse.level(q) if clock.name == "t" else reverse.level_of_lam(clock.lam(q))
 
 
 @dataclass(frozen=True)
@@ -181,10 +150,10 @@ class Heun(RungeKutta):
     source: ClassVar[str] = "Karras et al. 2022, alg. 1"
     cost: ClassVar[str] = "2 a step"
 
-    def _combine(self, reverse: Reverse, z: Any, t: Level, t_next: Level, clock: str) -> Any:
+    def _combine(self, reverse: Reverse, z: Any, t: Level, t_next: Level, clock: Clock) -> Any:
         # The mean of where z is and where a second Euler step from y would lead: one state less to
         # combine.
-        h = _reading(t_next, clock) - _reading(t, clock)
+        h = clock.reading(t_next) - clock.reading(t)
         y = z + h * _slope(reverse, z, t, clock)
         return 0.5 * z + 0.5 * (y + h * _slope(reverse, y, t_next, clock))
 

@@ -28,7 +28,8 @@ from typing import Any, Literal
 
 import torch
 
-from sdeflow._utils.math import value_of
+from sdeflow._utils.math import Scalar, value_of
+from sdeflow.errors import unknown
 from sdeflow.process import Level
 from sdeflow.reverse import eps_of
 
@@ -36,40 +37,47 @@ ToZero = Literal["prediction", "linear", "smooth"]
 """How a multistep method takes the step to zero noise."""
 TO_ZERO: tuple[str, ...] = ("prediction", "linear", "smooth")
 
-Kept = tuple[tuple[Level, Any], ...]
+Seen = tuple[tuple[Level, Any], ...]
 """Levels and their eps, newest first."""
 
 _POWERS = {"linear": (0, 1), "smooth": (0, 1, 3)}
 _APART, _FAR = 1.25, 4.0
 
 
-def kept_with(kept: Kept, x: Any, x0: Any, t: Level) -> Kept:
-    """`kept` with the prediction at `t`, without what is too far above it to be used."""
+def check_to_zero(to_zero: str) -> None:
+    """An error unless it is a step to zero noise."""
+    if to_zero not in TO_ZERO:
+        raise unknown("step to zero noise", to_zero, TO_ZERO)
+
+
+def seen_with(seen: Seen, x: Any, x0: Any, t: Level) -> Seen:
+    """`seen` with the prediction at `t`, without what is too far above it to be used."""
     n = value_of(t.nsr)
-    near = tuple(old for old in kept if value_of(old[0].nsr) <= _FAR * n)
+    near = tuple(old for old in seen if n <= value_of(old[0].nsr) <= _FAR * n)
     return ((t, eps_of(x, x0, t)), *near)
 
 
-def integrated(to_zero: ToZero, x: Any, x0: Any, t: Level, kept: Kept) -> Any:
-    """The result from the state at the last level `t`, its prediction and those kept, its own first."""
-    chosen = [kept[0]]
-    for level, eps in kept[1:]:
+def integrated(to_zero: ToZero, x: Any, x0: Any, t: Level, seen: Seen) -> Any:
+    """The result, from the state at the last level `t`, the prediction there, and what was seen
+    up to there.
+    """
+    chosen = [seen[0]]
+    for level, eps in seen[1:]:
         if value_of(level.nsr) >= _APART * value_of(chosen[-1][0].nsr):
             chosen.append((level, eps))
-    powers = _POWERS[to_zero]
-    powers = powers if len(chosen) >= len(powers) else (0, 1)[: len(chosen)]
+    powers = _POWERS[to_zero][: len(chosen)]
     if len(powers) < 2:
         return x0
     chosen = chosen[: len(powers)]
     result = (1.0 / t.s) * x
-    for weight, (_, eps) in zip(_weights(powers, [value_of(a.nsr) for a, _ in chosen]), chosen):
+    for weight, (_, eps) in zip(_weights(powers, [a for a, _ in chosen]), chosen, strict=True):
         result = result - weight * eps
     return result
 
 
-def _weights(powers: tuple[int, ...], nsr: list[float]) -> list[float]:
+def _weights(powers: tuple[int, ...], levels: list[Level]) -> list[Scalar]:
     """`w_j` with `sum_j w_j f(n_j)` the integral of `f` from 0 to `n_0`, exact for the powers."""
-    ratios = torch.tensor(nsr, dtype=torch.float64) / nsr[0]
+    nsr = torch.stack([torch.as_tensor(level.nsr, dtype=torch.float64) for level in levels])
     k = torch.tensor(powers, dtype=torch.float64)
-    matrix = ratios[None, :] ** k[:, None]
-    return [nsr[0] * w for w in torch.linalg.solve(matrix, 1.0 / (k + 1.0)).tolist()]
+    weights = nsr[0] * torch.linalg.solve((nsr / nsr[0]) ** k[:, None], 1.0 / (k + 1.0))
+    return [*weights.unbind()] if weights.requires_grad else weights.tolist()

@@ -1,29 +1,27 @@
 r"""Weights of exponential integrators: integrals of an interpolating polynomial over a step, exact
 to rounding.
 
-Divided by the right scale $\rho$, the probability-flow ODE has a right-hand side that is one
-function of the prediction:
+Divided by a scale $\rho$, the probability-flow ODE depends on one function $F$ of the prediction:
 
 $$d(x / \rho) = F\,dq.$$
 
-| frame | $F$ | $\rho$ | $q$ |
+| `predicts` | $F$ | $\rho$ | $q$ |
 |---|---|---|---|
 | `x0` | $x_0$ | $\sigma$ | $e^\lambda$ |
 | `eps` | $\varepsilon$ | $s$ | nsr |
 | `v` | $(cs\varepsilon - \sigma x_0/c)/R$ | $R = \sqrt{c^2 s^2 + \sigma^2}$ | atan(nsr / c) |
 | `flow` | $\varepsilon - x_0/c$ | $cs + \sigma$ | $\sigma/(cs + \sigma)$ |
 
-The scale $c$ of the last two, 1 in their textbook form, is where they pass from one of the first
-two to the other: they are `x0` at ratios far above $c$ and `eps` far below, in the units of the
-data.
+`v` and `flow` behave as `x0` where nsr is far above the scale $c$, and as `eps` where it is far
+below. In their textbook form $c = 1$; in general $c$ has the units of the data.
 
-Whatever $F$ is interpolated by, over whatever nodes and in whatever monotone clock $c$, a step is
-the linear combination
+Let $F$ be interpolated over some nodes by a polynomial in a monotone variable $u$, the clock. Then
+a step is the linear combination
 
-$$x_+ = \frac{\rho_+}{\rho}\,x + \sum_j b_j F_j, \qquad b_j = \rho_+ \int_q^{q_+} \ell_j(c)\,dq,$$
+$$x_+ = \frac{\rho_+}{\rho}\,x + \sum_j b_j F_j, \qquad b_j = \rho_+ \int_q^{q_+} \ell_j(u)\,dq,$$
 
 with the Lagrange polynomials $\ell_j$ of the nodes. The integrals are taken in $\lambda$ by a
-Gauss-Legendre rule in float64; the weight of the newest node is what is left of the whole, so that
+Gauss-Legendre rule in float64. The weight of the newest node is the total minus the others, so that
 $\sum_j b_j = \rho_+ (q_+ - q)$ holds to the last bit.
 
 Source: Hochbruck & Ostermann, "Exponential integrators" (2010); Zhang & Chen, "DEIS" (2022); Lu et
@@ -40,20 +38,25 @@ import torch
 from torch import Tensor
 
 from sdeflow._utils import math as _math
+from sdeflow._utils.checks import is_number
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow.process import Level, Process
+from sdeflow.process.clock import Clock
 from sdeflow.reverse import Reverse, eps_of
 
-Frame = Literal["x0", "eps", "v", "flow"]
+Predicts = Literal["x0", "eps", "v", "flow"]
 """The function of the prediction that is interpolated."""
 NodeClock = Literal["lam", "nsr", "angle", "flow", "bounded_lam", "t"]
-"""The variable in which its polynomial is taken; `flow` is `sigma / (c s + sigma)`, the time of
-rectified flow; `bounded_lam` is `log(s / sigma + 1 / c)`: `lam` at ratios of noise to signal far
-below the scale `c`, and finite at pure noise.
+"""The variable of the interpolating polynomial. `flow` is `sigma / (c s + sigma)`, the time of
+rectified flow. `bounded_lam` is `log(s / sigma + 1 / c)`: close to `lam` where nsr is far below the
+scale `c`, and finite at pure noise.
 """
 
-FRAMES: tuple[str, ...] = ("x0", "eps", "v", "flow")
+PREDICTS: tuple[str, ...] = ("x0", "eps", "v", "flow")
 CLOCKS: tuple[str, ...] = ("lam", "nsr", "angle", "flow", "bounded_lam", "t")
+StepWeights = tuple[Scalar, Scalar, Scalar]
+"""`kept`, `whole` and `spread`: what a step multiplies the state, the prediction and the noise by.
+"""
 _POINTS = 32
 
 
@@ -73,21 +76,45 @@ def moment(k: int, h: Scalar) -> Scalar:
     return integral if isinstance(h, Tensor) else float(integral)
 
 
-def frame_value(frame: str, x: Any, x0: Any, t: Level, scale: float = 1.0) -> Any:
-    """`F` of a frame at a level, from the state and the prediction."""
-    if frame == "x0":
+def predicted(predicts: str, x: Any, x0: Any, t: Level, scale: float = 1.0) -> Any:
+    """`F` at a level, from the state and the prediction of `x0`."""
+    if predicts == "x0":
         return x0
-    if frame == "eps":
+    if predicts == "eps":
         return eps_of(x, x0, t)
-    if frame == "flow":
-        return x * (1.0 / t.sigma) - ((scale * t.s + t.sigma) / (scale * t.sigma)) * x0
-    r = _radius(t, scale)  # (c s eps - sigma x0 / c) / R = (c s x - R^2 x0 / c) / (sigma R)
+    r = rho(predicts, t, scale)
+    if predicts == "flow":
+        return x * (1.0 / t.sigma) - (r / (scale * t.sigma)) * x0
+    # (c s eps - sigma x0 / c) / R = (c s x - R^2 x0 / c) / (sigma R)
     return (scale * t.s / (t.sigma * r)) * x - (r / (scale * t.sigma)) * x0
 
 
-def _radius(t: Level, scale: float) -> Scalar:
-    """`R = sqrt(c^2 s^2 + sigma^2)`."""
+def rho(predicts: str, t: Level, scale: float = 1.0) -> Scalar:
+    """The scale `rho` by which the state is divided."""
+    if predicts == "x0":
+        return t.sigma
+    if predicts == "eps":
+        return t.s
+    if predicts == "flow":
+        return scale * t.s + t.sigma
     return _math.sqrt((scale * t.s) * (scale * t.s) + t.sigma * t.sigma)
+
+
+def step_weights(t: Level, t_next: Level, delta: Scalar = 0.0) -> StepWeights:
+    r"""`x_next = kept x + whole x0 + spread z`: a step with the prediction held, which damps the
+    state by `e^{-delta}` more than the ODE does.
+
+    `kept = sigma_next/sigma e^{-delta}`, `whole = s_next (1 - e^{-(h + delta)})`,
+    `spread = sigma_next sqrt(1 - e^{-2 delta})`. A state that is `s x0 + sigma eps` becomes exactly
+    one at `t_next`, for every `delta`. `delta=0` is DDIM.
+    """
+    spread = t_next.sigma * _math.sqrt(-_math.expm1(-2.0 * delta))
+    kept = t_next.sigma / t.sigma * _math.exp(-delta)
+    if not has_signal(t):
+        return kept, t_next.s, spread
+    if not has_signal(t_next):  # only the ODE goes there
+        return kept, t_next.s - kept * t.s, spread
+    return kept, -t_next.s * _math.expm1(-(t_next.lam - t.lam + delta)), spread
 
 
 def has_signal(*levels: Level) -> bool:
@@ -96,7 +123,7 @@ def has_signal(*levels: Level) -> bool:
 
 
 def adams(
-    frame: str,
+    predicts: str,
     clock: str,
     nodes: Sequence[Level],
     t: Level,
@@ -105,24 +132,28 @@ def adams(
     eta: float = 0.0,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Scalar, list[Scalar]]:
-    """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`, the first of which takes
-    what is left of the whole.
+    """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`; the weight of the first node
+    is the total minus the others.
 
-    `eta` adds the SDE's drift in the frame `x0`: the exponential then is of `(1 + eta^2) lam`.
-    `scales` are those of the frame and of the clocks `angle`, `flow` and `bounded_lam`. Both levels
-    need signal.
+    `eta` adds the SDE's drift where `x0` is interpolated: the exponential is then of
+    `(1 + eta^2) lam`. `scales` are that of the function `F` and that of the clocks `angle`, `flow`
+    and `bounded_lam`. Both levels need signal.
     """
     h = t_next.lam - t.lam
-    a, total = _whole(frame, t, t_next, h, 1.0 + eta * eta, scales[0])
+    a = rho(predicts, t_next, scales[0]) / rho(predicts, t, scales[0])
+    if eta:
+        a = a * _math.exp(-eta * eta * h)
+    total = _total(predicts, t, t_next, h, 1.0 + eta * eta, scales[0])
     if len(nodes) == 1:
         return a, [total]
     if not isinstance(h, Tensor):
         h = torch.tensor(h, dtype=torch.float64)
     u, weights = _math.gauss_legendre(_POINTS)
     lam = t.lam + u * h
-    density = weights * h * _density(frame, lam, t_next, 1.0 + eta * eta, scales[0])
-    c = _times(process, lam, t, t_next) if clock == "t" else _readings(clock, lam, scales[1])
-    readings = [_reading(clock, node, scales[1]) for node in nodes]
+    density = weights * h * _density(predicts, lam, t_next, 1.0 + eta * eta, scales[0])
+    variable = Clock(clock, scales[1])
+    c = _times(process, lam, t, t_next) if clock == "t" else variable.of_lam(lam)
+    readings = [variable.reading(node) for node in nodes]
     rest: list[Tensor] = []
     for j in range(1, len(nodes)):
         basis = density
@@ -134,77 +165,40 @@ def adams(
     return a, [total - sum(tail), *tail]
 
 
-def _whole(
-    frame: str, t: Level, t_next: Level, h: Scalar, rate: float, scale: float
-) -> tuple[Scalar, Scalar]:
-    """`rho_next / rho` and `rho_next (q_next - q)`, without cancellation."""
-    exp, expm1 = (torch.exp, torch.expm1) if isinstance(h, Tensor) else (math.exp, math.expm1)
-    if frame == "x0":
-        decay = (
-            (t_next.sigma / t.sigma) * exp((1.0 - rate) * h)
-            if rate != 1.0
-            else t_next.sigma / t.sigma
-        )
-        return decay, -t_next.s * expm1(-rate * h)
-    if frame == "eps":
-        return t_next.s / t.s, -t_next.sigma * expm1(h)
-    if frame == "flow":
-        rho, rho_next = scale * t.s + t.sigma, scale * t_next.s + t_next.sigma
-        return rho_next / rho, -scale * t_next.sigma * t.s * expm1(h) / rho
-    r, r_next = _radius(t, scale), _radius(t_next, scale)
+def _total(predicts: str, t: Level, t_next: Level, h: Scalar, rate: float, scale: float) -> Scalar:
+    """`rho_next (q_next - q)`, without cancellation."""
+    if predicts == "x0":
+        return -t_next.s * _math.expm1(-rate * h)
+    rise = _math.expm1(h)
+    if predicts == "eps":
+        return -t_next.sigma * rise
+    if predicts == "flow":
+        return -scale * t_next.sigma * t.s * rise / rho("flow", t, scale)
+    angle = scale * t.s * t_next.sigma * rise
+    angle = angle / (scale * scale * t.s * t_next.s + t.sigma * t_next.sigma)
     atan = torch.atan if isinstance(h, Tensor) else math.atan
-    rise = scale * t.s * t_next.sigma * expm1(h)
-    return r_next / r, -r_next * atan(
-        rise / (scale * scale * t.s * t_next.s + t.sigma * t_next.sigma)
-    )
+    return -rho("v", t_next, scale) * atan(angle)
 
 
-def _density(frame: str, lam: Tensor, t_next: Level, rate: float, scale: float) -> Tensor:
+def _density(predicts: str, lam: Tensor, t_next: Level, rate: float, scale: float) -> Tensor:
     """`rho_next dq / dlam` at points of the step."""
-    if frame == "x0":
+    if predicts == "x0":
         return t_next.s * rate * torch.exp(-rate * (t_next.lam - lam))
     nsr = torch.exp(-lam)
-    if frame == "eps":
-        return -t_next.s * nsr
-    if frame == "flow":
-        return -(scale * t_next.s + t_next.sigma) * nsr * scale / (scale + nsr) ** 2
-    return -_radius(t_next, scale) * nsr * scale / (scale * scale + nsr * nsr)
-
-
-def _reading(clock: str, t: Level, scale: float) -> Scalar:
-    """What the clock shows at a level."""
-    if clock == "t":
-        return t.t
-    if clock == "lam":
-        return t.lam
-    if clock == "nsr":
-        return t.nsr
-    if clock == "flow":
-        return t.sigma / (scale * t.s + t.sigma)
-    if clock == "bounded_lam":
-        return _math.log(t.s / t.sigma + 1.0 / scale)
-    if isinstance(t.s, Tensor):
-        return torch.atan2(t.sigma, scale * t.s)
-    return math.atan2(t.sigma, scale * t.s)
-
-
-def _readings(clock: str, lam: Tensor, scale: float) -> Tensor:
-    """What a clock other than the time shows where `log(s / sigma) = lam`."""
-    if clock == "lam":
-        return lam
-    if clock == "bounded_lam":
-        return torch.log(torch.exp(lam) + 1.0 / scale)
-    if clock == "flow":
-        return 1.0 / (1.0 + scale * torch.exp(lam))
-    return torch.exp(-lam) if clock == "nsr" else torch.atan(torch.exp(-lam) / scale)
+    r = rho(predicts, t_next, scale)
+    if predicts == "eps":
+        return -r * nsr
+    if predicts == "flow":
+        return -r * nsr * scale / (scale + nsr) ** 2
+    return -r * nsr * scale / (scale * scale + nsr * nsr)
 
 
 def _times(process: Process, lam: Tensor, t: Level, t_next: Level) -> Tensor:
     """The times between two levels at which `log(s / sigma) = lam`.
 
-    Where a process has no closed form, secants from the cubic with the times and the slopes of the
-    two levels: some four readings of the process, where a search over all of its time takes a
-    dozen. Where they fail, that search.
+    A process with a closed form is asked. For others the search starts from the cubic through the
+    times and slopes of the two levels and goes on by secants, which takes about four evaluations of
+    the process. Where the secants fail, all of the process's time is searched.
     """
     if (
         type(process).t_of_lam is not Process.t_of_lam
@@ -240,7 +234,7 @@ def _times(process: Process, lam: Tensor, t: Level, t_next: Level) -> Tensor:
 
 def check_ratio(r: Any) -> None:
     """A `ValueError` unless `r` is a place for a stage."""
-    if isinstance(r, bool) or not isinstance(r, int | float) or not 0.0 < r <= 1.0:
+    if not is_number(r, 0.0, 1.0) or r == 0.0:
         raise ValueError(
             f"r is the fraction of the step at which its stage stands: above 0, up to 1; got {r!r}"
         )
@@ -257,23 +251,3 @@ def between(reverse: Reverse, t: Level, t_next: Level, r: float) -> Level:
     return reverse.level_of_lam(
         t_next.lam + math.log(r) if has_signal(t_next) else t.lam + math.log1p(-r)
     )
-
-
-def between_times(process: Process, times: Tensor, ratios: Sequence[float]) -> Tensor | None:
-    """The times of `between`, for all steps at once."""
-    inner = [r for r in ratios if r < 1.0]
-    if not inner or len(times) < 2:
-        return None
-    lam = process.lam(times)
-    a, b = lam[:-1], lam[1:]
-    start = torch.where(torch.isfinite(a), a, b)  # so that no difference is of infinities
-    end = torch.where(torch.isfinite(b), b, a)
-    stages = [
-        torch.where(
-            torch.isfinite(a) & torch.isfinite(b),
-            start + r * (end - start),
-            torch.where(torch.isfinite(b), end + math.log(r), start + math.log1p(-r)),
-        )
-        for r in inner
-    ]
-    return process.t_of_lam(torch.stack(stages))

@@ -4,25 +4,24 @@ multistep and singlestep.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from sdeflow._utils import math as _math
+from sdeflow._utils.math import Scalar
+from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
-from sdeflow.solvers.ode.weights import between, between_times, check_ratio, has_signal, moment
-from sdeflow.solvers.sde.exponential import (
-    RateSolver,
-    check_rate,
-    rate_weights,
-    ratio_weights,
-)
+from sdeflow.solvers.ode.dpm_solver import taylor_weights
+from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.weights import between, check_ratio, has_signal
+from sdeflow.solvers.sde.exponential import RateSolver, check_rate, ratio_weights
 
 
+@renamed({"exact": "exact_weights"})
 @dataclass(frozen=True)
-class SDEDPMSolverPP(RateSolver):
+class SDEDPMSolverPP(RateSolver, Multistep):
     r"""SDE-DPM-Solver++ multistep: the prediction is a polynomial in `lam` through the last `p`,
     noise is added at the rate `eta`.
 
@@ -31,7 +30,7 @@ class SDEDPMSolverPP(RateSolver):
 
         x_next = (sigma_next / sigma) e^{-eta h} x + s_next (I_0 D + correction) + sigma_next sqrt(1 - e^{-2 eta h}) z
 
-        p   exact=False, as published        exact=True, the polynomial's own integral
+        p   as published                     exact_weights=True, the polynomial's own integral
         1   0                                0
         2   (I_0 / 2) a      (midpoint)      I_1 a                               (heun)
         3   I_1 c1 + (I_2 / 2) c2            I_1 c1 + I_2 c2                     c2 = (a - b) / (r0 + r1), c1 = a + r0 c2
@@ -40,7 +39,7 @@ class SDEDPMSolverPP(RateSolver):
     - `eta`: the rate of noise: 0 is DPM-Solver++, 1 the reverse SDE. It is k-diffusion's `eta`, and
       `tau^2` of SA-Solver; DDIM's `eta` is another number, except at 0 and at 1
       (`sdeflow.solvers.sde.exponential`).
-    - `exact`: whether the polynomial is integrated exactly (that is `StochasticAdams(p, eta)`).
+    - `exact_weights`: integrate the polynomial exactly; that is `StochasticAdams(p, eta)`.
 
     The published `p=3` takes half of the second derivative's term, and is of order 2 with `eta=0`
     too. With few steps of the SDE the midpoint form of `p=2` is by far the best of them.
@@ -51,52 +50,20 @@ class SDEDPMSolverPP(RateSolver):
 
     p: int = 2
     eta: float = 1.0
-    exact: bool = False
+    exact_weights: bool = False
 
     source: ClassVar[str] = "Lu et al. 2022; Crowson 2022"
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, int) or self.p not in (1, 2, 3):
-            raise ValueError(
-                f"SDE-DPM-Solver++ interpolates p = 1, 2 or 3 predictions; got p={self.p!r}"
-            )
+        check_p(self.p, 3, "SDE-DPM-Solver++")
         check_rate("eta", self.eta)
 
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        """Weak order of convergence, the first steps included."""
-        return min(self.p, 2)
-
-    def start(self, steps: int) -> Any:
-        return ()  # (level, prediction), newest first
-
-    def step(
-        self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
-    ) -> tuple[Any, Any]:
-        x0 = reverse(x, t)
-        kept, whole, spread = rate_weights(t, t_next, self.eta)
-        x_next = kept * x + whole * x0
-        if len(state) and has_signal(t, t_next):
-            x_next = x_next + self._correction(x0, t, t_next, whole, state)
-        if self.eta:
-            x_next = x_next + spread * noise(t, t_next)
-        # A level without signal is no node of a polynomial in lam.
-        return x_next, ((t, x0), *state)[: self.p - 1] if has_signal(t) else state
-
-    def _correction(self, x0: Any, t: Level, t_next: Level, whole: Any, state: Any) -> Any:
-        """What the older predictions add: `s_next` times the moments of the slopes."""
-        h = t_next.lam - t.lam
-        first = t_next.s * moment(1, (1.0 + self.eta) * h)
-        t_1, x0_1 = state[0]
-        r0 = (t.lam - t_1.lam) / h
-        a = (x0 - x0_1) * (1.0 / r0)
-        if len(state) == 1:
-            return (0.5 * whole if self.p == 2 and not self.exact else first) * a
-        t_2, x0_2 = state[1]
-        r1 = (t_1.lam - t_2.lam) / h
-        b = (x0_1 - x0_2) * (1.0 / r1)
-        second = (1.0 if self.exact else 0.5) * t_next.s * moment(2, (1.0 + self.eta) * h)
-        return first * a + ((first * r0 + second) / (r0 + r1)) * (a - b)
+    def weights(
+        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
+    ) -> Sequence[Scalar]:
+        midpoint = self.p == 2 and not self.exact_weights
+        kappa = 1.0 if self.exact_weights else 0.5
+        return taylor_weights("x0", nodes, t_next, midpoint, kappa, self.eta)
 
 
 @dataclass(frozen=True)
@@ -135,9 +102,6 @@ class SDEDPMSolverPPSingle(RateSolver):
     def __post_init__(self) -> None:
         check_rate("DDIM's eta", self.eta, most=1.0)
         check_ratio(self.r)
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        return between_times(process, times, (self.r,))
 
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any

@@ -14,21 +14,21 @@ fall of $\log(\varphi/n)$ over the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sdeflow._utils import math as _math
+from sdeflow._utils.checks import is_number
 from sdeflow._utils.math import Scalar
+from sdeflow._utils.renamed import renamed
 from sdeflow.errors import unknown
-from sdeflow.process import Level
-from sdeflow.reverse import Reverse
-from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.ode.weights import has_signal
-from sdeflow.solvers.sde.exponential import step_weights
+from sdeflow.process import Level, Process
+from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
+from sdeflow.solvers.ode.weights import has_signal, step_weights
 
 _LOG_10 = math.log(10.0)
 _POINTS = 32
@@ -70,8 +70,9 @@ noise, as functions of `n`.
 """
 
 
+@renamed({"exact": "exact_weights"})
 @dataclass(frozen=True)
-class ERSDE(GridSolver):
+class ERSDE(Multistep):
     r"""ER-SDE-Solver-1, 2 and 3: Taylor steps in nsr, with noise after a noise scale `phi(nsr)`.
 
     With `r = phi_next / phi` and the differences of the predictions
@@ -86,7 +87,7 @@ class ERSDE(GridSolver):
       paper: `"ode"`, `"sde"`, `"sde_1"`: `n (e^{-1/n} + 10)`, `"sde_2"`: `n^1.5`, `"sde_3"`:
       `n^2.5`, `"sde_4"`: `n^0.9 log10(1 + 100 n^1.5)`, or its choice `"sde_5"`:
       `n (e^{n^0.3} + 10)`.
-    - `exact`: with three predictions, take as `D'` the parabola's slope at the step's start,
+    - `exact_weights`: with three predictions, take as `D'` the parabola's slope at the step's start,
       `D' + (nsr - nsr_1) D'' / 2`, in place of the published difference, which is its slope half a
       step before; `p=3` then is the exact polynomial.
 
@@ -99,30 +100,21 @@ class ERSDE(GridSolver):
 
     p: int = 3
     phi: float | str = "sde_5"
-    exact: bool = False
+    exact_weights: bool = False
 
+    clock = "nsr"
     source: ClassVar[str] = "Cui et al. 2023"
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, int) or self.p not in (1, 2, 3):
-            raise ValueError(f"ER-SDE uses p = 1, 2 or 3 predictions; got p={self.p!r}")
+        check_p(self.p, 3, "ER-SDE")
         if isinstance(self.phi, str):
             if self.phi not in POWERS and self.phi not in SCALES:
                 raise unknown("noise scale", self.phi, (*POWERS, *SCALES))
-        elif (
-            isinstance(self.phi, bool)
-            or not isinstance(self.phi, int | float)
-            or not 1.0 <= self.phi < math.inf
-        ):
+        elif not is_number(self.phi, 1.0):
             raise ValueError(
                 "phi is a noise scale's name, or the power of nsr that it is, 1 (the ODE) or more;"
                 f" got {self.phi!r}"
             )
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        """Weak order of convergence, the first steps included."""
-        return min(self.p, 2)
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -139,36 +131,18 @@ class ERSDE(GridSolver):
         """The power of nsr that the noise scale is, if it is one."""
         return POWERS.get(self.phi) if isinstance(self.phi, str) else float(self.phi)
 
-    def start(self, steps: int) -> Any:
-        return ()  # (level, prediction), newest first
-
-    def step(
-        self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
-    ) -> tuple[Any, Any]:
-        x0 = reverse(x, t)
-        delta = self._fall(t, t_next)
-        kept, whole, spread = step_weights(t, t_next, delta)
-        x_next = kept * x + whole * x0
-        if len(state) and has_signal(t, t_next):
-            x_next = x_next + self._correction(x0, t, t_next, state)
-        if self.stochastic:
-            x_next = x_next + spread * noise(t, t_next)
-        # A level without signal is no node of a polynomial in nsr.
-        return x_next, ((t, x0), *state)[: self.p - 1] if has_signal(t) else state
-
-    def _correction(self, x0: Any, t: Level, t_next: Level, state: Any) -> Any:
-        """What the older predictions add."""
+    def weights(
+        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
+    ) -> Sequence[Scalar]:
+        whole = step_weights(t, t_next, self.delta(t, t_next))[1]
+        if len(nodes) == 1:
+            return [whole]
         k_1, k_2 = self._moments(t, t_next)
-        t_1, x0_1 = state[0]
-        slope = (x0 - x0_1) * (1.0 / (t.nsr - t_1.nsr))
-        if len(state) == 1:
-            return k_1 * slope
-        t_2, x0_2 = state[1]
-        slope_1 = (x0_1 - x0_2) * (1.0 / (t_1.nsr - t_2.nsr))
-        bend = (2.0 / (t.nsr - t_2.nsr)) * (slope - slope_1)
-        if self.exact:
-            k_2 = k_2 + 0.5 * k_1 * (t.nsr - t_1.nsr)
-        return k_1 * slope + k_2 * bend
+        nsrs = [node.nsr for node in nodes]
+        bend = 2.0 * k_2
+        if self.exact_weights:
+            bend = bend + k_1 * (nsrs[0] - nsrs[1])
+        return from_differences(nsrs, whole, k_1, bend)
 
     def _log_scale(self, nsr: Scalar) -> tuple[Scalar, Scalar]:
         """`log(phi / nsr)`, and its derivative in `log nsr`."""
@@ -180,8 +154,8 @@ class ERSDE(GridSolver):
         value, rate = of_tensor(torch.tensor(nsr, dtype=torch.float64))
         return float(value), float(rate)
 
-    def _fall(self, t: Level, t_next: Level) -> Scalar:
-        """`delta`: by how much `log(phi / nsr)` falls over the step."""
+    def delta(self, t: Level, t_next: Level) -> Scalar:
+        """By how much `log(phi / nsr)` falls over the step."""
         if not self.stochastic:
             return 0.0
         if (power := self._power) is not None:

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.weights import adams
-from sdeflow.solvers.sde.adams import StochasticMultistep, check_count
-from sdeflow.solvers.sde.exponential import check_rate, rate_weights
+from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
+from sdeflow.solvers.ode.weights import adams, has_signal
+from sdeflow.solvers.sde.exponential import check_rate, rate_fall, rate_weights
 
 
 @dataclass(frozen=True)
-class SASolver(StochasticMultistep):
+class SASolver(Multistep):
     r"""SA-Solver: a stochastic Adams-Bashforth step over `p` predictions, corrected by an
     Adams-Moulton one over `c`.
 
@@ -31,7 +32,7 @@ class SASolver(StochasticMultistep):
       ODE is solved.
     - `nsr_min`, `nsr_max`: where a step's end must lie for `tau` to hold; elsewhere the step is the
       ODE's. The paper chooses `[0.05, 1]` for EDM's CIFAR-10 networks.
-    - `pece`: ask the network anew at the corrected state, at 2 calls a step.
+    - `pece`: call the network again at the corrected state, at 2 calls a step.
     - `few_steps`: where two predictions are interpolated, take `T h / 2` for `I_1(T h)` (appendix
       D, after UniPC's `B(h) = h`).
     - `lower_final`: the last steps interpolate fewer predictions, `min(p, steps left + 1)`.
@@ -55,21 +56,16 @@ class SASolver(StochasticMultistep):
     cost: ClassVar[str] = "1 a step (2 with `pece`)"
 
     def __post_init__(self) -> None:
-        check_count("p", self.p, 1, "predictions are interpolated")
-        check_count(
-            "c",
-            self.c,
-            0,
-            "predictions are interpolated by the corrector, the new one counted; 0 is none",
-        )
-        if self.c == 1:
+        check_p(self.p, 6, "SA-Solver's predictor")
+        if not (is_whole(self.c, 2, 6) or is_whole(self.c, 0, 0)):
             raise ValueError(
-                "a corrector interpolates c = 2 or more predictions, the new one counted; c=0 is"
-                " none; got c=1"
+                "a corrector interpolates c = 2 or more predictions, up to 6, the new one counted;"
+                f" c=0 is none; got c={self.c!r}"
             )
         if self.pece and not self.c:
             raise ValueError(
-                f"pece=True asks anew after the corrector: give it one, such as c={self.p + 1}"
+                f"pece=True calls the network again after the corrector: give it one, such as"
+                f" c={self.p + 1}"
             )
         check_rate("tau", self.tau)
         if not 0.0 <= self.nsr_min < self.nsr_max:
@@ -97,28 +93,40 @@ class SASolver(StochasticMultistep):
 
     @property
     def again(self) -> bool:  # type: ignore[override]
-        """Whether the network is asked anew at the corrected state."""
+        """Whether the network is called again at the corrected state."""
         return self.pece
 
     @property
     def calls_of_step(self) -> int:
         return 2 if self.pece else 1
 
-    def nodes(self, left: int) -> tuple[int, int]:
-        return min(self.p, left + 1) if self.lower_final else self.p, self.c
+    @property
+    def memory(self) -> int:
+        return max(self.p, self.c - 1)
+
+    def corrector_nodes(self, used: int) -> int:
+        return self.c
 
     def rate(self, t_next: Level) -> float:
+        """The rate of noise of the step to a level."""
         return self.tau * self.tau if self.nsr_min <= value_of(t_next.nsr) <= self.nsr_max else 0.0
 
+    def delta(self, t: Level, t_next: Level) -> Scalar:
+        return rate_fall(t, t_next, self.rate(t_next))
+
     def weights(
-        self, process: Process, levels: Sequence[Level], t: Level, t_next: Level, rate: float
+        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
     ) -> Sequence[Scalar]:
-        if not self.few_steps or len(levels) > 2:
-            return adams("x0", "lam", levels, t, t_next, process, math.sqrt(rate))[1]
-        # The line through both, with H/2 for the weight I_1(H) of its slope over the step.
-        h = t_next.lam - t.lam
+        rate = self.rate(t_next)
         whole = rate_weights(t, t_next, rate)[1]
-        first = 0.5 * t_next.s * (1.0 + rate) * h
-        new, old = levels
-        of_old = (whole * (t.lam - new.lam) + first * h) / (old.lam - new.lam)
-        return [whole - of_old, of_old]
+        if not has_signal(t, t_next):
+            # Only with `pece`: the line through the step's two ends in e^lam, which is zero at one.
+            new = whole * (1.0 + rate) / (2.0 + rate)
+            return [new, whole - new]
+        if not self.few_steps or len(nodes) != 2:
+            return adams("x0", "lam", nodes, t, t_next, process, math.sqrt(rate))[1]
+        # The line through both, with H/2 for the weight I_1(H) of its slope over the step.
+        lams = [node.lam for node in nodes]
+        h = t_next.lam - t.lam
+        slope = 0.5 * t_next.s * (1.0 + rate) * h * h + whole * (t.lam - lams[0])
+        return from_differences(lams, whole, slope)

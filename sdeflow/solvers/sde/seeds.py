@@ -7,12 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from sdeflow.process import Level, Process
+from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.ode.ddim import STAGES
-from sdeflow.solvers.ode.weights import between, between_times, check_ratio, has_signal, moment
+from sdeflow.solvers.ode.multistep import check_p
+from sdeflow.solvers.ode.weights import between, check_ratio, has_signal, moment
 from sdeflow.solvers.sde.exponential import RateSolver, check_rate, rate_weights
 
 
@@ -56,8 +55,7 @@ class SEEDS(RateSolver):
     cost: ClassVar[str] = "`p` a step"
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, int) or self.p not in (1, 2, 3):
-            raise ValueError(f"SEEDS has p = 1, 2 or 3; got p={self.p!r}")
+        check_p(self.p, 3, "SEEDS")
         check_rate("eta", self.eta)
         check_ratio(self.r)
 
@@ -73,9 +71,6 @@ class SEEDS(RateSolver):
     @property
     def _ratios(self) -> tuple[float, ...]:
         return (self.r,) if self.p == 2 else STAGES[self.p]
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        return between_times(process, times, self._ratios)
 
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any

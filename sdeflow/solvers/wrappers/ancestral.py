@@ -8,9 +8,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from sdeflow._utils import math as _math
 from sdeflow._utils.math import value_of
 from sdeflow.process import Level, Process
@@ -83,17 +80,6 @@ class Ancestral(Nested):
             if self.eta
             else self.solver.calls(levels, finish=finish)
         )
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        if not self.eta:
-            return self.solver.extra_times(process, times)
-        lam = process.lam(times)
-        share = torch.sqrt(1.0 - self.eta**2 * -torch.expm1(-2.0 * lam.diff()))
-        down = process.t_of_lam(lam[1:] - share.log())
-        known = torch.isfinite(lam[:-1])  # not from a level without signal
-        steps = zip(times[:-1][known].unbind(), down[known].unbind(), strict=True)
-        found = [down[known], *self.stages_between(process, list(steps))]
-        return torch.cat(found)
 
     def start(self, steps: int) -> Any:
         return None if self.eta else self.solver.start(steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.process import Level, Process
+from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.ddim import DDIM
@@ -63,13 +63,6 @@ class Nested(GridSolver):
         return self.one_step_calls > 1 or (
             isinstance(self.solver, RungeKutta) and self.solver.clock in ("nsr", "lam")
         )
-
-    def stages_between(
-        self, process: Process, pairs: Sequence[tuple[Tensor, Tensor]]
-    ) -> list[Tensor]:
-        """The times at which the inner solver's stages stand in each of the steps `pairs`."""
-        found = (self.solver.extra_times(process, torch.stack(pair)) for pair in pairs)
-        return [times.reshape(-1) for times in found if times is not None]
 
 
 def from_pure_noise(

@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from sdeflow._utils import math as _math
 from sdeflow._utils.math import value_of
-from sdeflow.process import Level, Process
+from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.runge_kutta import Heun
@@ -91,19 +88,6 @@ class Churn(Nested):
             if self.s_churn
             else self.solver.calls(levels, finish=finish)
         )
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        if not self.s_churn:
-            return self.solver.extra_times(process, times)
-        gamma = self._gamma(len(times))
-        nsr, end = process.nsr(times), torch.tensor(process.t_max, dtype=times.dtype)
-        churned = (nsr >= self.s_tmin) & (nsr <= self.s_tmax)
-        up = process.t_of_nsr(
-            torch.minimum(nsr * (1.0 + gamma), process.nsr(end)).clamp(min=1e-300)
-        )
-        starts = torch.where(churned, up, times)
-        steps = list(zip(starts[:-1].unbind(), times[1:].unbind(), strict=True))
-        return torch.cat([end.reshape(1), starts[churned], *self.stages_between(process, steps)])
 
     def start(self, steps: int) -> Any:
         return self._gamma(steps + 1) if self.s_churn else self.solver.start(steps)

@@ -7,9 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from sdeflow.process import Level, Process
+from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.sde.classic import EulerMaruyama, langevin_move
@@ -49,9 +47,6 @@ class Langevin(Nested):
 
     def calls(self, levels: int, *, finish: bool = True) -> int:
         return self.solver.calls(levels, finish=finish) + self.steps * (levels - 1)
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        return self.solver.extra_times(process, times)
 
     def start(self, steps: int) -> Any:
         return self.solver.start(steps)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from sdeflow._utils import math as _math
+from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import value_of
 from sdeflow.errors import GridError
-from sdeflow.process import Level, Process
+from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.runge_kutta import Heun
@@ -66,9 +65,7 @@ class Restart(Nested):
         intervals = tuple(tuple(interval) for interval in self.intervals)
         object.__setattr__(self, "intervals", intervals)
         for interval in intervals:
-            if len(interval) != 4 or not all(
-                isinstance(n, int) and not isinstance(n, bool) for n in interval[:2]
-            ):
+            if len(interval) != 4 or not all(is_whole(n, -math.inf) for n in interval[:2]):
                 raise ValueError(
                     "an interval is (steps, repeats, nsr_min, nsr_max), two whole numbers first;"
                     f" got {interval}"
@@ -115,9 +112,6 @@ class Restart(Nested):
     def calls(self, levels: int, *, finish: bool = True) -> int:
         passes = sum(steps * repeats for steps, repeats, _, _ in self._passes) if levels > 1 else 0
         return self.solver.calls(levels, finish=finish) + passes * self.one_step_calls
-
-    def extra_times(self, process: Process, times: Tensor) -> Tensor | None:
-        return self.solver.extra_times(process, times)
 
     def start(self, steps: int) -> Any:
         return (
