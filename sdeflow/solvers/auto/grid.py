@@ -41,7 +41,7 @@ def lay(
     if n == 1:
         return first
     end, start = process.nsr(torch.tensor([low, high], dtype=torch.float64)).tolist()
-    infront = start > 1.1 * r.nsr_top
+    infront = start > 1.5 * r.nsr_top
     top = r.nsr_top if infront else start
     # In proportion, where the start is below where the grid begins.
     bottom = end if t_min is not None else max(end, r.nsr_end * min(1.0, top / r.nsr_top))

@@ -1,17 +1,27 @@
 r"""What `solver="auto"` does at each budget: a member of the exponential Adams family, and where
 its levels stand.
 
-`benchmarks/defaults/tune_auto.py` searched both together, for the error against the exact
-probability-flow solution on targets with a known density and on the network that was bundled before
-0.5; `benchmarks/results/tune_auto.json` holds what it found, and the tables below are of its rows.
-All of it is written in the noise-to-signal ratio, in which every process is the same one, and for
-data of standard deviation 1/2, as images in [-1, 1] have; for other data the ratios scale with it.
+Searches found both together, by the error against the exact probability-flow solution.
+`benchmarks/defaults/tune_auto.py` found the table for networks, and that for densities up to 7
+calls (`benchmarks/results/tune_auto.json`); `benchmarks/defaults/search_tables.py` the rest
+(`benchmarks/results/search_tables.json`). All is written in the noise-to-signal ratio, in which
+every process is the same one, and for data of standard deviation 1/2, as images in [-1, 1] have;
+for other data the ratios scale with it.
 
-Known densities and networks want different things, so there are two tables. The paths of a
-density's exact denoiser are smooth: four predictions with a corrector, levels dense about the ratio
-1/2, the start soon below the ratio 10. A network's paths are less so, and pictures of many pixels
-begin to take shape above 30: two or three predictions, and a wider grid. A row of one table is
-several times worse in the place of the other.
+There are three tables, for three kinds of denoiser. A row of one is several times worse in the
+place of another.
+
+- `"density"`: a known density has smooth paths. From 8 calls on: four predictions with a
+  corrector, levels dense about the ratio 0.4, the numbers of the method constant from 16 calls on,
+  and a second level that rises with the budget.
+- `"network"`: a network that predicts x0, v or the velocity. Its paths are less smooth, and images
+  of many pixels begin to take shape at ratios above 30: two or three predictions, and a wider grid.
+- `"noise"`: a network that predicts eps or the score. Its x0 at the ratio n is off by n times its
+  error, so that the first call of a few says nothing at the top of the path: it is asked at
+  `nsr_asked` at most, and the levels after it are lower.
+
+`to_zero` is the step to zero noise, see `sdeflow.solvers.ode.to_zero`: over several predictions
+where there are enough calls.
 """
 
 from __future__ import annotations
@@ -50,7 +60,6 @@ class Recipe:
 
 
 # A row: p, frame, clock, corrector; frame_scale, clock_scale; center, high, low; nsr_end, nsr_top.
-# It serves from its budget up to the next one's.
 
 NETWORK = {
     2: Recipe(2, "v", "bounded_lam", False, 0.884, 2.38, -0.384, 0.591, 0.492, 1, 42.1),
@@ -68,10 +77,54 @@ NETWORK = {
     30: Recipe(3, "flow", "bounded_lam", True, 0.0554, 247, -8.1, 0.428, 0.0661, 0.00304, 85.7),
     40: Recipe(3, "flow", "bounded_lam", True, 0.05, 102, -8, 0.633, 0.0747, 0.00284, 200),
 }
-"""The table for networks, and for whatever is not known to be exact."""
+"""The table for networks that predict x0, v or the velocity."""
 
+# fmt: off
 NOISE = {
-    n: replace(r, nsr_asked=20.0) for n, r in NETWORK.items()
+    2: Recipe(
+        2, "v", "bounded_lam", False, 0.884, 2.38, -0.384, 0.591, 0.492, 1, 42.1,
+        nsr_asked=20,
+    ),
+    3: Recipe(
+        3, "flow", "bounded_lam", True, 0.608, 309, -3.23, 0.0601, 1.18, 0.585, 2,
+        nsr_asked=30.3,
+    ),
+    4: Recipe(
+        3, "flow", "bounded_lam", True, 0.0696, 290, -3.06, 0.05, 0.11, 0.23, 2,
+        nsr_asked=11.1,
+    ),
+    5: Recipe(
+        2, "flow", "bounded_lam", True, 0.332, 168, -0.549, 1.58, 0.297, 0.143, 4.03,
+        nsr_asked=13,
+    ),
+    6: Recipe(
+        2, "flow", "bounded_lam", True, 0.416, 200, -0.283, 1.6, 0.304, 0.13, 4.03,
+        nsr_asked=12.7,
+    ),
+    7: Recipe(
+        2, "flow", "bounded_lam", True, 0.416, 200, -0.283, 1.6, 0.304, 0.13, 4.03,
+        nsr_asked=12.7,
+    ),
+    8: Recipe(
+        2, "flow", "bounded_lam", True, 0.162, 392, -0.414, 0.465, 0.304, 0.0172, 28.9,
+        nsr_asked=45.1,
+    ),
+    10: Recipe(
+        2, "flow", "bounded_lam", True, 0.946, 6.56, 0.313, 0.6, 0.444, 0.0273, 21.1,
+        nsr_asked=25.3, to_zero="linear",
+    ),
+    12: Recipe(
+        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.02, 60,
+        nsr_asked=300, to_zero="linear",
+    ),
+    20: Recipe(
+        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.015, 400,
+        nsr_asked=500, to_zero="linear",
+    ),
+    50: Recipe(
+        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.0105, 400,
+        nsr_asked=500, to_zero="linear",
+    ),
 }
 """The table for networks that predict eps or the score."""
 
@@ -82,15 +135,48 @@ DENSITY = {
     5: Recipe(2, "v", "bounded_lam", False, 1.74, 47, 0.607, 0.702, 0.511, 0.0687, 9),
     6: Recipe(2, "v", "bounded_lam", False, 1.26, 41.3, 0.5, 0.741, 0.546, 0.0441, 9),
     7: Recipe(2, "v", "bounded_lam", False, 1.53, 100, -0.206, 0.809, 0.312, 0.0271, 11.4),
-    8: Recipe(4, "flow", "angle", True, 0.121, 2.56, 0.72, 0.477, 0.493, 0.00143, 11.1),
-    10: Recipe(4, "flow", "angle", True, 0.0798, 2.55, 0.725, 0.494, 0.516, 0.00722, 11.3),
-    12: Recipe(4, "flow", "angle", True, 0.129, 2.82, 0.502, 0.494, 0.586, 0.0014, 18.6),
-    15: Recipe(4, "flow", "angle", True, 0.107, 1.63, 0.709, 0.8, 0.548, 0.00389, 10.6),
-    20: Recipe(4, "flow", "angle", True, 0.162, 1.37, -0.393, 0.597, 0.484, 0.0064, 159),
-    25: Recipe(4, "flow", "angle", True, 0.333, 0.742, 0.227, 0.612, 0.528, 0.00292, 194),
-    30: Recipe(4, "flow", "angle", True, 0.247, 1.01, -0.123, 0.588, 0.455, 0.00244, 599),
-    50: Recipe(4, "flow", "angle", True, 0.191, 0.659, 0.562, 0.524, 0.643, 0.0011, 613),
+    16: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.00185, 38.8,
+        to_zero="smooth",
+    ),
+    40: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.0014, 110,
+        to_zero="smooth",
+    ),
+    80: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.0012, 160,
+        to_zero="smooth",
+    ),
+    200: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.001, 400,
+        to_zero="smooth",
+    ),
+    8: Recipe(
+        4, "flow", "angle", True, 0.0805, 2.43, 0.727, 0.426, 0.616, 0.00157, 24.1,
+        to_zero="smooth",
+    ),
+    12: Recipe(
+        4, "flow", "angle", True, 0.0725, 5.1, 0.727, 0.413, 0.536, 0.00144, 34.3,
+        to_zero="smooth",
+    ),
+    16: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.00185, 38.8,
+        to_zero="smooth",
+    ),
+    40: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.0014, 110,
+        to_zero="smooth",
+    ),
+    80: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.0012, 160,
+        to_zero="smooth",
+    ),
+    200: Recipe(
+        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.001, 400,
+        to_zero="smooth",
+    ),
 }
+# fmt: on
 """The table for denoisers of known densities."""
 
 

@@ -127,7 +127,8 @@ class _AskedBelow:
 
 def table_for(denoiser: Denoiser) -> Table:
     """The table for a denoiser: by what it says of itself, or the network in it predicts."""
-    if denoiser.exact:
+    known = getattr(denoiser, "known_density", None)
+    if denoiser.exact if known is None else known:
         return "density"
     return "noise" if getattr(denoiser, "predicts", None) in ("eps", "score") else "network"
 
