@@ -22,7 +22,7 @@ import torch
 
 from sdeflow._utils import distributed
 from sdeflow._utils.distributed import Rank
-from sdeflow._utils.files import write_whole
+from sdeflow._utils.files import write_atomically
 from sdeflow._utils.run_control import machine
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser
@@ -91,7 +91,9 @@ class Evaluation:
 
     def save(self, path: PathLike) -> Path:
         """Write it as JSON, whole or not at all. Errors: `SdeflowError` if it cannot be written."""
-        return write_whole(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "result")
+        return write_atomically(
+            path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "result"
+        )
 
     @classmethod
     def load(cls, path: PathLike) -> Evaluation:

@@ -1,4 +1,4 @@
-"""ImageSource drawn from a denoiser as an evaluation needs them, the same ones that `generate`
+"""Images sampled from a denoiser as an evaluation needs them, the same ones that `generate`
 writes.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
 
 from sdeflow._utils.distributed import Rank
 from sdeflow.denoisers import Denoiser
@@ -55,7 +55,7 @@ class Sampling:
 
 
 def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
-    """ImageSource drawn from a denoiser where it is, as they are needed, this process's share of
+    """Images sampled from a denoiser where it is, as they are needed, this process's share of
     them; nothing is written.
     """
     labels = Labels.of(denoiser, sampling.classes)
@@ -83,8 +83,9 @@ def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
                 window(slice(first, stop), sampling.batch_size).start if sampling.compile else first
             )
             label = labels.given(range(start, stop))
+            mine = denoiser.rows(torch.arange(start, stop))
             solution = solve(
-                denoiser, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
+                mine, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
                 condition=None if label is None else {"label": label}, device=device_of(denoiser),
             )  # fmt: skip
             how["compiled"] = str(solution.statistics.get("compiled", "no"))
@@ -95,7 +96,7 @@ def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
 
 def _compiled(denoiser: Denoiser) -> bool:
     """Whether torch.compile has the network."""
-    network = getattr(denoiser, "network", None)
-    return isinstance(network, nn.Module) and (
+    return any(
         hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
+        for network in denoiser.networks
     )

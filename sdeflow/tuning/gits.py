@@ -100,7 +100,8 @@ class SearchedGrid:
         total = 0.0
         for m, (j, k) in enumerate(itertools.pairwise(levels)):
             alone = m == 0 or self.double is None
-            step = self.single[j, k] if alone else self.double[levels[m - 1], j, k]  # type: ignore[index]
+            before = self.single if alone else self.double[levels[m - 1]]  # type: ignore[index]
+            step = before[j, k]
             total += self.coefficient**m * float(step)
         return total
 
@@ -145,7 +146,8 @@ def gits(
 
     Cost: `nodes - 1` network calls for `n` samples, and memory for as many states and predictions.
     """
-    one_of("order", order, (1, 2))
+    if order not in (1, 2):
+        raise ValueError(f"gits counts the errors of steps of order 1 or 2; got {order!r}")
     one_of("unit", unit, ("spread", "signal"))
     positive_number("coefficient", coefficient)
     method = solver(teacher)

@@ -13,12 +13,11 @@ from torch import Tensor
 from sdeflow._utils.math import value_of
 from sdeflow._utils.renamed import renamed
 from sdeflow.denoisers import Denoiser
-from sdeflow.errors import unknown
 from sdeflow.grid import GridFunction
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.auto.grid import auto
-from sdeflow.solvers.auto.recipes import DATA_STD, TABLES, Recipe, Table, recipe
+from sdeflow.solvers.auto.recipes import DATA_STD, Recipe, Table, recipe
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.adams import ExponentialAdams
 from sdeflow.solvers.ode.to_zero import ToZero
@@ -60,15 +59,14 @@ class Auto(GridSolver):
     source: ClassVar[str] = "benchmarks/defaults/tune_auto.py"
 
     def __post_init__(self) -> None:
+        if isinstance(self.table, bool):  # what `exact` was
+            object.__setattr__(self, "table", "density" if self.table else "network")
+        super().__post_init__()
         if not 0.0 < self.data_std < math.inf:
             raise ValueError(
                 "data_std is the data's standard deviation, positive and finite; got"
                 f" {self.data_std!r}"
             )
-        if isinstance(self.table, bool):  # what `exact` was
-            object.__setattr__(self, "table", "density" if self.table else "network")
-        if self.table is not None and self.table not in TABLES:
-            raise unknown("table", self.table, TABLES)
 
     @property
     def default_grid(self) -> str | GridFunction:  # type: ignore[override]
@@ -127,8 +125,7 @@ class _AskedBelow:
 
 def table_for(denoiser: Denoiser) -> Table:
     """The table for a denoiser: by what it says of itself, or the network in it predicts."""
-    known = getattr(denoiser, "known_density", None)
-    if denoiser.exact if known is None else known:
+    if denoiser.known_density:
         return "density"
     return "noise" if getattr(denoiser, "predicts", None) in ("eps", "score") else "network"
 

@@ -24,19 +24,18 @@ from typing import Any, ClassVar, Literal
 
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
-from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.multistep import Multistep, check_p
-from sdeflow.solvers.ode.to_zero import ToZero, check_to_zero
+from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.runge_kutta import RK4, Heun, Midpoint, RungeKutta
 from sdeflow.solvers.ode.tableaus import Tableau
 from sdeflow.solvers.ode.weights import adams, has_signal
 
 DEISClock = Literal["t", "nsr", "lam"]
-"""The variable of a polynomial of DEIS: the process's time, `nsr` (the paper's rho), or `lam`, minus
-its logarithm.
+"""The variable of a polynomial of DEIS: the process's time, `nsr` (the paper's rho), or `lam`
+(minus its logarithm).
 """
 
 
@@ -56,8 +55,8 @@ class EpsMultistep(Multistep):
     most: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_p(self.p, self.most, type(self).__name__)
-        check_to_zero(self.to_zero)
 
     def weights(
         self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
@@ -89,11 +88,6 @@ class DEIS(EpsMultistep):
     clock: DEISClock = "t"
 
     source: ClassVar[str] = "Zhang & Chen 2022"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clock not in ("t", "nsr", "lam"):
-            raise unknown("clock", self.clock, ("t", "nsr", "lam"))
 
 
 @dataclass(frozen=True)
@@ -154,10 +148,6 @@ class DEISRungeKutta(GridSolver):
     method: Literal["midpoint", "heun", "kutta3", "rk4"] = "kutta3"
 
     source: ClassVar[str] = "Zhang & Chen 2022"
-
-    def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise unknown("method", self.method, tuple(_METHODS))
 
     @property
     def order(self) -> int:  # type: ignore[override]

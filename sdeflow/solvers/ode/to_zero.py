@@ -29,25 +29,17 @@ from typing import Any, Literal
 import torch
 
 from sdeflow._utils.math import Scalar, value_of
-from sdeflow.errors import unknown
 from sdeflow.process import Level
 from sdeflow.reverse import eps_of
 
 ToZero = Literal["prediction", "linear", "smooth"]
 """How a multistep method takes the step to zero noise."""
-TO_ZERO: tuple[str, ...] = ("prediction", "linear", "smooth")
 
 Seen = tuple[tuple[Level, Any], ...]
 """Levels and their eps, newest first."""
 
 _POWERS = {"linear": (0, 1), "smooth": (0, 1, 3)}
 _APART, _FAR = 1.25, 4.0
-
-
-def check_to_zero(to_zero: str) -> None:
-    """An error unless it is a step to zero noise."""
-    if to_zero not in TO_ZERO:
-        raise unknown("step to zero noise", to_zero, TO_ZERO)
 
 
 def seen_with(seen: Seen, x: Any, x0: Any, t: Level) -> Seen:
