@@ -70,6 +70,8 @@ NETWORK = {
     7: Recipe(2, "flow", "bounded_lam", True, 1.08, 5.63, -0.0843, 0.391, 0.121, 0.071, 11.8),
     8: Recipe(2, "flow", "bounded_lam", True, 0.691, 5.55, -0.00838, 0.378, 0.16, 0.0565, 12.5),
     10: Recipe(3, "flow", "bounded_lam", True, 0.148, 245, 0.173, 0.394, 0.232, 0.0267, 25.3),
+    # As for 10: what lies between 10 and 12 is worse.
+    11: Recipe(3, "flow", "bounded_lam", True, 0.148, 245, 0.173, 0.394, 0.232, 0.0267, 25.3),
     12: Recipe(3, "flow", "bounded_lam", True, 0.12, 161, -0.836, 0.457, 0.3, 0.0154, 34),
     15: Recipe(2, "flow", "bounded_lam", True, 0.672, 101, -0.406, 0.551, 0.335, 0.0145, 28),
     20: Recipe(3, "flow", "bounded_lam", True, 0.157, 109, -0.871, 0.62, 0.289, 0.00885, 47.3),
@@ -106,16 +108,20 @@ NOISE = {
         nsr_asked=12.7,
     ),
     8: Recipe(
-        2, "flow", "bounded_lam", True, 0.162, 392, -0.414, 0.465, 0.304, 0.0172, 28.9,
-        nsr_asked=45.1,
+        2, "flow", "bounded_lam", True, 0.236, 221, -0.274, 0.478, 0.314, 0.0184, 41.1,
+        nsr_asked=49.3,
     ),
     10: Recipe(
-        2, "flow", "bounded_lam", True, 0.946, 6.56, 0.313, 0.6, 0.444, 0.0273, 21.1,
-        nsr_asked=25.3, to_zero="linear",
+        2, "flow", "bounded_lam", True, 0.247, 221, -0.293, 0.546, 0.314, 0.0168, 41.5,
+        nsr_asked=50, to_zero="linear",
     ),
     12: Recipe(
-        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.02, 60,
-        nsr_asked=300, to_zero="linear",
+        2, "flow", "bounded_lam", True, 2.31, 0.798, 1.08, 0.366, 0.718, 0.0104, 141,
+        nsr_asked=264, to_zero="linear",
+    ),
+    14: Recipe(
+        2, "flow", "bounded_lam", True, 2.47, 0.642, 1.12, 0.366, 0.712, 0.01, 167,
+        nsr_asked=399, to_zero="linear",
     ),
     20: Recipe(
         3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.015, 400,
@@ -135,22 +141,6 @@ DENSITY = {
     5: Recipe(2, "v", "bounded_lam", False, 1.74, 47, 0.607, 0.702, 0.511, 0.0687, 9),
     6: Recipe(2, "v", "bounded_lam", False, 1.26, 41.3, 0.5, 0.741, 0.546, 0.0441, 9),
     7: Recipe(2, "v", "bounded_lam", False, 1.53, 100, -0.206, 0.809, 0.312, 0.0271, 11.4),
-    16: Recipe(
-        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.00185, 38.8,
-        to_zero="smooth",
-    ),
-    40: Recipe(
-        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.0014, 110,
-        to_zero="smooth",
-    ),
-    80: Recipe(
-        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.0012, 160,
-        to_zero="smooth",
-    ),
-    200: Recipe(
-        4, "flow", "angle", True, 0.0659, 7.24, 0.992, 0.413, 0.674, 0.001, 400,
-        to_zero="smooth",
-    ),
     8: Recipe(
         4, "flow", "angle", True, 0.0805, 2.43, 0.727, 0.426, 0.616, 0.00157, 24.1,
         to_zero="smooth",
