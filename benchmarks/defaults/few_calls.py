@@ -35,7 +35,7 @@ from sdeflow.denoisers import Denoiser
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow
 from sdeflow.solvers.ode.adams import ExponentialAdams
 
-BUDGETS = (3, 4, 5, 6, 8, 10, 15, 20)
+BUDGETS = (3, 4, 5, 6, 8, 10, 15, 20, 35)
 FEW = (3, 4, 5, 6, 8)
 SOLVERS = (
     *("ddim", "dpmpp_2m", "dpm_solver_2m", "unipc_2", "unipc_3", "ipndm2", "ipndm3", "ipndm"),

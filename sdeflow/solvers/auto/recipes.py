@@ -96,16 +96,16 @@ NOISE = {
         nsr_asked=11.1,
     ),
     5: Recipe(
-        2, "flow", "bounded_lam", True, 0.332, 168, -0.549, 1.58, 0.297, 0.143, 4.03,
-        nsr_asked=13,
+        2, "flow", "bounded_lam", True, 0.197, 125, -0.736, 1.67, 0.192, 0.118, 3.02,
+        nsr_asked=27.8,
     ),
     6: Recipe(
-        2, "flow", "bounded_lam", True, 0.416, 200, -0.283, 1.6, 0.304, 0.13, 4.03,
-        nsr_asked=12.7,
+        3, "flow", "bounded_lam", True, 0.487, 180, -0.272, 1.5, 0.235, 0.133, 6.84,
+        nsr_asked=11.7,
     ),
     7: Recipe(
-        2, "flow", "bounded_lam", True, 0.416, 200, -0.283, 1.6, 0.304, 0.13, 4.03,
-        nsr_asked=12.7,
+        2, "flow", "bounded_lam", True, 0.458, 185, -0.274, 0.518, 0.406, 0.0458, 42.1,
+        nsr_asked=50.5,
     ),
     8: Recipe(
         2, "flow", "bounded_lam", True, 0.236, 221, -0.274, 0.478, 0.314, 0.0184, 41.1,
@@ -123,13 +123,13 @@ NOISE = {
         2, "flow", "bounded_lam", True, 2.47, 0.642, 1.12, 0.366, 0.712, 0.01, 167,
         nsr_asked=399, to_zero="linear",
     ),
-    20: Recipe(
-        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.015, 400,
-        nsr_asked=500, to_zero="linear",
+    16: Recipe(
+        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.015, 101,
+        nsr_asked=121, to_zero="linear",
     ),
     50: Recipe(
-        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.0105, 400,
-        nsr_asked=500, to_zero="linear",
+        3, "flow", "bounded_lam", True, 0.6, 121, 0.3, 0.45, 0.4, 0.0105, 101,
+        nsr_asked=121, to_zero="linear",
     ),
 }
 """The table for networks that predict eps or the score."""
