@@ -238,3 +238,20 @@ def test_bad_input_is_refused() -> None:
         Auto(data_std=0.0)
     with pytest.raises(ValueError, match="t_max down to a smaller t_min"):
         auto_grid(VP(), 5, t_min=0.5, t_max=0.2)
+
+
+@pytest.mark.parametrize("under", ["vp", "edm", "cosine", "rectified_flow"])
+def test_more_calls_are_never_worse(under: str) -> None:
+    process = PROCESSES[under]
+    top = process.t_max
+    if not math.isfinite(process.level(top).nsr):
+        top = float(process.t_of_lam(-math.log(1e3)))
+    x, end = ends(process, top, n=64, seed=3)
+    least = math.inf
+    for nfe in (*range(3, 26), 30, 40, 60, 100):
+        solver = Auto(table="density")
+        times = auto_grid(process, nfe, table="density", t_max=top)
+        got = solver.integrate(Reverse(Mixture(process)), x, times, None).x
+        error = float((got - end).square().mean().sqrt() / end.square().mean().sqrt())
+        assert error <= max(1.2 * least, 1e-6), nfe
+        least = min(least, error)
