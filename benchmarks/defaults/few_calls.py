@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import sdeflow
 from benchmarks.report import table, write
-from sdeflow import Prediction, Preconditioned
+from sdeflow import Preconditioned, Prediction
 from sdeflow.denoisers import Denoiser
 from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow
 from sdeflow.solvers.ode.adams import ExponentialAdams
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         self.i, self.o = nn.Linear(2, w), nn.Linear(w, 2)
         self.p = nn.Parameter(0.02 * torch.randn(length // 2, w))
         self.t = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
-        layer = dict(batch_first=True, norm_first=True, activation="gelu")
+        layer: Any = {"batch_first": True, "norm_first": True, "activation": "gelu"}
         self.b = nn.ModuleList(
             nn.TransformerEncoderLayer(w, 4, 2 * w, 0.0, **layer) for _ in range(depth)
         )
@@ -258,9 +258,7 @@ SPECS = {
     "digits": Spec(digits, (64,), lambda: MLP(64), "eps", Process.from_betas(LINEAR), index=True),
     "cifar8": Spec(photographs, (3, 8, 8), Conv, "eps", Process.from_betas(SCALED)),
     "moons": Spec(moons, (2,), lambda: MLP(2, 128), "score", VP()),
-    "mix16": Spec(
-        mixture, (16,), lambda: MLP(16, 192), "eps", Process.from_betas(_cosine_betas())
-    ),
+    "mix16": Spec(mixture, (16,), lambda: MLP(16, 192), "eps", Process.from_betas(_cosine_betas())),
     "checker_ve": Spec(checkerboard, (2,), lambda: MLP(2, 128), "score", VE(), held_out=True),
     "waves": Spec(waves, (32,), Transformer, "eps", Process.from_betas(LINEAR), held_out=True),
     "rf_cifar8": Spec(photographs, (3, 8, 8), Conv, "velocity", RectifiedFlow()),
@@ -361,7 +359,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cache", default="/tmp/sdeflow-few-calls")
     parser.add_argument("--data", help="a parquet file of images")
-    parser.add_argument("--seconds", type=float, default=110.0, help="of processor time, a training")
+    parser.add_argument(
+        "--seconds", type=float, default=110.0, help="of processor time, a training"
+    )
     parser.add_argument("--networks", nargs="+", default=list(SPECS), choices=list(SPECS))
     parser.add_argument("--starts", type=int, default=64)
     parser.add_argument("--out")
@@ -387,8 +387,10 @@ def main() -> None:
             plain = row.get("dpmpp_2m trailing", row.get("dpmpp_2m uniform_lam", math.nan))
             what = f"{name}, {spec.predicts}" + (", held out" if spec.held_out else "")
             rows.append(
-                [what, nfe, *(f"{e:.4f}" for e in (mine, best)), which]
-                + [f"{mine / best:.2f}", f"{plain:.4f}"]
+                [
+                    *(what, nfe, f"{mine:.4f}", f"{best:.4f}", which),
+                    *(f"{mine / best:.2f}", f"{plain:.4f}"),
+                ]
             )
             print(*rows[-1], flush=True)
     head = ["network", "NFE", "auto", "best named", "which", "ratio", "dpmpp_2m"]

@@ -177,7 +177,9 @@ def judged(row: Recipe, nfe: int, some: list[Cell]) -> list[tuple[float, float]]
     for cell in some:
         (a, b), (c, d) = cell.row(row, nfe), cell.best(nfe)
         least = 1e-2 * (8 / nfe) ** 4 if "std" in cell.name else 1e-5
-        ratio = 0.5 * (math.log(max(a, least) / max(c, least)) + math.log(max(b, least) / max(d, least)))
+        ratio = 0.5 * (
+            math.log(max(a, least) / max(c, least)) + math.log(max(b, least) / max(d, least))
+        )
         out.append((ratio, b))
     return out
 
@@ -206,7 +208,9 @@ def mutated(row: Recipe, draw: random.Random) -> Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=("density", "noise"))
-    parser.add_argument("--judge", action="store_true", help="measure the table, and search nothing")
+    parser.add_argument(
+        "--judge", action="store_true", help="measure the table, and search nothing"
+    )
     parser.add_argument("--nfe", type=int, nargs="+", default=[8, 12, 16, 40, 80])
     parser.add_argument("--seconds", type=float, default=300.0, help="of search, a budget")
     parser.add_argument("--cache", default="/tmp/sdeflow-few-calls", help="of few_calls.py")

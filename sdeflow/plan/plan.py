@@ -294,7 +294,11 @@ class Plan:
             f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} ->"
             f" {self.grid[-1][0]:g}"
         )
-        ends = {"none": "", "prediction": " -> zero noise", "integrated": " -> zero noise, integrated"}
+        ends = {
+            "none": "",
+            "prediction": " -> zero noise",
+            "integrated": " -> zero noise, integrated",
+        }
         return head + ends[self.finish]
 
     def plot(self, path: str | os.PathLike[str] | None = None, predicts: str = "x0") -> Any:

@@ -28,9 +28,9 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.multistep import Multistep, check_p
-from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.runge_kutta import RK4, Heun, Midpoint, RungeKutta
 from sdeflow.solvers.ode.tableaus import Tableau
+from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import adams, has_signal
 
 DEISClock = Literal["t", "nsr", "lam"]
