@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.report import provenance
-from sdeflow.evaluation.features.base import (
+from sdeflow.evaluation.features import (
     CIFAR_WEIGHTS,
     CifarFeatures,
     CifarNet,

@@ -1,6 +1,4 @@
-"""ImageSource drawn from a denoiser as an evaluation needs them, the same ones that `generate`
-writes.
-"""
+"""Samples of a denoiser, made as an evaluation needs them: the same images as those of `generate`."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from sdeflow._utils.distributed import Rank
 from sdeflow.denoisers import Denoiser
 from sdeflow.denoisers.fingerprint import model_sha256
 from sdeflow.evaluation.measure import Batch, ImageSource
-from sdeflow.evaluation.metrics.base import ENOUGH
+from sdeflow.evaluation.metrics import ENOUGH
 from sdeflow.generate.api import dtype_of, sentence
 from sdeflow.images.labels import Labels
 from sdeflow.images.render import to_uint8
@@ -26,11 +24,11 @@ from sdeflow.solvers.base import Solver
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn from a denoiser that is evaluated: `n` of them, picture i with seed
+    """How images are drawn from a denoiser that is evaluated: `n` of them, image i with seed
     `seed + i`.
 
     `solver`, `nfe`, `grid`, `noise` and `compile` are those of `sample`; `classes` those of
-    `generate`, taken in turn. Picture i is the same whatever `batch_size` and the number of
+    `generate`, taken in turn. Image i is the same whatever `batch_size` and the number of
     processes, as with `generate`. `model` is its name, which the result tells.
     """
 
@@ -54,9 +52,9 @@ class Sampling:
                 )
 
 
-def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
-    """ImageSource drawn from a denoiser where it is, as they are needed, this process's share of
-    them; nothing is written.
+def samples_of(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
+    """Samples of a denoiser on its device, made as they are needed: this process's share of them.
+    Nothing is written.
     """
     labels = Labels.of(denoiser, sampling.classes)
     names = tuple(getattr(denoiser, "class_names", ()))
@@ -77,7 +75,7 @@ def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
         share = rank.share(sampling.n)
         for first in range(share.start, share.stop, sampling.batch_size):
             stop = min(first + sampling.batch_size, share.stop)
-            # A last, smaller batch would be compiled anew: it is drawn with pictures before it,
+            # A last, smaller batch would be compiled anew: it is drawn with images before it,
             # which are dropped.
             start = (
                 window(slice(first, stop), sampling.batch_size).start if sampling.compile else first
