@@ -34,6 +34,7 @@ from sdeflow._utils.distributed import Rank
 from sdeflow.cli import main
 from sdeflow.errors import CheckpointError, MissingExtraError, SdeflowError, UnknownNameError
 from sdeflow.evaluation.api import compare, evaluate
+from sdeflow.evaluation.features import cifar, imagenet
 from sdeflow.evaluation.features import inception as features
 from sdeflow.evaluation.features import (
     CifarFeatures,
@@ -163,7 +164,7 @@ def test_what_is_no_picture_is_refused(
 def test_a_missing_damaged_or_other_file_of_weights_is_told(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "CIFAR_WEIGHTS", tmp_path / "nowhere.safetensors")
+    monkeypatch.setattr(cifar, "CIFAR_WEIGHTS", tmp_path / "nowhere.safetensors")
     with pytest.raises(CheckpointError, match=r"is missing.*install sdeflow again.*train_features"):
         CifarFeatures()
     with pytest.raises(CheckpointError, match="there is no file"):
@@ -179,7 +180,7 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
     with pytest.raises(CheckpointError, match="not a feature network"):
         CifarFeatures(tmp_path / "state")
     facts = {
-        "format": features.CIFAR_FORMAT,
+        "format": cifar.CIFAR_FORMAT,
         "config": {"widths": [4]},
         "class_names": [],
         "card": {},
@@ -197,7 +198,7 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
 
 
 class Stand(torch.nn.Module):
-    """In torch-fidelity's place: 64 numbers a image."""
+    """In torch-fidelity's place: 64 numbers an image."""
 
     def __init__(self, name: str, wanted: list[str], feature_extractor_weights_path: str) -> None:
         super().__init__()
@@ -352,9 +353,7 @@ def test_processes_share_each_source_without_gaps_or_doubles(tmp_path: Path) -> 
         for n in (None, 17):
             opened = [open_images(source, n=n, batch_size=4, rank=Rank(i, 3)) for i in range(3)]
             none = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
-            seen = [
-                torch.cat([none, *(part for part, _ in images.batches)]) for images in opened
-            ]
+            seen = [torch.cat([none, *(part for part, _ in images.batches)]) for images in opened]
             together = torch.cat(seen)
             assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, images[:n].numpy()))
             assert max(map(len, seen)) < len(together)
@@ -528,7 +527,7 @@ def test_a_result_says_all_that_it_depends_on(weights: Path, tmp_path: Path) -> 
     )
     result.save(tmp_path / "result.json")
     told = json.loads((tmp_path / "result.json").read_text())
-    assert (told["n"], told["reference_n"], told["floor"]["n"]) == (24, 30, 25)
+    assert (told["n"], told["reference_n"], told["floor"]["n"]) == (24, 30, 24)
     assert (told["seed"], told["nfe"], told["solver"], told["classes"]) == (
         5,
         9,
@@ -536,6 +535,8 @@ def test_a_result_says_all_that_it_depends_on(weights: Path, tmp_path: Path) -> 
         [0, 1, 2],
     )
     assert set(told["floor"]["metrics"]) == {"fd_cifar"}
+    excess = told["metrics"]["fd_cifar"] - told["floor"]["metrics"]["fd_cifar"]
+    assert told["excess"] == {"fd_cifar": pytest.approx(excess, rel=1e-12)}
     for side in ("samples", "reference"):
         facts = told[side]["fd_cifar"]
         assert len(facts["images_sha256"]) == 64
@@ -575,7 +576,7 @@ def test_warnings_are_given_where_they_are_due(
     other = folder(tmp_path / "run", pixels(17, 30), class_names=["x", "y", "z"])
     told = evaluate(other, real, ("fd_cifar", "accuracy"), cifar_weights=weights).warnings
     assert any("are not those of the network" in text for text in told)
-    monkeypatch.setattr("sdeflow.evaluation.api.ENOUGH", 30)
+    monkeypatch.setattr("sdeflow.evaluation.metrics.frechet.ENOUGH", 30)
     assert evaluate(pixels(17, 30), real, ("fd_cifar",), cifar_weights=weights).warnings == []
 
 
@@ -880,7 +881,7 @@ def test_numbers_that_are_not_there_are_told(weights: Path, tmp_path: Path) -> N
         (
             ("images", "--reference", "images", "--half"),
             2,
-            "--half: how samples are drawn is for a model",
+            "--half: how samples are made is for a model",
         ),
         (
             ("--compare", "a", "b", "--reference", "c", "--nfe", "9"),
@@ -896,7 +897,7 @@ def test_numbers_that_are_not_there_are_told(weights: Path, tmp_path: Path) -> N
         (
             ("images", "--reference", "images", "--nfe", "9"),
             2,
-            "--nfe: how samples are drawn is for a model",
+            "--nfe: how samples are made is for a model",
         ),
         (
             ("nowhere", "--reference", "images"),

@@ -80,10 +80,13 @@ def open_images(
                 f"{path} holds no images: they are read from a folder, an npz file or a parquet"
                 " file"
             )
+    total = n
     if isinstance(source, Tensor):
+        if rank.world == 1:
+            total = min(len(source), len(source) if n is None else n)
         source = [source]
     if _is_batches(source):
-        return ImageSource("an iterable", _cut(source, n, rank), n)
+        return ImageSource("an iterable", _cut(source, n, rank), total)
     images = load_images(source, split=split, memory_gb=0.0, progress=False)
     total = images.count if n is None else min(n, images.count)
     batches = images.batches(batch_size, n, rank)
