@@ -15,11 +15,12 @@ NAME and ARGUMENT are one of:
     result NAME               benchmarks/results/NAME.md and its figure
     excerpt NAME: A | B       the rows of a result that have the cell A or B; "first table" is that
     api PREFIX ...            the public names below modules, with their first sentences
+    stack                     the folders of the package as a drawing, layer by layer
     layers                    the files of the package, layer by layer, with their first sentences
     card                      the card of the bundled checkpoint
     help                      the help of every command of the command line
     errors                    every error, with its first sentence
-    moved                     modules that moved: old and new name
+    moved                     modules and names that moved, old and new
     defaults                  the numerical defaults
     include FILE PART         a part of another file, between its comments "PART" and "/PART"
 
@@ -34,7 +35,9 @@ import hashlib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +335,32 @@ def stack() -> list[str]:
     return lines
 
 
+def drawing() -> str:
+    """The stack as a drawing: a box a layer, a line a name with its first sentence."""
+    boxes = []
+    for line in reversed(stack()):
+        rows = []
+        for name in line.split():
+            path = PACKAGE / name
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            folder = f"{name}/" if path.parent != PACKAGE else name
+            summary = ast.get_docstring(ast.parse(path.read_text())) or ""
+            rooms = sorted(room.parent.name for room in (PACKAGE / name).glob("*/__init__.py"))
+            text = textwrap.wrap(_first(summary), 78) + textwrap.wrap(
+                " ".join(f"{room}/" for room in rooms), 78
+            )
+            rows += [
+                f"{head:<12} {line}" for head, line in zip_longest([folder], text, fillvalue="")
+            ]
+        boxes.append(rows)
+    width = max(len(row) for rows in boxes for row in rows)
+    edge = "+" + "-" * (width + 2) + "+"
+    lines = [edge]
+    for rows in boxes:
+        lines += [*(f"| {row:<{width}} |" for row in rows), edge]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
 def layers() -> str:
     """Every file of the package with its summary, layer by layer; tests/test_layers.py states the
     stack.
@@ -371,10 +400,10 @@ def errors(page: Path = DOCS / "index.md") -> str:
 
 
 def moved() -> str:
-    """Modules that moved, old and new, from `sdeflow/_utils/moved.py`."""
-    from sdeflow._utils.moved import MOVED
+    """Modules and names that moved, old and new, from `sdeflow/_utils/moved.py`."""
+    from sdeflow._utils.moved import MOVED, RENAMED
 
-    rows = [[f"`sdeflow.{old}`", f"`sdeflow.{new}`"] for old, new in MOVED.items()]
+    rows = [[f"`sdeflow.{old}`", f"`sdeflow.{new}`"] for old, new in (MOVED | RENAMED).items()]
     return _table(["0.5", "0.6"], rows)
 
 
@@ -464,6 +493,7 @@ MAKERS: dict[str, Callable[[str, Path], str]] = {
     "result": result,
     "excerpt": excerpt,
     "api": api,
+    "stack": lambda _, page: drawing(),
     "layers": lambda _, page: layers(),
     "card": lambda _, page: card(),
     "help": lambda _, page: command_line(),

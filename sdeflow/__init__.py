@@ -8,7 +8,7 @@ images = sdeflow.sample(model, nfe=35, n=4, seeds=0)
 from sdeflow import grid
 from sdeflow._utils import moved
 from sdeflow._version import __version__
-from sdeflow.denoisers import Denoiser, Preconditioned, Prediction
+from sdeflow.denoisers import Denoiser, Preconditioned, Prediction, Wrapper
 from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
 from sdeflow.discrete import (
     BinaryEmpirical,
@@ -160,6 +160,7 @@ __all__ = [
     "UniPC",
     "UnknownNameError",
     "Unrolled",
+    "Wrapper",
     "__version__",
     "encode",
     "gits",

@@ -1,9 +1,9 @@
 r"""Diffusion of discrete data: bits and categories, with an exact posterior, an exact denoiser of a
 data set and a bound in bits.
 
-A world of its own beside the Gaussian core. Time is an integer, $t = 0$ (data) to $T$. Every entry
-of $x$ takes one of $K$ values and moves by itself along a Markov chain, with a row-stochastic
-matrix at every step:
+It stands beside the Gaussian core and uses only its noise. Time is an integer, $t = 0$ (data) to
+$T$. Every entry of $x$ takes one of $K$ values and follows its own Markov chain, independently of
+the others, with a row-stochastic matrix at every step:
 
 $$q(x_t = k \mid x_{t-1} = j) = Q_t[j, k], \qquad
 q(x_t = k \mid x_0 = a) = \bar Q_t[a, k], \qquad \bar Q_t = Q_1 Q_2 \cdots Q_t .$$
@@ -22,7 +22,7 @@ P(x_0 = a \mid x_t), \qquad t' < t .$$
 With the exact denoiser these are the exact marginals of every entry of $x_{t'}$, the best that a
 reverse process with independent entries can do.
 
-Source. Sohl-Dickstein et al. 2015, section 2 and appendix B.2 (binomial diffusion); Austin et al.
+Source. Sohl-Dickstein et al. 2015, sections 2.1 to 2.4 and table 1 of the appendix; Austin et al.
 2021, sections 3 and 4 (kernels as matrices).
 """
 
@@ -55,8 +55,7 @@ def harmonic_betas(steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DiscreteBound:
-    """An upper bound of the bits that a reverse process spends on each sample: the negative
-    variational bound of its log2-likelihood.
+    """The variational upper bound on the bits of each sample, -log2 p(x0), under a reverse process.
 
     `prior` `[B]` is KL(q(x_T | x_0) || prior), `terms` `[B, draws]` are the steps, each weighted so
     that their sum estimates the sum over all steps, `total` `[B]` is the sum of both.
@@ -82,7 +81,7 @@ class DiscreteBound:
 
 
 class CategoricalProcess:
-    """A Markov chain over K categories for every entry: `x` holds integers from 0 to K - 1.
+    """A Markov chain over K categories for every entry of x: `x` holds integers from 0 to K - 1.
 
     - `kernels`: `[T, K, K]`, rows are distributions: `kernels[t - 1, j, k]` is
       q(x_t = k | x_{t-1} = j).
@@ -383,7 +382,7 @@ class BinomialProcess(CategoricalProcess):
     - `rate`: the probability of a 1 in pure noise, in (0, 1); it is the prior.
 
     Errors: `ValueError` for numbers out of range, or states that are not in [0, 1]. Source:
-    Sohl-Dickstein et al. 2015, appendix B.2 (with rate 0.5).
+    Sohl-Dickstein et al. 2015, appendix, table 1 (with rate 0.5).
     """
 
     _dtype = torch.float32

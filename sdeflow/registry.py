@@ -1,10 +1,10 @@
-"""Names: solvers, grids and processes, with their aliases; the documentation, the command line and
-the tests iterate over it.
+"""Names of solvers, grids and processes, with their aliases. `register_solver`, `register_grid` and
+`register_process` add names; the documentation, the command line and the tests read the tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,218 +63,248 @@ class Entry:
         return text.split(". ")[0].rstrip(".") + "."
 
 
-def _table(*entries: Entry) -> dict[str, Entry]:
-    return {entry.name: entry for entry in entries}
+def _table(*rows: tuple[Any, ...]) -> dict[str, Entry]:
+    """The entries of rows `(name, kind, aliases in one string, arguments)`."""
+    return {
+        name: Entry(name, kind, tuple(rest[0].split()) if rest else (), *rest[1:])
+        for name, kind, *rest in rows
+    }
 
 
 SOLVERS = _table(
-    Entry("auto", Auto, ("default",)),
-    Entry("euler", Euler),
-    Entry("heun", Heun),
-    Entry("midpoint", Midpoint),
-    Entry("ralston", Ralston),
-    Entry("rk4", RK4),
-    Entry("ddim", DDIM),
-    Entry("adams1", ExponentialAdams, (), {"p": 1}),
-    Entry("adams2", ExponentialAdams, (), {"p": 2}),
-    Entry("adams3", ExponentialAdams, ("adams", "exponential_adams"), {"p": 3}),
-    Entry("adams4", ExponentialAdams, (), {"p": 4}),
-    Entry("deis_tab1", DEIS, (), {"p": 2}),
-    Entry("deis_tab2", DEIS, ("deis", "sample_deis"), {"p": 3}),
-    Entry("deis_tab3", DEIS, (), {"p": 4}),
-    Entry("deis_rho1", DEIS, (), {"p": 2, "clock": "nsr"}),
-    Entry("deis_rho2", DEIS, (), {"p": 3, "clock": "nsr"}),
-    Entry("deis_rho3", DEIS, (), {"p": 4, "clock": "nsr"}),
-    Entry("deis_logrho", DEIS, ("deismultistepscheduler",), {"p": 2, "clock": "lam"}),
-    Entry("deis_rho_heun", DEISRungeKutta, (), {"method": "heun"}),
-    Entry("deis_rho_kutta3", DEISRungeKutta, (), {"method": "kutta3"}),
-    Entry("lms", LMS, ("sample_lms", "lmsdiscretescheduler")),
-    Entry("ipndm", IPNDM, ("sample_ipndm", "ipndmscheduler", "ipndm4")),
-    Entry("ipndm2", IPNDM, (), {"p": 2}),
-    Entry("ipndm3", IPNDM, (), {"p": 3}),
-    Entry("ipndm_v", IPNDMv, ("sample_ipndm_v", "ipndm_v4")),
-    Entry("ipndm_v3", IPNDMv, (), {"p": 3}),
-    Entry("pndm", PNDM, ("f_pndm", "pndmscheduler")),
-    Entry("s_pndm", PNDM, (), {"p": 2, "start_up": "heun"}),
-    Entry("plms", PNDM, ("sample_plms",), {"start_up": "heun"}),
-    Entry("dpm_solver_1", DPMSolver, (), {"p": 1}),
-    Entry("dpm_solver_2", DPMSolver, ("dpm_2", "sample_dpm_2", "kdpm2discretescheduler"), {"p": 2}),
-    Entry("dpm_solver_3", DPMSolver, ("dpm_solver",), {"p": 3}),
-    Entry(
-        "dpm_solver_fast", DPMSolver, ("dpm_fast", "sample_dpm_fast"), {"p": 3, "stages": "grid"}
-    ),
-    Entry("dpmpp_2s", DPMSolver, ("dpm++_2s", "dpmsolver++_2s"), {"p": 2, "predicts": "x0"}),
-    Entry("dpmpp_3s", DPMSolver, ("dpm++_3s", "dpmsolver++_3s"), {"p": 3, "predicts": "x0"}),
-    Entry(
+    ("auto", Auto, "default"),
+    ("euler", Euler),
+    ("heun", Heun),
+    ("midpoint", Midpoint),
+    ("ralston", Ralston),
+    ("rk4", RK4),
+    ("ddim", DDIM),
+    ("adams1", ExponentialAdams, "", {"p": 1}),
+    ("adams2", ExponentialAdams, "", {"p": 2}),
+    ("adams3", ExponentialAdams, "adams exponential_adams", {"p": 3}),
+    ("adams4", ExponentialAdams, "", {"p": 4}),
+    ("deis_tab1", DEIS, "", {"p": 2}),
+    ("deis_tab2", DEIS, "deis sample_deis", {"p": 3}),
+    ("deis_tab3", DEIS, "", {"p": 4}),
+    ("deis_rho1", DEIS, "", {"p": 2, "clock": "nsr"}),
+    ("deis_rho2", DEIS, "", {"p": 3, "clock": "nsr"}),
+    ("deis_rho3", DEIS, "", {"p": 4, "clock": "nsr"}),
+    ("deis_logrho", DEIS, "deismultistepscheduler", {"p": 2, "clock": "lam"}),
+    ("deis_rho_heun", DEISRungeKutta, "", {"method": "heun"}),
+    ("deis_rho_kutta3", DEISRungeKutta, "", {"method": "kutta3"}),
+    ("lms", LMS, "sample_lms lmsdiscretescheduler"),
+    ("ipndm", IPNDM, "sample_ipndm ipndmscheduler ipndm4"),
+    ("ipndm2", IPNDM, "", {"p": 2}),
+    ("ipndm3", IPNDM, "", {"p": 3}),
+    ("ipndm_v", IPNDMv, "sample_ipndm_v ipndm_v4"),
+    ("ipndm_v3", IPNDMv, "", {"p": 3}),
+    ("pndm", PNDM, "f_pndm pndmscheduler"),
+    ("s_pndm", PNDM, "", {"p": 2, "start_up": "heun"}),
+    ("plms", PNDM, "sample_plms", {"start_up": "heun"}),
+    ("dpm_solver_1", DPMSolver, "", {"p": 1}),
+    ("dpm_solver_2", DPMSolver, "dpm_2 sample_dpm_2 kdpm2discretescheduler", {"p": 2}),
+    ("dpm_solver_3", DPMSolver, "dpm_solver", {"p": 3}),
+    ("dpm_solver_fast", DPMSolver, "dpm_fast sample_dpm_fast", {"p": 3, "stages": "grid"}),
+    ("dpmpp_2s", DPMSolver, "dpm++_2s dpmsolver++_2s", {"p": 2, "predicts": "x0"}),
+    ("dpmpp_3s", DPMSolver, "dpm++_3s dpmsolver++_3s", {"p": 3, "predicts": "x0"}),
+    (
         "dpmpp_2s_fast",
         DPMSolver,
-        ("dpmsolversinglestepscheduler",),
+        "dpmsolversinglestepscheduler",
         {"p": 2, "predicts": "x0", "stages": "grid"},
     ),
-    Entry(
-        "dpmpp_3s_fast", DPMSolver, ("dpmpp_fast",), {"p": 3, "predicts": "x0", "stages": "grid"}
-    ),
-    Entry("dpm_solver_2m", DPMSolverPP, (), {"p": 2, "predicts": "eps"}),
-    Entry("dpm_solver_3m", DPMSolverPP, (), {"p": 3, "predicts": "eps"}),
-    Entry("dpmpp_1m", DPMSolverPP, (), {"p": 1}),
-    Entry(
+    ("dpmpp_3s_fast", DPMSolver, "dpmpp_fast", {"p": 3, "predicts": "x0", "stages": "grid"}),
+    ("dpm_solver_2m", DPMSolverPP, "", {"p": 2, "predicts": "eps"}),
+    ("dpm_solver_3m", DPMSolverPP, "", {"p": 3, "predicts": "eps"}),
+    ("dpmpp_1m", DPMSolverPP, "", {"p": 1}),
+    (
         "dpmpp_2m",
         DPMSolverPP,
-        (
-            "sample_dpmpp_2m",
-            "dpmsolvermultistepscheduler",
-            "dpmsolver++",
-            "dpm_solver_pp",
-            "dpm++_2m",
-        ),
+        "sample_dpmpp_2m dpmsolvermultistepscheduler dpmsolver++ dpm_solver_pp dpm++_2m",
         {"p": 2},
     ),
-    Entry("dpmpp_2m_heun", DPMSolverPP, (), {"p": 2, "solver_type": "heun"}),
-    Entry("dpmpp_3m", DPMSolverPP, ("dpm++_3m", "dpmsolver++_3m"), {"p": 3}),
-    Entry("dpmpp_3m_exact", DPMSolverPP, (), {"p": 3, "solver_type": "heun", "kappa": 1.0}),
-    Entry("unipc_1", UniPC, (), {"p": 1}),
-    Entry("unipc_2", UniPC, ("unipc", "unipcmultistepscheduler"), {"p": 2}),
-    Entry("unipc_3", UniPC, ("uni_pc_bh2", "sample_unipc_bh2"), {"p": 3}),
-    Entry("unipc_3_bh1", UniPC, ("uni_pc", "sample_unipc"), {"p": 3, "variant": "bh1"}),
-    Entry("euler_maruyama", EulerMaruyama, ("em", "reverse_sde")),
-    Entry("ddpm", DDPM, ("ancestral",)),
-    Entry("langevin", Langevin, ("predictor_corrector", "pc")),
-    Entry("churn", Churn, ("edm_stochastic", "heun_churn", "sample_heun_churn")),
-    Entry("restart", Restart, ("restart_sampling", "restart_heun")),
-    Entry(
+    ("dpmpp_2m_heun", DPMSolverPP, "", {"p": 2, "solver_type": "heun"}),
+    ("dpmpp_3m", DPMSolverPP, "dpm++_3m dpmsolver++_3m", {"p": 3}),
+    ("dpmpp_3m_exact", DPMSolverPP, "", {"p": 3, "solver_type": "heun", "kappa": 1.0}),
+    ("unipc_1", UniPC, "", {"p": 1}),
+    ("unipc_2", UniPC, "unipc unipcmultistepscheduler", {"p": 2}),
+    ("unipc_3", UniPC, "uni_pc_bh2 sample_unipc_bh2", {"p": 3}),
+    ("unipc_3_bh1", UniPC, "uni_pc sample_unipc", {"p": 3, "variant": "bh1"}),
+    ("euler_maruyama", EulerMaruyama, "em reverse_sde"),
+    ("ddpm", DDPM, "ancestral"),
+    ("langevin", Langevin, "predictor_corrector pc"),
+    ("churn", Churn, "edm_stochastic heun_churn sample_heun_churn"),
+    ("restart", Restart, "restart_sampling restart_heun"),
+    (
         "euler_ancestral",
         Ancestral,
-        (
-            "euler_a",
-            "sample_euler_ancestral",
-            "eulerancestraldiscretescheduler",
-            "k_euler_ancestral",
-        ),
+        "euler_a sample_euler_ancestral eulerancestraldiscretescheduler k_euler_ancestral",
     ),
-    Entry(
+    (
         "dpmpp_2s_ancestral",
         Ancestral,
-        ("sample_dpmpp_2s_ancestral", "dpmpp_2s_a"),
+        "sample_dpmpp_2s_ancestral dpmpp_2s_a",
         {"solver": DPMSolver(2, "x0", stages="inner")},
     ),
-    Entry(
+    (
         "dpm2_ancestral",
         Ancestral,
-        ("sample_dpm_2_ancestral", "dpm_2_ancestral", "dpm2_a", "kdpm2ancestraldiscretescheduler"),
+        "sample_dpm_2_ancestral dpm_2_ancestral dpm2_a kdpm2ancestraldiscretescheduler",
         {"solver": DPMSolver(2, stages="inner")},
     ),
-    Entry("annealed_langevin", AnnealedLangevin, ("ncsn", "ald")),
-    Entry("dpmpp_1_sde", SDEDPMSolverPP, ("sde_dpm_solver_pp_1",), {"p": 1}),
-    Entry(
+    ("annealed_langevin", AnnealedLangevin, "ncsn ald"),
+    ("dpmpp_1_sde", SDEDPMSolverPP, "sde_dpm_solver_pp_1", {"p": 1}),
+    (
         "dpmpp_2m_sde",
         SDEDPMSolverPP,
-        (
-            "sample_dpmpp_2m_sde",
-            "dpmpp_2m_sde_gpu",
-            "sde_dpmsolver++",
-            "sde_dpm_solver_pp",
-            "cosinedpmsolvermultistepscheduler",
-        ),
+        "sample_dpmpp_2m_sde dpmpp_2m_sde_gpu sde_dpmsolver++ sde_dpm_solver_pp cosinedpmsolvermultistepscheduler",
         {"p": 2},
     ),
-    Entry(
+    (
         "dpmpp_2m_sde_heun",
         SDEDPMSolverPP,
-        ("sample_dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
+        "sample_dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu",
         {"p": 2, "exact_weights": True},
     ),
-    Entry("dpmpp_3m_sde", SDEDPMSolverPP, ("sample_dpmpp_3m_sde", "dpmpp_3m_sde_gpu"), {"p": 3}),
-    Entry(
-        "dpmpp_sde",
-        SDEDPMSolverPPSingle,
-        ("sample_dpmpp_sde", "dpmpp_sde_gpu", "dpmsolversdescheduler"),
-    ),
-    Entry("seeds_1", SEEDS, (), {"p": 1}),
-    Entry("seeds_2", SEEDS, ("sample_seeds_2",), {"p": 2}),
-    Entry("seeds_3", SEEDS, ("seeds", "sample_seeds_3"), {"p": 3}),
-    Entry(
-        "exp_heun_2_x0_sde",
-        SEEDS,
-        ("sample_exp_heun_2_x0_sde",),
-        {"p": 2, "r": 1.0, "taylor": True},
-    ),
-    Entry("sa_solver", SASolver, ("sample_sa_solver", "sasolverscheduler")),
-    Entry("sa_solver_pece", SASolver, ("sample_sa_solver_pece",), {"pece": True}),
-    Entry("er_sde_1", ERSDE, (), {"p": 1}),
-    Entry("er_sde_2", ERSDE, (), {"p": 2}),
-    Entry("er_sde_3", ERSDE, ("er_sde", "sample_er_sde"), {"p": 3}),
-    Entry("stochastic_adams2", StochasticAdams, ("stochastic_adams",), {"p": 2}),
-    Entry("stochastic_adams3", StochasticAdams, (), {"p": 3, "corrector": True}),
-    Entry("rk45", RK45, ("dopri5", "dormand_prince")),
-    Entry("rk23", RK23, ("bogacki_shampine",)),
-    Entry("dpm_adaptive_12", DPMAdaptive, ("dpm_solver_12",), {"p": 2}),
-    Entry(
+    ("dpmpp_3m_sde", SDEDPMSolverPP, "sample_dpmpp_3m_sde dpmpp_3m_sde_gpu", {"p": 3}),
+    ("dpmpp_sde", SDEDPMSolverPPSingle, "sample_dpmpp_sde dpmpp_sde_gpu dpmsolversdescheduler"),
+    ("seeds_1", SEEDS, "", {"p": 1}),
+    ("seeds_2", SEEDS, "sample_seeds_2", {"p": 2}),
+    ("seeds_3", SEEDS, "seeds sample_seeds_3", {"p": 3}),
+    ("exp_heun_2_x0_sde", SEEDS, "sample_exp_heun_2_x0_sde", {"p": 2, "r": 1.0, "taylor": True}),
+    ("sa_solver", SASolver, "sample_sa_solver sasolverscheduler"),
+    ("sa_solver_pece", SASolver, "sample_sa_solver_pece", {"pece": True}),
+    ("er_sde_1", ERSDE, "", {"p": 1}),
+    ("er_sde_2", ERSDE, "", {"p": 2}),
+    ("er_sde_3", ERSDE, "er_sde sample_er_sde", {"p": 3}),
+    ("stochastic_adams2", StochasticAdams, "stochastic_adams", {"p": 2}),
+    ("stochastic_adams3", StochasticAdams, "", {"p": 3, "corrector": True}),
+    ("rk45", RK45, "dopri5 dormand_prince"),
+    ("rk23", RK23, "bogacki_shampine"),
+    ("dpm_adaptive_12", DPMAdaptive, "dpm_solver_12", {"p": 2}),
+    (
         "dpm_adaptive_23",
         DPMAdaptive,
-        ("dpm_adaptive", "sample_dpm_adaptive", "dpm_solver_adaptive", "dpm_solver_23"),
+        "dpm_adaptive sample_dpm_adaptive dpm_solver_adaptive dpm_solver_23",
         {"p": 3},
     ),
-    Entry("adaptive_sde", AdaptiveSDE, ("gotta_go_fast", "ggf")),
-    Entry("adaptive_ancestral", AdaptiveSDE, (), {"form": "ancestral"}),
-    Entry("torchdiffeq", TorchDiffEq),
-    Entry("torchsde", TorchSDE),
+    ("adaptive_sde", AdaptiveSDE, "gotta_go_fast ggf"),
+    ("adaptive_ancestral", AdaptiveSDE, "", {"form": "ancestral"}),
+    ("torchdiffeq", TorchDiffEq),
+    ("torchsde", TorchSDE),
 )
-"""Solvers by name; `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those
-libraries, and `churn:NAME`, like every name of a solver that holds a solver, has the named one
-within.
+"""Solvers by name. `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries.
+`churn:NAME`, and likewise every name of a solver that holds a solver, holds the named one.
 """
 
 GRIDS = _table(
-    Entry("auto", auto_grid),
-    Entry("uniform_t", grid.uniform_t, ("uniform", "normal")),
-    Entry("uniform_sqrt_t", grid.uniform_sqrt_t, ("sqrt_t",)),
-    Entry("power_t", grid.power_t),
-    Entry("cosine_t", grid.cosine_t, ("chebyshev_t",)),
-    Entry(
-        "uniform_lam",
-        grid.uniform_lam,
-        ("exponential", "logsnr", "get_sigmas_exponential", "use_lu_lambdas"),
-    ),
-    Entry("polyexponential", grid.polyexponential, ("power_lam", "get_sigmas_polyexponential")),
-    Entry("two_powers", grid.two_powers),
-    Entry("dense_lam", grid.dense_lam, ("sinh_lam",)),
-    Entry("karras", grid.karras, ("edm", "get_sigmas_karras", "use_karras_sigmas")),
-    Entry("uniform_angle", grid.uniform_angle, ("kl_optimal",)),
-    Entry("uniform_vp", grid.uniform_vp, ("vp", "get_sigmas_vp")),
-    Entry("uniform_cosine", grid.uniform_cosine, ("cosine",)),
-    Entry("uniform_flow", grid.flow_shift, (), {"shift": 1.0}),
-    Entry("flow_shift", grid.flow_shift, ("sd3", "flowmatcheulerdiscretescheduler")),
-    Entry("simple", grid.simple),
-    Entry("sgm_uniform", grid.sgm_uniform),
-    Entry("linear_quadratic", grid.linear_quadratic),
-    Entry("beta", grid.beta_quantiles, ("use_beta_sigmas",)),
-    Entry("beta57", grid.beta_quantiles, (), {"alpha": 0.5, "beta": 0.7}),
-    Entry("ays_sd15", grid.align_your_steps, ("ays", "align_your_steps"), {"model": "sd15"}),
-    Entry("ays_sdxl", grid.align_your_steps, (), {"model": "sdxl"}),
-    Entry("ays_svd", grid.align_your_steps, (), {"model": "svd"}),
-    Entry("ays_deepfloyd_if", grid.align_your_steps, ("ays_if",), {"model": "deepfloyd_if"}),
-    Entry("quadratic", grid.quadratic),
-    Entry("leading", grid.leading),
-    Entry("ddim_uniform", grid.ddim_uniform),
-    Entry("trailing", grid.trailing),
-    Entry("linspace", grid.linspace),
+    ("auto", auto_grid),
+    ("uniform_t", grid.uniform_t, "uniform normal"),
+    ("uniform_sqrt_t", grid.uniform_sqrt_t, "sqrt_t"),
+    ("power_t", grid.power_t),
+    ("cosine_t", grid.cosine_t, "chebyshev_t"),
+    ("uniform_lam", grid.uniform_lam, "exponential logsnr get_sigmas_exponential use_lu_lambdas"),
+    ("polyexponential", grid.polyexponential, "power_lam get_sigmas_polyexponential"),
+    ("two_powers", grid.two_powers),
+    ("dense_lam", grid.dense_lam, "sinh_lam"),
+    ("karras", grid.karras, "edm get_sigmas_karras use_karras_sigmas"),
+    ("uniform_angle", grid.uniform_angle, "kl_optimal"),
+    ("uniform_vp", grid.uniform_vp, "vp get_sigmas_vp"),
+    ("uniform_cosine", grid.uniform_cosine, "cosine"),
+    ("uniform_flow", grid.flow_shift, "", {"shift": 1.0}),
+    ("flow_shift", grid.flow_shift, "sd3 flowmatcheulerdiscretescheduler"),
+    ("simple", grid.simple),
+    ("sgm_uniform", grid.sgm_uniform),
+    ("linear_quadratic", grid.linear_quadratic),
+    ("beta", grid.beta_quantiles, "use_beta_sigmas"),
+    ("beta57", grid.beta_quantiles, "", {"alpha": 0.5, "beta": 0.7}),
+    ("ays_sd15", grid.align_your_steps, "ays align_your_steps", {"model": "sd15"}),
+    ("ays_sdxl", grid.align_your_steps, "", {"model": "sdxl"}),
+    ("ays_svd", grid.align_your_steps, "", {"model": "svd"}),
+    ("ays_deepfloyd_if", grid.align_your_steps, "ays_if", {"model": "deepfloyd_if"}),
+    ("quadratic", grid.quadratic),
+    ("leading", grid.leading),
+    ("ddim_uniform", grid.ddim_uniform),
+    ("trailing", grid.trailing),
+    ("linspace", grid.linspace),
 )
 """Grids by name."""
 
 PROCESSES = _table(
-    Entry("vp", VP, ("ddpm_continuous",)),
-    Entry("subvp", SubVP),
-    Entry("cosine", Cosine),
-    Entry("ve", VE, ("ncsn",)),
-    Entry("edm", EDM, ("karras",)),
-    Entry("rectified_flow", RectifiedFlow, ("flow", "rf")),
+    ("vp", VP, "ddpm_continuous"),
+    ("subvp", SubVP),
+    ("cosine", Cosine),
+    ("ve", VE, "ncsn"),
+    ("edm", EDM, "karras"),
+    ("rectified_flow", RectifiedFlow, "flow rf"),
 )
 """Processes by name, with their default parameters."""
 
 
+def register_solver(
+    name: str,
+    kind: Callable[..., Solver],
+    *,
+    aliases: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> Entry:
+    """Make a solver available under a name, to `sample`, to wrappers (`"churn:NAME"`) and on the
+    command line.
+
+    `kind` is its class, or a function that returns one; `arguments` are those that the name stands
+    for. Errors: `ValueError` for a name or an alias that is taken.
+    """
+    return _register(SOLVERS, "solver", name, kind, aliases, arguments)
+
+
+def register_grid(
+    name: str,
+    function: grid.GridFunction,
+    *,
+    aliases: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> Entry:
+    """Make a grid available under a name: a function of a process and a number of levels that
+    returns times. Otherwise as `register_solver`.
+    """
+    return _register(GRIDS, "grid", name, function, aliases, arguments)
+
+
+def register_process(
+    name: str,
+    kind: Callable[..., Process],
+    *,
+    aliases: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> Entry:
+    """Make a process available under a name. Otherwise as `register_solver`."""
+    return _register(PROCESSES, "process", name, kind, aliases, arguments)
+
+
+def _register(
+    table: dict[str, Entry],
+    what: str,
+    name: str,
+    kind: Callable[..., Any],
+    aliases: Sequence[str],
+    arguments: Mapping[str, Any] | None,
+) -> Entry:
+    entry = Entry(_key(name), kind, tuple(map(_key, aliases)), dict(arguments or {}))
+    for new in (entry.name, *entry.aliases):
+        for known in table.values():
+            if new in (known.name, *known.aliases):
+                raise ValueError(f"the {what} {new!r} is registered already, as {known.kind}")
+    table[entry.name] = entry
+    return entry
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
 def lookup(table: dict[str, Entry], kind: str, name: str) -> Entry:
     """The entry under a name or an alias; `UnknownNameError` names the nearest."""
-    key = name.strip().lower().replace("-", "_")
+    key = _key(name)
     for entry in table.values():
         if key == entry.name or key in entry.aliases:
             return entry

@@ -7,6 +7,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,40 @@ from sdeflow.denoisers import Denoiser
 from sdeflow.process import Level, Process
 
 
+@dataclass
+class Spent:
+    """What was spent: calls of the denoiser, forwards of networks, gradients of networks."""
+
+    nfe: int = 0
+    forwards: int = 0
+    gradients: int = 0
+
+    def add(
+        self,
+        denoiser: Denoiser,
+        condition: Mapping[str, Any],
+        times: Tensor,
+        together: bool = False,
+    ) -> Spent:
+        """Add a call of a denoiser at each of `times` (`[K]`); or, `together`, one call whose
+        samples are at these times, which takes what the costliest of them takes.
+        """
+        times = times.detach()
+        forwards = denoiser.forwards(times, **condition)
+        gradients = denoiser.network_gradients(times, **condition)
+        self.nfe += 1 if together else len(times)
+        self.forwards += int(forwards.max() if together else forwards.sum())
+        self.gradients += int(gradients.max() if together else gradients.sum())
+        return self
+
+
 class Reverse:
     """The reverse of a process, as a denoiser knows it: `x0`, `eps`, `score` and `velocity` of a
     state at a level.
 
-    Each of the four calls the denoiser once and is counted in `nfe`. They use only `+`, `-` and
-    `*`, so that the same solver step runs on tensors (the textbook) and on symbolic operands
-    (`sdeflow.plan.plan`).
+    Each of the four calls the denoiser once. `nfe` counts these calls, `forwards` and `gradients`
+    what they take of networks. They use only `+`, `-` and `*`, so that the same solver step runs
+    on tensors (the textbook) and on symbolic operands (`sdeflow.plan.plan`).
     """
 
     def __init__(self, denoiser: Denoiser, condition: Mapping[str, Any] | None = None):
@@ -30,9 +58,24 @@ class Reverse:
         self.process: Process = denoiser.process
         self.condition = dict(condition or {})
         denoiser.check_condition(self.condition)
-        self.nfe = 0
+        self.spent = Spent()
         self._at_time: dict[float, Level] = {}
         self._at_lam: list[tuple[float, Level]] = []
+
+    @property
+    def nfe(self) -> int:
+        """Calls of the denoiser so far."""
+        return self.spent.nfe
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of networks so far."""
+        return self.spent.forwards
+
+    @property
+    def gradients(self) -> int:
+        """Gradients of networks so far."""
+        return self.spent.gradients
 
     def prepare(self, times: Tensor, lams: Sequence[float] = ()) -> list[Level]:
         """The levels at `times`; they, and those where `log(s / sigma)` is one of `lams`, are
@@ -80,11 +123,16 @@ class Reverse:
 
     def ask(self, x: Tensor, t: Tensor) -> Tensor:
         """`E[x0 | x(t) = x]` at one time, or at one a sample (`[B]`)."""
-        self.nfe += 1
+        self.spent.add(self.denoiser, self.condition, t.reshape(-1), together=True)
         return self.denoiser(x, t, **self.condition)
 
+    def count(self, times: Tensor) -> None:
+        """Count one call of the denoiser at each of `times`, made by someone else."""
+        self.spent.add(self.denoiser, self.condition, times)
+
     def rows(self, index: Tensor, size: int) -> Reverse:
-        """The same for the samples `index` of a batch of `size`, with a counter of its own.
+        """The same for the samples `index` of a batch of `size`; what it spends is counted here
+        too.
 
         Conditions that are tensors or lists of `size` rows are cut along; so is what the denoiser
         holds for each sample (`Denoiser.rows`).
@@ -98,14 +146,12 @@ class Reverse:
             return value
 
         some = copy(self)
-        some.denoiser, some.nfe = self.denoiser.rows(index), 0
+        some.denoiser = self.denoiser.rows(index)
         some.condition = {name: cut(value) for name, value in self.condition.items()}
         return some
 
     def calls(self, times: Tensor, x: Tensor) -> Sequence[Callable[[Tensor], Tensor]]:
-        """The denoiser at each of `times`, prepared; whoever runs them adds their number to
-        `nfe`.
-        """
+        """The denoiser at each of `times`, prepared; whoever runs them counts them (`count`)."""
         return self.denoiser.at(times, x, **self.condition)
 
     def materialise(self, state: Any) -> Any:

@@ -57,7 +57,7 @@ PROCESSES: dict[str, Process] = {
 class Problem(Denoiser):
     """A denoiser that is a function of `x`, `s` and `sigma`, on any path."""
 
-    exact = True
+    known_density = True
 
     def __init__(self, process: Process | None = None):
         self.process = EDM() if process is None else process

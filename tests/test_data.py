@@ -16,6 +16,7 @@ from PIL import Image
 
 from sdeflow._utils.distributed import Rank
 from sdeflow.errors import MissingExtraError
+from sdeflow.images import shards
 from sdeflow.images.datasets import Decoded, Encoded, Images, Stream, load_images, mix, to_pixels
 
 
@@ -217,3 +218,37 @@ def test_seeds_differ_in_every_number() -> None:
     assert len(seeds) == 512
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert mix(1, 2) != mix(2, 1)
+
+
+@pytest.mark.parametrize("kind", ["png", "npz", "parquet"])
+def test_a_generated_folder_is_read_to_train_on_whatever_its_format(
+    tmp_path: Path, kind: shards.Format
+) -> None:
+    x = torch.randint(0, 256, (10, 8, 8, 3), dtype=torch.uint8)
+    labels = torch.arange(10) % 3
+    settings = {"format": kind, "n": 10, "shard_size": 4, "shape": [8, 8, 3]}
+    settings["class_names"] = ["ant", "bee", "cat"]
+    shards.write_settings(tmp_path, settings)
+    opened = shards.opened(tmp_path, settings)
+    for k in range(len(opened)):
+        rows = opened.indices(k)
+        part = slice(rows.start, rows.stop)
+        opened.write(k, x[part].contiguous(), labels[part])
+    for memory_gb in (1.0, 1e-9, 0.0):  # decoded at once, one by one, shard by shard
+        images = load_images(tmp_path, memory_gb=memory_gb, progress=False)
+        assert torch.equal(images.get(torch.arange(10)).permute(0, 2, 3, 1), x)
+        assert images.labels is not None
+        assert images.labels.tolist() == labels.tolist()
+        assert images.class_names == ("ant", "bee", "cat")
+        parts = [pixels for pixels, _ in images.batches(3, n=7)]
+        assert torch.equal(torch.cat(parts).permute(0, 2, 3, 1), x[:7])
+    assert load_images(tmp_path, size=4, progress=False).get(torch.tensor([9])).shape[2:] == (4, 4)
+
+
+def test_grey_arrays_are_squares_of_three_channels_to_train_on(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", np.full((3, 6, 4, 1), 7, np.uint8))
+    images = load_images(tmp_path / "a.npz", progress=False)
+    assert images.labels is None
+    assert torch.equal(images.get(torch.tensor([2])), torch.full((1, 3, 4, 4), 7).byte())
+    as_it_is = load_images(tmp_path / "a.npz", memory_gb=0.0)
+    assert as_it_is.get(torch.tensor([2])).shape == (1, 1, 6, 4)

@@ -5,8 +5,11 @@ chains, and the bound of the heartbeat sequences.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from sdeflow import (
     harmonic_betas,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def f64(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
@@ -29,10 +34,10 @@ HEARTBEATS = torch.stack([(torch.arange(20) % 5 == phase).double() for phase in 
 IDEAL = {  # bits of the ideal bound, by (rate, T)
     (0.5, 20): 2.580619,
     (0.5, 100): 2.371490,
-    (0.5, 2000): 2.324378,
+    (0.5, 2000): 2.324382,
     (0.2, 20): 2.581335,
     (0.2, 100): 2.371789,
-    (0.2, 2000): 2.324395,
+    (0.2, 2000): 2.324398,
 }
 BETAS = {
     "harmonic": harmonic_betas(7),
@@ -252,6 +257,27 @@ def test_one_step_loses_the_dependence() -> None:
     close(reverse_law(CHAINS["uniform"], target, 1), law_of(means[None], all_states(4, 3))[0])
 
 
+@pytest.mark.parametrize("name", ["uniform", "skewed", "walk"])
+def test_the_reverse_step_has_the_exact_marginals(name: str) -> None:
+    """q(x_t'_i | x_t) by enumeration, for every state and entry. Austin et al. 2021, equation 4,
+    leaves out the division by q(x_t | x_0): with P(x_0 | x_t) in it, it is another distribution.
+    """
+    process, states = CHAINS[name], all_states(4, 3)
+    target = CategoricalEmpirical(WORDS, process, WEIGHTS)
+    t, t_next = 4, 2
+    both = joint(process, WORDS, WEIGHTS, t_next)  # datum, x_t'
+    later = law_of(process.transition(t_next, t)[states], states)  # x_t', x_t
+    given = both.sum(0)[:, None] * later
+    given = given / given.sum(0)
+    one_hot = torch.nn.functional.one_hot(states, 4).double()
+    expected = torch.einsum("jk,jda->kda", given, one_hot)
+    p = target(states, t)
+    close(process.posterior(states, p, t, t_next), expected)
+    theirs = process.transition(t_next, t).mT[states] * (p @ process.products[t_next])
+    theirs = theirs / theirs.sum(-1, keepdim=True)
+    assert float((theirs - expected).abs().sum(-1).max() / 2) > 0.1
+
+
 # ------------------------------------------------------------------------------------- the bound
 
 
@@ -288,6 +314,32 @@ def test_the_bound_of_categories(name: str) -> None:
     assert some.terms.shape == (8000, 2)
     assert abs(some.mean - expected) < 4 * some.standard_error < 0.2
     close(bound.prior, torch.zeros(8000).double())
+
+
+@pytest.mark.parametrize("name", ["uniform", "mask", "skewed"])
+def test_where_the_ideal_bound_is_lost(name: str) -> None:
+    """The ideal bound is the entropy, and what the entries of x_{t-1} know of each other given x_t.
+    The likelihood of its samples lies between.
+    """
+    process, states = CHAINS[name], all_states(4, 3)
+    target = CategoricalEmpirical(WORDS, process, WEIGHTS)
+    lost = 0.0
+    for t in range(1, 6):
+        both = joint(process, WORDS, WEIGHTS, t - 1).sum(0)[:, None] * law_of(
+            process.kernels[t - 1][states], states
+        )
+        reached = both.sum(0) > 0
+        given = (both[:, reached] / both[:, reached].sum(0)).mT  # x_t, x_{t-1}
+        one_hot = torch.nn.functional.one_hot(states, 4).double()
+        alone = law_of(torch.einsum("kj,jda->kda", given, one_hot), states)
+        information = torch.xlogy(given, given) - torch.xlogy(given, alone)
+        lost += float(both.sum(0)[reached] @ information.sum(1)) / math.log(2)
+    bound = exact_bound(process, target)
+    assert bound == pytest.approx(entropy(WEIGHTS) + lost, abs=1e-9)
+    law = reverse_law(process, target)
+    place = (WORDS * torch.tensor([16, 4, 1])).sum(1)
+    likelihood = float(-(WEIGHTS * law[place].log2()).sum())
+    assert entropy(WEIGHTS) + 0.05 < likelihood < bound - 0.1
 
 
 def test_signal_at_the_end_is_paid_for() -> None:
@@ -482,6 +534,45 @@ def test_a_condition_reaches_the_denoiser() -> None:
     x = process.sample(told, n=3, shape=(20,), phase=phase)
     assert torch.equal(x.double(), HEARTBEATS[phase])
     close(process.bound(told, HEARTBEATS[phase], phase=phase).total, torch.zeros(3).double())
+
+
+# ------------------------------------------------------------------------------ a trained network
+
+
+@pytest.fixture(scope="module")
+def heartbeat(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("quality.heartbeat")
+
+
+def test_the_measured_bound_is_between_the_ideal_and_the_papers() -> None:
+    """The committed result of `benchmarks/quality/heartbeat.py`."""
+    measured = json.loads((ROOT / "benchmarks/results/heartbeat.json").read_text())
+    assert measured["settings"]["steps"] == 2000
+    assert "heartbeat" in measured["provenance"]["command"]
+    assert [result["rate"] for result in measured["results"]] == [0.5, 0.2]
+    for result in measured["results"]:
+        error = result["standard_error"]
+        assert 0 < error < 0.005
+        assert IDEAL[result["rate"], 2000] < result["bits"] < 2.414 - 2 * error
+        assert result["heartbeats"] > 0.95
+        assert 0.1 < result["rarest_phase"] <= result["commonest_phase"] < 0.3
+
+
+def test_a_network_learns(heartbeat: ModuleType) -> None:
+    """On a short chain, in a second: better than independent bits, which cost 14.4."""
+    process = BinomialProcess(harmonic_betas(50))
+    network = heartbeat.train(process, 150)
+    bound = process.bound(network, HEARTBEATS.float().repeat(40, 1), draws=25)
+    assert bound.mean + 4 * bound.standard_error < 10.0
+
+
+@pytest.mark.slow
+def test_a_trained_network_beats_the_papers_bound(heartbeat: ModuleType) -> None:
+    process = BinomialProcess(harmonic_betas(2000))
+    result = heartbeat.judge(process, heartbeat.train(process, 3000), 700, 100)
+    assert result["standard_error"] < 0.005
+    assert IDEAL[0.5, 2000] - 3 * result["standard_error"] < result["bits"] < 2.414
+    assert result["heartbeats"] > 0.9
 
 
 # ------------------------------------------------------------------------------------ bad input

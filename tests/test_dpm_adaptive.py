@@ -406,7 +406,7 @@ def test_budgets_and_parameters_are_checked() -> None:
         DPMAdaptive().levels(35)
     for wrong in ({"rtol": -1.0}, {"atol": 0.0}, {"max_nfe": 0}, {"min_step": 0.0}, {"first_step": -1.0}, {"shrink": 1.5},
                   {"safety": 0.0}, {"grow": 1.0}, {"max_step": 0.0}, {"p": 1}, {"predicts": "v"}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"tolerances|max_nfe|steps|controller|p=2|prediction"):
+        with pytest.raises(ValueError, match=r"tolerances|max_nfe|steps|controller|p=2|predicts"):
             DPMAdaptive(**wrong)  # type: ignore[arg-type]
 
 

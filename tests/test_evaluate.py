@@ -1069,7 +1069,7 @@ def trainer(script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def labelled(path: Path, n: int, seed: int) -> Path:
-    """ImageSource whose class is their colour."""
+    """Images whose class is their colour."""
     generator = np.random.default_rng(seed)
     for i in range(n):
         image = generator.integers(0, 120, (8, 8, 3), dtype=np.uint8)

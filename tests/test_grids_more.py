@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sdeflow import grid
 from sdeflow.errors import GridError, UnknownNameError
-from sdeflow.grid.quantiles import beta_cdf, beta_quantile
 from sdeflow.process import EDM, VE, VP, Cosine, FromBetas, Process, RectifiedFlow
 from sdeflow.registry import GRIDS, grid_function, lookup
 from sdeflow.sampling.api import sample, solve
@@ -133,18 +132,19 @@ def test_a_narrow_centre_is_dense_and_a_wide_one_is_uniform() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [(0.6, 0.6), (0.5, 0.7), (1.0, 1.0), (2.0, 5.0), (0.3, 3.0), (40.0, 0.2)]
+    ("a", "b", "quantile"),
+    [
+        (1.0, 1.0, lambda p: p),
+        (0.5, 0.5, lambda p: torch.sin(0.5 * math.pi * p) ** 2),  # the arcsine distribution
+        (0.3, 1.0, lambda p: p ** (1 / 0.3)),
+        (1.0, 5.0, lambda p: -torch.expm1(torch.log1p(-p) / 5.0)),
+    ],
 )
-def test_quantiles_are_scipys(a: float, b: float) -> None:
-    p = torch.tensor([0.0, 1e-6, 0.01, 0.1, 1 / 3, 0.5, 0.77, 0.99, 1 - 1e-6, 1.0], dtype=F64)
-    x = beta_quantile(p, a, b)
-    torch.testing.assert_close(
-        x, torch.from_numpy(stats.beta.ppf(p.numpy(), a, b)), rtol=1e-9, atol=1e-12
-    )
-    x = torch.linspace(0.0, 1.0, 41, dtype=F64)
-    torch.testing.assert_close(
-        beta_cdf(x, a, b), torch.from_numpy(stats.beta.cdf(x.numpy(), a, b)), rtol=1e-12, atol=1e-13
-    )
+def test_beta_quantiles_in_closed_form(a: float, b: float, quantile) -> None:
+    process = RectifiedFlow(t_min=0.0)
+    times = grid.beta_quantiles(process, 33, alpha=a, beta=b)
+    p = 1.0 - torch.arange(33, dtype=F64) / 33
+    torch.testing.assert_close(times, quantile(p), rtol=1e-13, atol=2e-15)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 20])

@@ -1,4 +1,4 @@
-"""ImageSource: pixels, grids, and files that are written whole or not at all."""
+"""Images: pixels, grids, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_files_are_readable_and_carry_their_facts(tmp_path: Path) -> None:
     frames = [images.grid(torch.full((1, 3, 8, 8), v)) for v in (-1.0, 0.0, 0.0, 1.0)]
     with Image.open(images.save_gif(tmp_path / "a.gif", frames)) as film:
         assert film.n_frames == 3  # equal frames stay longer instead
-    with pytest.raises(SdeflowError, match="not a picture that sdeflow wrote"):
+    with pytest.raises(SdeflowError, match="not an image that sdeflow wrote"):
         images.read_facts(tmp_path / "a.gif")
 
 

@@ -18,8 +18,8 @@ STACK = """
 _version errors
 _utils
 noise process
-images denoisers grid
-reverse targets models losses discrete
+images denoisers grid discrete
+reverse targets models losses
 plan
 solvers
 registry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import threading
 import warnings
@@ -30,6 +32,7 @@ from sdeflow.plan.plan import Plan
 from sdeflow.process import EDM, VP, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import Step, encode, sample, solve
+from sdeflow.sampling.request import Request
 from sdeflow.solvers.auto.grid import auto as auto_grid
 from sdeflow.solvers.auto.solver import Auto
 from sdeflow.solvers.ode.runge_kutta import Heun
@@ -621,3 +624,21 @@ def test_sampling_is_what_the_solver_integrates() -> None:
     assert torch.equal(sample(Mixture(process), seeds=[4]), by_hand)
     assert torch.equal(sample(Mixture(process), solver="heun", seeds=[4]), heun)
     assert registry.solver("heun") == Heun()
+
+
+def test_a_request_has_the_arguments_of_solve_with_their_defaults() -> None:
+    fields = {f.name: f.default for f in dataclasses.fields(Request)}
+    for function in (sample, solve):
+        for parameter in inspect.signature(function).parameters.values():
+            default = parameter.default
+            missing = default is inspect.Parameter.empty
+            assert fields[parameter.name] == (dataclasses.MISSING if missing else default)
+    assert set(inspect.signature(solve).parameters) == set(fields)
+
+
+def test_a_solution_says_how_it_was_made_beside_its_result() -> None:
+    solution = solve(Mixture(VP()), solver="heun", nfe=9, grid="karras", seeds=[3, 1])
+    how = solution.provenance
+    assert (how.seeds, how.grid, how.noise, how.device) == ((3, 1), "karras", "seeded", "cpu")
+    for name in (f.name for f in dataclasses.fields(how)):
+        assert getattr(solution, name) is getattr(how, name)

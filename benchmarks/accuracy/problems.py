@@ -69,7 +69,7 @@ class Mixture(Denoiser):
     are counted.
     """
 
-    exact = True
+    known_density = True
 
     def __init__(
         self,

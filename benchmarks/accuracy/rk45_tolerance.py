@@ -9,7 +9,7 @@ of the calls that a sample took. dopri5 steps all samples at once, in the proces
 in log SNR (which cannot start where no signal is left), and is told to stop at the last time
 instead of stepping over it, which spares it calls.
 
-    python -m benchmarks.accuracy.run.rk45_tolerance [--n 128] [--process vp edm rectified_flow]
+    python -m benchmarks.accuracy.rk45_tolerance [--n 128] [--process vp edm rectified_flow]
 """
 
 from __future__ import annotations

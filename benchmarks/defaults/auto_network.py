@@ -1,7 +1,7 @@
 """`auto` on a network, beside published methods: error of a solve against the network's own
 solution at 100 calls.
 
-    python -m benchmarks.defaults.defaults.auto_network [--samples 6] [--model FILE --out benchmarks/results/auto_network-FILE]
+    python -m benchmarks.defaults.auto_network [--samples 6] [--model FILE --out benchmarks/results/auto_network-FILE]
 
 `auto`'s table was searched on the checkpoint before the bundled one; `--model` measures another.
 """

@@ -1,4 +1,4 @@
-"""Search of the table behind `solver="auto"`: a member of the exponential Adams family and a grid
+r"""Search of the table behind `solver="auto"`: a member of the exponential Adams family and a grid
 for each budget.
 
 For every budget and family (frame, clock, order, corrector) the numbers of
@@ -14,7 +14,8 @@ The targets are of the kinds of `accuracy.py`, but not those: other modes, other
 spectrum, and photographs in full; and EDM and the cosine process are left out, so that their
 figures there are a test.
 
-    python -m benchmarks.defaults.defaults.tune_auto --data test.parquet --seconds 60 --network 2 --out benchmarks/results/tune_auto.json
+    python -m benchmarks.defaults.tune_auto --data test.parquet --seconds 60 --network 2 \
+        --out benchmarks/results/tune_auto.json
 
 A run begins from the results in the file, if it is there, and only betters them; `--begin` takes
 recipes of an earlier file, of another checkpoint say, and not their scores. `--judge 192` searches

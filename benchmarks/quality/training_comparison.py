@@ -1,4 +1,4 @@
-"""Quality after an equal time of training on one GPU: our network and EDM's DDPM++ of the same
+r"""Quality after an equal time of training on one GPU: our network and EDM's DDPM++ of the same
 size, in the same loop.
 
 Both are trained by `sdeflow.training.Trainer` on the same images in the same order: bf16 autocast,
@@ -23,10 +23,14 @@ happen on steps that are undone; saving; drawing. The learning rate is a functio
 the time that is used: it rises over the first `--warmup` of it and ends at zero with the limit,
 however many images the network has seen by then.
 
-    python -m benchmarks.quality.training_comparison --data train.parquet --network ours --seconds 860 --out runs/compare
-    python -m benchmarks.quality.training_comparison --data train.parquet --network edm --seconds 860 --out runs/compare
-    python -m benchmarks.quality.training_comparison --data train.parquet --test test.parquet --network ours --out runs/compare --evaluate
-    python -m benchmarks.quality.training_comparison --data train.parquet --test test.parquet --network edm --out runs/compare --evaluate
+    python -m benchmarks.quality.training_comparison --data train.parquet \
+        --network ours --seconds 860 --out runs/compare
+    python -m benchmarks.quality.training_comparison --data train.parquet \
+        --network edm --seconds 860 --out runs/compare
+    python -m benchmarks.quality.training_comparison --data train.parquet \
+        --test test.parquet --network ours --out runs/compare --evaluate
+    python -m benchmarks.quality.training_comparison --data train.parquet \
+        --test test.parquet --network edm --out runs/compare --evaluate
     python -m benchmarks.quality.training_comparison --out runs/compare --report
 
 The same command goes on from the folder's state, so `--max-seconds`, which ends an invocation in
@@ -57,7 +61,7 @@ from benchmarks.quality.nfe_fid import Scorer
 from benchmarks.report import provenance, table, write
 from benchmarks.speed.networks import EDMNetwork
 from sdeflow._utils.distributed import Rank
-from sdeflow._utils.files import check_writable, write_whole
+from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow._utils.run_control import Log, Stop, attempted, machine
 from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, NonFiniteError
@@ -421,7 +425,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "entry": asdict(entry), "runs": facts["runs"], "evaluation": provenance(),
     }  # fmt: skip
-    write_whole(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode(), "result")
+    write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode(), "result")
     print(
         f"{entry.network}: FD-CIFAR {distance:.4f} of {arguments.n} pictures, floor"
         f" {scorer.floor:.4f}"

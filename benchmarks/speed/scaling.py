@@ -1,4 +1,4 @@
-"""ImageSource per second of `generate` on one and on more GPUs, in one run, and how far their
+"""Images per second of `generate` on one and on more GPUs, in one run, and how far their
 pictures differ.
 
 Each process first makes a few pictures in a folder of its own, which compiles the network; what is

@@ -1,4 +1,4 @@
-"""Images per second of networks and of whole sampling loops on one GPU, ours and peers', in one
+r"""Images per second of networks and of whole sampling loops on one GPU, ours and peers', in one
 run.
 
 Forward: median time over repeats of one call in inference, at several batch sizes. Ours is compiled
@@ -9,7 +9,8 @@ written by hand (float64 state) over the eager network, against diffusers' DDIM 
 against 35 bare replays of our compiled network. Training: forward, backward and optimiser, bf16
 autocast; ours compiled and as one CUDA graph, as `sdeflow train` runs it, EDM's eagerly.
 
-    python -m benchmarks.speed.throughput [--batches 1 16 64 512] [--parts forward loops training] [--out benchmarks/results/throughput]
+    python -m benchmarks.speed.throughput [--batches 1 16 64 512] \
+        [--parts forward loops training] [--out benchmarks/results/throughput]
 
 PyTorch keeps what it compiled: runs for one network and batch each, side by side beforehand, make
 this one short.

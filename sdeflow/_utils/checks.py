@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Hashable, Iterable
+from dataclasses import fields
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from sdeflow.errors import unknown
 
 
 def is_whole(value: Any, least: float = 1, most: float = math.inf) -> bool:
@@ -13,12 +17,7 @@ def is_whole(value: Any, least: float = 1, most: float = math.inf) -> bool:
 
 
 def whole_number(
-    name: str,
-    value: Any,
-    least: int = 1,
-    *,
-    of: str = "",
-    error: type[Exception] = ValueError,
+    name: str, value: Any, least: int = 1, *, of: str = "", error: type[Exception] = ValueError
 ) -> int:
     """`value`, a whole number of at least `least`; `of` says what it counts, in the error."""
     if not is_whole(value, least):
@@ -56,3 +55,29 @@ def one_of(
     if value not in (*others, last):
         raise error(f"{name} is {', '.join(map(repr, others))} or {last!r}; got {value!r}")
     return value
+
+
+def check_choices(value: Any) -> None:
+    """`UnknownNameError` where a field of a dataclass is of a `Literal` type and holds something
+    else.
+    """
+    for name, known in _choices(type(value)):  # type: ignore[arg-type]
+        if getattr(value, name) not in known:
+            raise unknown(name, getattr(value, name), (k for k in known if k is not None))
+
+
+@cache
+def _choices(kind: Hashable) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """The fields of a dataclass that are of a `Literal` type, perhaps or None, and their values."""
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # a user's class, of types that are known to its own function only
+        return ()
+    found = []
+    for field in fields(kind):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
+        if any(get_origin(part) is Literal for part in parts):
+            values = (get_args(part) if get_origin(part) is Literal else (None,) for part in parts)
+            found.append((field.name, tuple(value for some in values for value in some)))
+    return tuple(found)

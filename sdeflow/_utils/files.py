@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from sdeflow.errors import SdeflowError
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes, what: str = "file") -> Path:
+def write_atomically(path: str | os.PathLike[str], content: bytes, what: str = "file") -> Path:
     """Write `content` to `path` so that afterwards the file is the old one or the new one, whatever
     happens between.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
-    missing folders are made. If that fails (a full disk, say), the old file is untouched, the
+    missing folders are made. If that fails (a full disk, say), the old file is unchanged, the
     temporary one is removed and an `SdeflowError` says why.
     """
     path = Path(path)
@@ -34,9 +34,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes, what: str = "file"
                 os.unlink(name)
             raise
     except OSError as error:
-        kept = (
-            "the file that was there is untouched" if path.is_file() else "nothing was left behind"
-        )
+        old = "the file that was there is untouched"
+        kept = old if path.is_file() else "nothing was left behind"
         raise SdeflowError(
             f"could not save the {what} {path} ({error.strerror or error}); {kept}. Make room, or"
             " save somewhere else"
@@ -45,8 +44,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes, what: str = "file"
 
 
 def check_writable(path: str | os.PathLike[str], what: str = "file") -> Path:
-    """`path`, if a file can be written there; else an `SdeflowError`, before the work whose result
-    it is to hold.
+    """`path`, if a file can be written there; else an `SdeflowError`. To be called before long work
+    whose result the file is to hold.
     """
     path = Path(path)
     folder = path.parent

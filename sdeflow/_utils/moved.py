@@ -34,7 +34,7 @@ MOVED = {
     "grid.laying": "grid.base",
     "grid.search": "tuning.gits",
     "loop": "sampling.batches",
-    "models.compiling": "models.compile",
+    "models.compiling": "models.torch_compile",
     "models.posthoc": "models.ema.posthoc",
     "models.power": "models.ema.power",
     "plot": "plan.plot",
@@ -72,10 +72,7 @@ MOVED = {
 }
 """Old place to new place, below `sdeflow`."""
 
-RENAMED = {
-    "generate.Generated": "generate.GenerationResult",
-    "grid.auto": "solvers.auto.grid.auto",
-}
+RENAMED = {"generate.Generated": "generate.GenerationResult", "grid.auto": "solvers.auto.grid.auto"}
 """Old name to new name, below `sdeflow`."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdeflow._utils.files import check_writable, write_whole
+from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow.models.ema.posthoc import MAX_ERROR, Snapshot, fit, reconstruct, select
 from sdeflow.training.api import card_markdown
 
@@ -64,7 +64,7 @@ def ema(
     check_writable(export, "model")
     made = reconstruct(folder, std, images, max_error=max_error, progress=True)
     made.save(export)
-    write_whole(export.with_suffix(".md"), card_markdown(made.card).encode(), "model card")
+    write_atomically(export.with_suffix(".md"), card_markdown(made.card).encode(), "model card")
     typer.echo(
         f"std {std:g} after {made.images} images, of {len(made.snapshots)} stored averages; its"
         f" profile is off by {made.error:.2g}\n{export}"

@@ -13,7 +13,7 @@ import typer
 
 from sdeflow._utils.distributed import this_rank
 from sdeflow.cli import options
-from sdeflow.cli.options import HOW, MACHINE, open_model, pick_batch_size, pick_classes, pick_solver
+from sdeflow.cli.options import how, machine, open_model, pick_batch_size, pick_classes, pick_solver
 from sdeflow.generate.api import SHARD_SIZE
 from sdeflow.generate.api import generate as run
 from sdeflow.sampling.cuda_graphs import CompileWarning
@@ -76,42 +76,25 @@ def generate(
     grid: options.GridOption = None,
     rtol: options.RtolOption = None,
     noise: options.NoiseOption = "seeded",
-    seed: Annotated[
-        int, typer.Option(help="Seed of image 0; image i has seed + i.", rich_help_panel=HOW)
-    ] = 0,
+    seed: Annotated[int, how(help="Seed of image 0; image i has seed + i.")] = 0,
     model: options.ModelOption = "cifar10",
     shard_size: Annotated[
-        int,
-        typer.Option(
-            help="Images a shard: what is written at once, and lost by a kill.",
-            min=1,
-            rich_help_panel=MACHINE,
-        ),
+        int, machine(help="Images a shard: what is written at once, and lost by a kill.", min=1)
     ] = SHARD_SIZE,
     batch_size: Annotated[
         str | None,
-        typer.Option(
+        machine(
             help=(
                 "At most so many at a time (default: 512 on a GPU, else 64); auto: what fits into"
                 " memory."
-            ),
-            rich_help_panel=MACHINE,
+            )
         ),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, each process its own.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
+    device: options.DeviceOption = "auto",
     compile: options.CompileOption = False,
     half: options.HalfOption = False,
     max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="Stop after this long; the same command continues.", rich_help_panel=MACHINE
-        ),
+        float | None, machine(help="Stop after this long; the same command continues.")
     ] = None,
     quiet: options.QuietOption = False,
 ) -> None:

@@ -79,7 +79,8 @@ def _checkpoints() -> str:
     parts = []
     for name in BUNDLED:
         denoiser = load(name)
-        parameters = sum(p.numel() for p in denoiser.network.parameters())  # type: ignore[attr-defined]
+        network: Any = denoiser.network
+        parameters = sum(p.numel() for p in network.parameters())
         low, high = denoiser.nsr_range
         facts: dict[str, Any] = {
             "parameters": f"{parameters:,}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -14,62 +15,35 @@ from sdeflow.solvers.adaptive.step_size import PerSample
 from sdeflow.solvers.base import Solver
 
 HOW, MACHINE = "How", "Machine and files"
+how, machine = (partial(typer.Option, rich_help_panel=panel) for panel in (HOW, MACHINE))
 
-SolverOption = Annotated[
-    str, typer.Option(help="A name from 'sdeflow info solvers'.", rich_help_panel=HOW)
-]
+SolverOption = Annotated[str, how(help="A name from 'sdeflow info solvers'.")]
 NfeOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Network calls, exactly (default: 35; not for adaptive solvers).", rich_help_panel=HOW
-    ),
+    int | None, how(help="Network calls, exactly (default: 35; not for adaptive solvers).")
 ]
 ProcessOption = Annotated[
-    str | None,
-    typer.Option(
-        help="A name from 'sdeflow info processes' (default: the model's own).", rich_help_panel=HOW
-    ),
+    str | None, how(help="A name from 'sdeflow info processes' (default: the model's own).")
 ]
 GridOption = Annotated[
     str | None,
-    typer.Option(
-        help="A name from 'sdeflow info grids' (default: what suits model and process).",
-        rich_help_panel=HOW,
-    ),
+    how(help="A name from 'sdeflow info grids' (default: what suits model and process)."),
 ]
-RtolOption = Annotated[
-    float | None,
-    typer.Option(help="Tolerance of an adaptive solver (default: 1e-3).", rich_help_panel=HOW),
-]
-NoiseOption = Annotated[
-    str, typer.Option(help="seeded, or brownian: the same path at every NFE.", rich_help_panel=HOW)
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="A bundled model or a file that 'sdeflow train' wrote.", rich_help_panel=MACHINE
-    ),
-]
+RtolOption = Annotated[float | None, how(help="Tolerance of an adaptive solver (default: 1e-3).")]
+NoiseOption = Annotated[str, how(help="seeded, or brownian: the same path at every NFE.")]
+ModelOption = Annotated[str, machine(help="A bundled model or a file that 'sdeflow train' wrote.")]
 DeviceOption = Annotated[
     str,
-    typer.Option(
-        help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", rich_help_panel=MACHINE
-    ),
+    machine(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, each process its own."),
 ]
 CompileOption = Annotated[
     bool,
-    typer.Option(
+    machine(
         "--compile",
         help="Compile the network (a minute or so) and run each batch as one CUDA graph.",
-        rich_help_panel=MACHINE,
     ),
 ]
-HalfOption = Annotated[
-    bool, typer.Option("--half", help="Run the network in bfloat16.", rich_help_panel=MACHINE)
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", help="No progress bar, no summary.", rich_help_panel=MACHINE)
-]
+HalfOption = Annotated[bool, machine("--half", help="Run the network in bfloat16.")]
+QuietOption = Annotated[bool, machine("--quiet", help="No progress bar, no summary.")]
 
 
 def pick_solver(name: str, rtol: float | None) -> Solver:

@@ -1,4 +1,4 @@
-"""The command `sdeflow plan`: a solver over a grid as a table of numbers; checked, plotted, saved."""
+"""The command `sdeflow plan`: a solver over a grid as a table of numbers."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import typer
 from sdeflow import images
 from sdeflow._utils.files import check_writable
 from sdeflow.cli import options
-from sdeflow.cli.options import HOW, MACHINE, open_model, pick_batch_size, pick_classes, pick_solver
+from sdeflow.cli.options import how, machine, open_model, pick_batch_size, pick_classes, pick_solver
 from sdeflow.images.labels import Labels
 from sdeflow.models.checkpoint import Pretrained
 from sdeflow.sampling.api import run
@@ -55,24 +55,14 @@ def sample(
     grid: options.GridOption = None,
     rtol: options.RtolOption = None,
     noise: options.NoiseOption = "seeded",
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first image; the others follow.", rich_help_panel=HOW)
-    ] = 0,
+    seed: Annotated[int, how(help="Seed of the first image; the others follow.")] = 0,
     model: options.ModelOption = "cifar10",
-    out: Annotated[
-        Path, typer.Option(help="The image to write, PNG.", rich_help_panel=MACHINE)
-    ] = Path("samples.png"),
+    out: Annotated[Path, machine(help="The image to write, PNG.")] = Path("samples.png"),
     gif: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the predictions of x0 over time here too, as GIF.", rich_help_panel=MACHINE
-        ),
+        Path | None, machine(help="Write the predictions of x0 over time here too, as GIF.")
     ] = None,
     batch_size: Annotated[
-        str | None,
-        typer.Option(
-            help="At most so many at a time; auto: what fits into memory.", rich_help_panel=MACHINE
-        ),
+        str | None, machine(help="At most so many at a time; auto: what fits into memory.")
     ] = None,
     device: options.DeviceOption = "auto",
     compile: options.CompileOption = False,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from dataclasses import Field, fields, replace
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -25,9 +24,9 @@ Examples:
 
     sdeflow train --data train.parquet --images 5000000 --max-seconds 3000
 
-    sdeflow train --data train.parquet --init cifar10 --images 5000000    begin from the bundled network
+    sdeflow train --data train.parquet --init cifar10 --images 5000000    from the bundled network
 
-    sdeflow train --out runs/photos --resume           go on, exactly where it stopped
+    sdeflow train --out runs/photos --resume           continue exactly where it stopped
 
     torchrun --nproc-per-node 2 -m sdeflow train --data train.parquet
 """
@@ -42,25 +41,13 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def train(
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the folder's state; options given replace its."),
-    ] = False,
-    export: Annotated[
-        Path | None, typer.Option(help="Write the averaged network in half precision here too.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="The length of the training in steps.", rich_help_panel=LENGTH),
-    ] = None,
-    **given: Any,
-) -> None:
+def _train(options: Any) -> None:
     """Train a denoiser on images: EDM loss, mixed precision, moving average. A training can be
     stopped at any moment and resumed exactly.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    out = given.setdefault("out", TrainConfig.out)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    resume, export, steps = (given.pop(name, None) for name in ("resume", "export", "steps"))
+    out = given["out"] = str(given.get("out", TrainConfig.out))
     network = {f.name: given.pop(f.name) for f in fields(UNetConfig) if f.name in given}
     for name in {"multipliers", "attention"} & {*network}:
         network[name] = _numbers(network[name])
@@ -74,7 +61,7 @@ def train(
     elif stored is None:  # the data will tell; until then any size that can be halved
         network["size"] = 1 << max(5, len(network.get("multipliers", ())) - 1)
     config = replace(config, **given, model=replace(config.model, **network))
-    result = run_training(config, resume=resume, export=export)
+    result = run_training(config, resume=bool(resume), export=export)
     if this_rank().first:
         typer.echo(
             f"{'finished' if result.finished else 'paused'} at {result.images} images, loss"
@@ -82,38 +69,33 @@ def train(
         )
 
 
-def _options() -> Iterator[inspect.Parameter]:
-    """The options that the fields of the configurations are."""
-    for config in (TrainConfig, UNetConfig):
+def _options() -> Iterator[tuple[str, Any, Any]]:
+    """Name, annotated type and default of every option: those of the configurations, and three."""
+    for config in (UNetConfig, TrainConfig):
         types = get_type_hints(config)
         for f in fields(config):
             if "help" in f.metadata:
-                yield _option(f, types[f.name])
+                name, kind = f.name.replace("_", "-"), types[f.name]
+                switch = [f"--{name}/--no-{name}"] if kind in (bool, bool | None) else []
+                panel = f.metadata["panel"]
+                shown = typer.Option(*switch, help=f.metadata["help"], rich_help_panel=panel)
+                value = str if kind == tuple[int, ...] else kind
+                yield f.name, Annotated[value | None, shown], None
+    resume = "Go on from the folder's state, if it has one; options given replace the stored ones."
+    export = "Write the averaged network in half precision here too."
+    yield "resume", Annotated[bool, typer.Option("--resume", help=resume)], False
+    yield "export", Annotated[Path | None, typer.Option(help=export)], None
+    steps = typer.Option(help="The length of the training in steps.", rich_help_panel=LENGTH)
+    yield "steps", Annotated[int | None, steps], None
 
 
-def _option(f: Field[Any], kind: Any) -> inspect.Parameter:
-    name = f.name.replace("_", "-")
-    switch = [f"--{name}/--no-{name}"] if kind in (bool, bool | None) else []
-    shown = typer.Option(*switch, help=f.metadata["help"], rich_help_panel=f.metadata["panel"])
-    value = str if kind == tuple[int, ...] else kind
-    return inspect.Parameter(
-        f.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[value | None, shown],
-    )
-
-
-def _signature() -> inspect.Signature:
-    """What typer reads: the options of the configurations and those of `train` itself, by panel."""
-    own = inspect.signature(train, eval_str=True).parameters.values()
-    named = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind != p.VAR_KEYWORD]
-    every = [*_options(), *named]
-    panels = [p.annotation.__metadata__[0].rich_help_panel for p in every]
-    order = sorted(
-        range(len(every)), key=lambda i: (panels[i] is not None, panels.index(panels[i]))
-    )
-    return inspect.Signature([every[i] for i in order])
-
-
-train.__signature__ = _signature()  # type: ignore[attr-defined]
+_EVERY: list[tuple[str, Any, Any]] = sorted(
+    _options(), key=lambda option: option[1].__metadata__[0].rich_help_panel or ""
+)
+# Only a class can get its arguments from a list; typer calls it as it calls a function.
+train = make_dataclass(
+    "train",
+    _EVERY,
+    kw_only=True,
+    namespace={"__post_init__": _train, "__doc__": _train.__doc__},
+)

@@ -3,6 +3,7 @@
 from sdeflow.denoisers.base import Denoiser
 from sdeflow.denoisers.network import Parametrisation, Preconditioned, Prediction, as_denoiser
 from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
+from sdeflow.denoisers.wrapper import Wrapper
 
 __all__ = [
     "Clip",
@@ -12,5 +13,6 @@ __all__ = [
     "Preconditioned",
     "Prediction",
     "Projected",
+    "Wrapper",
     "as_denoiser",
 ]

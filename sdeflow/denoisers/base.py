@@ -1,6 +1,4 @@
-r"""What a denoiser is: anything that knows $E[x_0 \mid x(t) = x]$; and the same denoiser under
-another process.
-"""
+r"""What a denoiser is: anything that knows $E[x_0 \mid x(t) = x]$."""
 
 from __future__ import annotations
 
@@ -11,10 +9,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdeflow._utils.math import Scalar, as_time, batch_invariant, expand
 from sdeflow.process import Process
+
+
+class _Renamed:
+    """An attribute that has a new name: whoever reads or sets the old one gets an error that says
+    so.
+    """
+
+    def __init__(self, new: str):
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        raise AttributeError(f"`{self.name}` of a denoiser is called `{self.new}` since 0.6")
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        self.__get__(instance)
 
 
 class Denoiser(ABC):
@@ -23,6 +38,8 @@ class Denoiser(ABC):
 
     `process` is the path whose states and times it is called with; `nsr_range` the noise-to-signal
     ratios at which it is trusted; `shape` the shape of one sample, or None where any shape will do.
+
+    A denoiser that holds other denoisers derives from `sdeflow.denoisers.Wrapper`.
     """
 
     process: Process
@@ -32,16 +49,28 @@ class Denoiser(ABC):
     """The grid that suits this denoiser on its own process, where that is not
     `Process.default_grid`.
     """
-    exact: bool = False
-    """Whether it is that of a known density: its paths are smooth, which `solver="auto"` makes use
-    of.
+    known_density: bool = False
+    """Whether it is the denoiser of a known density. The paths of such a denoiser are smooth, and
+    `solver="auto"` then takes higher orders.
     """
+    exact = _Renamed("known_density")
+    outputs: tuple[str, ...] = ("x0",)
+    """The names of what `predict` returns."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "exact" in vars(cls):
+            raise TypeError(f"{cls.__name__}.exact is called known_density since 0.6")
 
     @abstractmethod
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
         """`E[x0 | x(t) = x]` for `x` of shape `[B, ...]`; `t` is one time, or one a sample
         (`[B]`).
         """
+
+    def predict(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> tuple[Tensor, ...]:
+        """All that the denoiser says of a state, in the order of `outputs`; `x0` comes first."""
+        return (self(x, t, **condition),)
 
     def at(
         self, times: Tensor, x: Tensor, /, **condition: Any
@@ -50,28 +79,51 @@ class Denoiser(ABC):
         computed once.
 
         `x` is a tensor like the states it will be called with; only its shape, dtype and device are
-        used. This default calls the denoiser with each time; override it where that costs, in
-        wrappers of a `Network` above all.
+        used. This default calls the denoiser with each time. Override it where that is slow.
         """
-        return [partial(self._later, t, condition) for t in times.unbind()]
+        return [partial(self._at_time, t, condition) for t in times.unbind()]
 
-    def _later(self, t: Tensor, condition: dict[str, Any], x: Tensor) -> Tensor:
+    def _at_time(self, t: Tensor, condition: dict[str, Any], x: Tensor) -> Tensor:
         return self(x, t, **condition)
 
     def under(self, process: Process) -> Denoiser:
         """The same denoiser on the path of another process: `nsr` is matched and `x` rescaled."""
-        return self if process == self.process else _Under(self, process)
+        if process == self.process:
+            return self
+        from sdeflow.denoisers.wrapper import Reprocessed  # a wrapper is itself a denoiser
+
+        return Reprocessed(self, process)
 
     def check_condition(self, condition: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to check by default
         """Raise `TypeError` for a condition that the network does not take."""
 
     def rows(self, index: Tensor) -> Denoiser:
-        """The denoiser for the samples `index` of its batch; override it where it holds something
-        for each sample.
+        """The denoiser for the samples `index` (int64) of those that it stands for now.
 
-        Adaptive solvers call it: samples that have arrived leave the batch.
+        A denoiser that holds data for each sample overrides it and returns one that holds the rows
+        `index`; all others return themselves. It is called for each batch of a solve, and by
+        adaptive solvers again for the samples of the batch that are still under way.
         """
         return self
+
+    def forwards(self, times: Tensor, /, **condition: Any) -> Tensor:
+        """How many forwards of a network one call takes at each of `times` (`[K]`), int64 `[K]`.
+
+        A forward of a batch counts once; a batch of twice as many rows counts twice.
+        """
+        return torch.ones(len(times), dtype=torch.int64)
+
+    def network_gradients(self, times: Tensor, /, **condition: Any) -> Tensor:
+        """How many gradients of a network, in its input, one call takes at each of `times`, int64
+        `[K]`.
+        """
+        return torch.zeros(len(times), dtype=torch.int64)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The modules that it calls. The first one's device is where samples are made."""
+        network = getattr(self, "network", None)
+        return (network,) if isinstance(network, nn.Module) else ()
 
 
 def match_noise_level(
@@ -106,52 +158,3 @@ def trained_range(process: Process) -> tuple[float, float]:
         torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
     ).tolist()
     return low, high
-
-
-class _Under(Denoiser):
-    """Any denoiser on the path of another process."""
-
-    def __init__(self, inner: Denoiser, process: Process):
-        self.inner, self.process, self.shape, self.nsr_range = (
-            inner,
-            process,
-            inner.shape,
-            inner.nsr_range,
-        )
-        self.exact = inner.exact
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet, while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
-        def matched(t: Tensor) -> Tensor:
-            return torch.stack(
-                match_noise_level(self.process, self.inner.process, self.nsr_range, t)
-            )
-
-        t_native, factor = batch_invariant(matched, as_time(t).to("cpu", torch.float64))
-        return self.inner(x * expand(factor, x), t_native, **condition)
-
-    def at(
-        self, times: Tensor, x: Tensor, /, **condition: Any
-    ) -> Sequence[Callable[[Tensor], Tensor]]:
-        t_native, factors = match_noise_level(
-            self.process, self.inner.process, self.nsr_range, times
-        )
-        calls = self.inner.at(t_native, x, **condition)
-        numbers = factors.unbind() if factors.requires_grad else factors.tolist()
-        return [
-            partial(_rescaled, call, factor) for call, factor in zip(calls, numbers, strict=True)
-        ]
-
-    def under(self, process: Process) -> Denoiser:
-        return self.inner.under(process)
-
-    def rows(self, index: Tensor) -> Denoiser:
-        return _Under(self.inner.rows(index), self.process)
-
-
-def _rescaled(call: Callable[[Tensor], Tensor], factor: Scalar, x: Tensor) -> Tensor:
-    return call(x * factor)

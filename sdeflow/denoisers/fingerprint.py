@@ -18,8 +18,8 @@ def model_sha256(denoiser: Denoiser) -> str:
     """SHA-256 of all that a denoiser holds: the tensors of its network, and the numbers and tensors
     beside them.
 
-    A function is known by its name alone: one that was rewritten under the same name is not told
-    from before.
+    A function is known by its name alone: one that was rewritten under the same name counts as the
+    same.
     """
     total = hashlib.sha256()
 

@@ -4,16 +4,14 @@ thresholding, any function of yours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdeflow.denoisers.base import Denoiser
-from sdeflow.process import Process
+from sdeflow.denoisers.wrapper import Prepared, Wrapper
 
 Projection = Callable[[Tensor], Tensor]
 """A function of `x0` `[B, *shape]` that returns the same shape; row by row, if rows are not to
@@ -77,7 +75,7 @@ class DynamicThreshold:
         return torch.maximum(torch.minimum(x0, r), -r) * (self.bound / r)
 
 
-class Projected(Denoiser):
+class Projected(Wrapper):
     """A denoiser whose prediction is projected, before a solver sees it: `x0 := projection(x0)`.
 
         sample(Projected(model, DynamicThreshold(0.995)), solver="adams3", nfe=20)
@@ -94,44 +92,19 @@ class Projected(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, projection: Projection):
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                "Projected wraps a Denoiser, such as Prediction(network, 'eps', VP()); got"
-                f" {type(denoiser).__name__}"
-            )
+        super().__init__(denoiser)
         if isinstance(projection, type) or not callable(projection):
             raise TypeError(
                 "a projection is a function of x0, such as Clip() or DynamicThreshold(); got"
                 f" {projection!r}"
             )
-        self.inner, self.projection = denoiser, projection
-        self.process, self.shape, self.nsr_range = (
-            denoiser.process,
-            denoiser.shape,
-            denoiser.nsr_range,
-        )
-        self.default_grid = denoiser.default_grid
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet, while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+        self.projection = projection
 
     def __repr__(self) -> str:
         return f"Projected({self.inner!r}, {self.projection!r})"
 
-    def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
-        return self._project(self.inner(x, t, **condition))
-
-    def at(
-        self, times: Tensor, x: Tensor, /, **condition: Any
-    ) -> Sequence[Callable[[Tensor], Tensor]]:
-        return [partial(self._projected, call) for call in self.inner.at(times, x, **condition)]
-
-    def _projected(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return self._project(call(x))
-
-    def _project(self, x0: Tensor) -> Tensor:
+    def combine(self, calls: Sequence[Prepared], x: Tensor, t: Tensor) -> Tensor:
+        x0 = calls[0](x)
         projected = self.projection(x0)
         if not isinstance(projected, Tensor) or projected.shape != x0.shape:
             got = (
@@ -144,12 +117,3 @@ class Projected(Denoiser):
                 " shape"
             )
         return projected
-
-    def under(self, process: Process) -> Projected:
-        return Projected(self.inner.under(process), self.projection)
-
-    def check_condition(self, condition: Mapping[str, Any]) -> None:
-        self.inner.check_condition(condition)
-
-    def rows(self, index: Tensor) -> Projected:
-        return Projected(self.inner.rows(index), self.projection)

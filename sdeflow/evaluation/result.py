@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdeflow._utils.files import write_whole
+from sdeflow._utils.files import write_atomically
 from sdeflow._version import __version__
 from sdeflow.errors import SdeflowError
 from sdeflow.evaluation.metrics import METRICS
@@ -72,7 +72,9 @@ class Evaluation:
 
     def save(self, path: PathLike) -> Path:
         """Write it as JSON, whole or not at all. Errors: `SdeflowError` if it cannot be written."""
-        return write_whole(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "result")
+        return write_atomically(
+            path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "result"
+        )
 
     @classmethod
     def load(cls, path: PathLike) -> Evaluation:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
 
 from sdeflow._utils.distributed import Rank
 from sdeflow.denoisers import Denoiser
@@ -24,7 +24,7 @@ from sdeflow.solvers.base import Solver
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn from a denoiser that is evaluated: `n` of them, image i with seed
+    """How a denoiser that is evaluated is sampled: `n` of them, image i with seed
     `seed + i`.
 
     `solver`, `nfe`, `grid`, `noise` and `compile` are those of `sample`; `classes` those of
@@ -75,14 +75,15 @@ def samples_of(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSourc
         share = rank.share(sampling.n)
         for first in range(share.start, share.stop, sampling.batch_size):
             stop = min(first + sampling.batch_size, share.stop)
-            # A last, smaller batch would be compiled anew: it is drawn with images before it,
+            # A last, smaller batch would be compiled anew: it is filled with images before it,
             # which are dropped.
             start = (
                 window(slice(first, stop), sampling.batch_size).start if sampling.compile else first
             )
             label = labels.given(range(start, stop))
+            mine = denoiser.rows(torch.arange(start, stop))
             solution = solve(
-                denoiser, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
+                mine, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
                 condition=None if label is None else {"label": label}, device=device_of(denoiser),
             )  # fmt: skip
             how["compiled"] = str(solution.statistics.get("compiled", "no"))
@@ -93,7 +94,7 @@ def samples_of(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSourc
 
 def _compiled(denoiser: Denoiser) -> bool:
     """Whether torch.compile has the network."""
-    network = getattr(denoiser, "network", None)
-    return isinstance(network, nn.Module) and (
+    return any(
         hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
+        for network in denoiser.networks
     )

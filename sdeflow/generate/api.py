@@ -32,6 +32,7 @@ from sdeflow._utils.run_control import Stop
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
 from sdeflow.denoisers.fingerprint import model_sha256
+from sdeflow.denoisers.wrapper import Prepared, Wrapper
 from sdeflow.errors import NonFiniteError, SdeflowError, SolverError
 from sdeflow.generate.coordination import Coordinator
 from sdeflow.grid import GridFunction
@@ -245,8 +246,10 @@ class Maker:
                 wide = window(slice(rows.start, rows.stop), min(batch, self.shards.size))
                 rows = range(wide.start, rows.stop)
             label = self.labels.given(rows)
+            denoiser = as_denoiser(self.request.score_fn, None)
             request = replace(
                 self.request,
+                score_fn=denoiser.rows(torch.arange(rows.start, rows.stop)),
                 shape=(channels, height, width),
                 n=len(rows),
                 seeds=self.seed + rows.start,
@@ -342,14 +345,24 @@ def missing_shards(
 # ------------------------------------------------------------------------ what determines an image
 
 
-class _Free(Denoiser):
-    """Stands for a denoiser, at no cost, where only process, grid and budget are asked about."""
+class _StandIn(Wrapper):
+    """Stands for a denoiser where only the sentence around it is asked for: process, grid and
+    budget. It takes samples of any shape and calls no network.
+    """
 
-    def __init__(self, like: Denoiser) -> None:
-        self.process, self.nsr_range = like.process, like.nsr_range
-        self.default_grid, self.exact = like.default_grid, like.exact
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(denoiser)
+        self.shape, self.known_density = None, denoiser.known_density
 
-    def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """None: it runs on the CPU."""
+        return ()
+
+    def inner_calls(self, condition: Mapping[str, Any]) -> list[Any]:
+        return []
+
+    def combine(self, calls: Sequence[Prepared], x: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
@@ -359,7 +372,7 @@ def sentence(request: Request) -> dict[str, Any]:
     """
     if not isinstance(request.noise, str):
         raise TypeError("noise is 'seeded' or 'brownian': a noise of your own serves one batch")
-    free = _Free(as_denoiser(request.score_fn, None))
+    free = _StandIn(as_denoiser(request.score_fn, None))
     asked = {f: getattr(request, f) for f in ("solver", "nfe", "grid", "noise")}
     how = run(Request(score_fn=free, **asked, shape=(1,), n=1, seeds=0))
     method, plan = how.solver, request.solver
@@ -383,8 +396,8 @@ def _sha256(text: str) -> str:
 
 def dtype_of(denoiser: Denoiser) -> str:
     """The dtype of the network's parameters, or of the states."""
-    network = getattr(denoiser, "network", None)
-    first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    parameters = (p for network in denoiser.networks for p in network.parameters())
+    first = next(parameters, None)
     return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
 
 

@@ -1,12 +1,12 @@
-r"""Time grids: where a solver's levels stand. Float64 on the CPU, decreasing, `n` levels from
-`t_max` to `t_min`.
+r"""Time grids: the levels of a solver. Float64 on the CPU, decreasing, `n` levels from `t_max` to
+`t_min`.
 
-Every grid is a function `grid(process, n, *, t_min=None, t_max=None, ...)`; any function of that
-form, or any strictly monotone vector of times, serves as `grid=` too and is honoured exactly. The
-step from the last level to zero noise is the solver's `finish`; no grid holds zero.
+Every grid is a function `grid(process, n, *, t_min=None, t_max=None, ...)`. `grid=` takes any
+function of that form, and any strictly monotone vector of times, and uses it exactly. The step from
+the last level to zero noise is the solver's `finish`; no grid holds zero.
 
 A grid in the noise-to-signal ratio needs a finite top. Where `nsr(t_max)` is infinite, or beyond
-`NSR_TOP`, the grid is laid from `NSR_TOP` down and `t_max` itself stands in front.
+`NSR_TOP`, the grid is made from `NSR_TOP` down and `t_max` itself is put in front.
 """
 
 from sdeflow.grid.base import NSR_TOP, GridFunction
@@ -47,7 +47,7 @@ from sdeflow.grid.wrappers import (
 )
 
 ON_A_TABLE = (quadratic, leading, trailing, linspace, ddim_uniform)
-"""The grids that stand on the entries of a table of betas, and need one."""
+"""The grids that consist of entries of a table of betas, and need one."""
 
 __all__ = [
     "ALIGN_YOUR_STEPS",

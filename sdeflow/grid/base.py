@@ -1,4 +1,4 @@
-"""What all grids share: their ends, their checks, and how one is laid in the noise-to-signal
+"""What all grids share: their ends, their checks, and how one is made in the noise-to-signal
 ratio.
 """
 
@@ -17,15 +17,15 @@ GridFunction = Callable[..., Tensor]
 """`grid(process, n, *, t_min=None, t_max=None) -> times`."""
 
 NSR_TOP = 1e3
-"""Where grids in the noise-to-signal ratio begin, if the process goes further."""
+"""The noise-to-signal ratio at which grids in it begin, if the process goes further."""
 
-Lay = Callable[[float, float, int], Tensor]
-"""`lay(top, bottom, n)`: `n` noise-to-signal ratios from `top` down to `bottom`."""
+Place = Callable[[float, float, int], Tensor]
+"""`place(top, bottom, n)`: `n` noise-to-signal ratios from `top` down to `bottom`."""
 
 
 def count(n: int) -> int:
     """`n`, if it is a number of levels."""
-    return whole_number("n", n, of="levels", error=GridError)
+    return whole_number("n", n, of="levels of a grid", error=GridError)
 
 
 def ends(process: Process, n: int, t_min: float | None, t_max: float | None) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def ramp(n: int) -> Tensor:
 
 
 def pin(times: Tensor, low: float, high: float) -> Tensor:
-    """The same grid with its ends exactly where they were asked."""
+    """The same grid with its ends exactly as asked."""
     times = times.clone()
     if len(times) > 1:
         times[-1] = low
@@ -62,12 +62,12 @@ def positive(who: str, what: str, value: float) -> None:
 
 
 def falling(times: Tensor, process: Process) -> Tensor:
-    """`times`, if they are finite and fall strictly."""
+    """`times`, if they are finite and strictly decreasing."""
     if bool(torch.isfinite(times).all()) and bool((times.diff() < 0).all()):
         return times
     raise GridError(
         f"the levels asked for are not apart under {type(process).__name__}, which runs from"
-        f" t_min={process.t_min:g} to t_max={process.t_max:g}: two of {len(times)} fall on the same"
+        f" t_min={process.t_min:g} to t_max={process.t_max:g}: two of {len(times)} are at the same"
         " time, or beyond an end. Ask for fewer levels, or for bounds within the process"
     )
 
@@ -79,15 +79,15 @@ def in_nsr(
     t_max: float | None,
     nsr_min: float | None,
     nsr_max: float | None,
-    lay: Lay,
+    place: Place,
     *,
     last: bool = True,
     endless: bool = False,
 ) -> Tensor:
-    """A grid laid by `lay(top, bottom, n)` in nsr, between the process's ends or the given bounds.
+    """A grid made by `place(top, bottom, n)` in nsr, between the process's ends or the given bounds.
 
-    Where the top is beyond `NSR_TOP`, `t_max` itself stands in front of a grid from there; not so
-    where `lay` is `endless` and can begin at infinity. Without `last` it is the first `n` of
+    Where the top is beyond `NSR_TOP`, `t_max` itself is put in front of a grid from there, except
+    where `place` is `endless` and can begin at infinity. Without `last` it is the first `n` of
     `n + 1` levels: the step to zero noise takes the place of the last.
     """
     low, high = ends(process, n, t_min, t_max)
@@ -99,14 +99,14 @@ def in_nsr(
             f"a grid in nsr needs 0 < nsr_min < nsr_max; got {bottom:g} and {top:g} (nsr is 0 at"
             f" t_min={low:g}?)"
         )
-    infront = nsr_max is None and top > NSR_TOP * (1.0 + 1e-6) and not endless
-    if infront and n == 1:
+    in_front = nsr_max is None and top > NSR_TOP * (1.0 + 1e-6) and not endless
+    if in_front and n == 1:
         return torch.tensor([high], dtype=torch.float64)
     levels = n if last else n + 1
     times = process.t_of_nsr(
-        lay(min(top, NSR_TOP) if infront else top, bottom, levels - 1 if infront else levels)
+        place(min(top, NSR_TOP) if in_front else top, bottom, levels - 1 if in_front else levels)
     )
-    if infront:
+    if in_front:
         times = torch.cat([torch.tensor([high], dtype=torch.float64), times])
     elif nsr_max is None:
         times[0] = high

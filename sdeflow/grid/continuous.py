@@ -60,8 +60,8 @@ def cosine_t(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Half a cosine in time, fine at both ends (Chebyshev's nodes); a quarter, fine at the data
-    alone, without `both`.
+    """Half a cosine in time, fine at both ends (Chebyshev's nodes). Without `both` a quarter, fine
+    at the data only.
 
     Source: the Chebyshev-Lobatto points of numerical quadrature.
     """
@@ -84,20 +84,20 @@ def karras(
 ) -> Tensor:
     """Uniform in `nsr^(1/rho)`; `n` positive levels, as EDM counts them.
 
-    EDM and k-diffusion lay `k/(n - 1)`, `k < n`, and step from the last level to zero: the default.
-    Others lay `k/n`, `k <= n`, and end at `nsr_min`: those are `n + 1` levels here, run with
-    `finish=False`; or, where the last step goes to zero instead, `n` levels with `last=False`.
-    `rho = 1` is uniform in nsr, a large one in its logarithm.
+    EDM and k-diffusion take `k/(n - 1)`, `k < n`, and step from the last level to zero: the
+    default. Others take `k/n`, `k <= n`, and end at `nsr_min`: here `n + 1` levels with
+    `finish=False`. Where their last step goes to zero instead: `n` levels with `last=False`.
+    `rho = 1` is uniform in nsr, a large `rho` in its logarithm.
 
     Source: Karras et al. (2022), equation 5.
     """
     positive("karras", "rho", rho)
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
+    def place(top: float, bottom: float, n: int) -> Tensor:
         a, b = top ** (1 / rho), bottom ** (1 / rho)
         return (a + ramp(n) * (b - a)) ** rho
 
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, lay, last=last)
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
 def uniform_lam(
@@ -115,10 +115,10 @@ def uniform_lam(
     Without `last`, the first `n` of `n + 1` levels. Source: Lu et al., DPM-Solver (2022).
     """
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
+    def place(top: float, bottom: float, n: int) -> Tensor:
         return torch.exp(math.log(top) + ramp(n) * (math.log(bottom) - math.log(top)))
 
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, lay, last=last)
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
 def polyexponential(
@@ -132,8 +132,8 @@ def polyexponential(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Uniform in `(lam_end - lam)^(1/rho)`: a power of lam, which is finer near the data the larger
-    `rho` is.
+    """Uniform in `(lam_end - lam)^(1/rho)`, a power of lam: the larger `rho`, the finer near the
+    data.
 
     `rho = 1` is uniform in lam. Without `last`, the first `n` of `n + 1` levels.
 
@@ -141,12 +141,12 @@ def polyexponential(
     """
     positive("polyexponential", "rho", rho)
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
+    def place(top: float, bottom: float, n: int) -> Tensor:
         return torch.exp(
             (1.0 - ramp(n)) ** rho * (math.log(top) - math.log(bottom)) + math.log(bottom)
         )
 
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, lay, last=last)
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
 def dense_lam(
@@ -164,9 +164,9 @@ def dense_lam(
     """Uniform in `asinh((lam - center) / width)`: dense within `width` of `lam = center`, geometric
     gaps away from it.
 
-    The gap at `lam` is proportional to `sqrt(width^2 + (lam - center)^2)`; a wide one is uniform in
-    lam. Data of standard deviation c has its structure about `lam = -log c`. Without `last`, the
-    first `n` of `n + 1` levels.
+    The gap at `lam` is proportional to `sqrt(width^2 + (lam - center)^2)`; with a large `width` the
+    grid is uniform in lam. Data of standard deviation c has its structure about `lam = -log c`.
+    Without `last`, the first `n` of `n + 1` levels.
 
     Source: the stretched (sinh) grids of numerical quadrature.
     """
@@ -176,11 +176,11 @@ def dense_lam(
             f" {width}"
         )
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
+    def place(top: float, bottom: float, n: int) -> Tensor:
         a, b = (math.asinh((-math.log(nsr) - center) / width) for nsr in (top, bottom))
         return torch.exp(-center - width * torch.sinh(a + ramp(n) * (b - a)))
 
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, lay, last=last)
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
 def two_powers(
@@ -217,12 +217,12 @@ def two_powers(
         t_max,
         nsr_min,
         nsr_max,
-        partial(lay_two_powers, center, high, low),
+        partial(place_two_powers, center, high, low),
         last=last,
     )
 
 
-def lay_two_powers(
+def place_two_powers(
     center: float, high: float, low: float, top: float, bottom: float, n: int
 ) -> Tensor:
     """The noise-to-signal ratios of `two_powers`."""
@@ -276,7 +276,7 @@ def uniform_vp(
     positive("uniform_vp", "rho", rho)
     clock = VP(beta_min, beta_max)
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
+    def place(top: float, bottom: float, n: int) -> Tensor:
         a, b = (float(clock.t_of_nsr(nsr)) ** (1 / rho) for nsr in (top, bottom))
         # nsr^2 = 1/s^2 - 1, without cancellation
         t = (a + ramp(n) * (b - a)) ** rho
@@ -284,7 +284,7 @@ def uniform_vp(
             t * (clock.beta_min + 0.5 * (clock.beta_max - clock.beta_min) * t)
         ).sqrt()
 
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, lay, last=last)
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
 def uniform_cosine(
@@ -298,19 +298,18 @@ def uniform_cosine(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Uniform in the time of a `Cosine` at the same noise-to-signal ratio, whatever the process; it
-    begins at infinity too.
+    """Uniform in the time of a `Cosine` at the same noise-to-signal ratio, whatever the process.
 
-    Without `last`, the first `n` of `n + 1` levels. Source: Nichol & Dhariwal, "Improved DDPM"
+    It can begin at infinity. Without `last`, the first `n` of `n + 1` levels. Source: Nichol & Dhariwal, "Improved DDPM"
     (2021), equation 17.
     """
     clock = Cosine(offset=offset)
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
+    def place(top: float, bottom: float, n: int) -> Tensor:
         a, b = (float(clock.t_of_nsr(nsr)) for nsr in (top, bottom))
         return clock.nsr(a + ramp(n) * (b - a))
 
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, lay, last=last, endless=True)
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last, endless=True)
 
 
 def flow_shift(
@@ -328,17 +327,17 @@ def flow_shift(
     `u' = a u / (1 + (a - 1) u)`.
 
     `shift = 1` is uniform in the flow's time on any path; a larger one spends more steps at high
-    noise, as large pictures need. `shift_of_tokens` and `shift_of_pixels` say how much. Between the
-    ends asked: the levels of a flow that ends at `t_min` after the shift. Without `last`, the first
-    `n` of `n + 1` levels.
+    noise, as large images need. `shift_of_tokens` and `shift_of_pixels` say how much. The ends are
+    those asked: the levels are those of a flow that ends at `t_min` after the shift. Without
+    `last`, the first `n` of `n + 1` levels.
 
     Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23.
     """
     positive("flow_shift", "shift", shift)
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
+    def place(top: float, bottom: float, n: int) -> Tensor:
         a, b = (1.0 / (1.0 + shift / nsr) for nsr in (top, bottom))
         u = a + ramp(n) * (b - a)
         return shift * u / (1.0 - u)
 
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, lay, last=last, endless=True)
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last, endless=True)

@@ -14,7 +14,6 @@ from sdeflow._utils.checks import is_whole
 from sdeflow.errors import GridError
 from sdeflow.grid.base import count, ends, falling, in_nsr, positive, ramp
 from sdeflow.grid.continuous import uniform_t
-from sdeflow.grid.quantiles import beta_quantile
 from sdeflow.process import FromBetas, Process
 
 
@@ -24,7 +23,7 @@ def _table_of(
     """The table behind a discrete grid, and how many of its entries lie at or below `t_max`."""
     if not isinstance(process, FromBetas):
         raise GridError(
-            f"this grid stands on the entries of a table of betas; {type(process).__name__} has"
+            f"this grid consists of entries of a table of betas; {type(process).__name__} has"
             " none: use uniform_t, or Process.from_betas"
         )
     if t_min is not None and t_min > process.t_min:
@@ -49,8 +48,8 @@ def leading(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Entries `j floor(N/m) + offset` of the table, counted from 0, `m = n + spare`: of these the
-    upper `n`; never the last entry.
+    """The upper `n` of the entries `j floor(N/m) + offset` of the table, counted from 0, with
+    `m = n + spare`. Never the last entry.
 
     Source: DDIM (Song et al., 2020); Stable Diffusion takes an offset of 1, the DPM-Solver
     schedulers of diffusers a spare level.
@@ -76,7 +75,7 @@ def ddim_uniform(
 ) -> Tensor:
     """Entries `j floor(N/n) + 1` of the table: `leading` with Stable Diffusion's offset.
 
-    ComfyUI's list of that name goes on beyond `n` levels where `n` does not divide the table; here
+    ComfyUI's list of that name has more than `n` levels where `n` does not divide the table. Here
     it has `n`.
 
     Source: DDIM (Song et al., 2020), as latent diffusion counts (Rombach et al., 2022).
@@ -128,8 +127,8 @@ def quadratic(
 def _to_zero(
     process: Process, n: int, t_min: float | None, t_max: float | None
 ) -> tuple[float, float]:
-    """`(end, high)` of a grid whose last step, to zero noise, is one of its steps: it ends at
-    `t = 0`, or at a given `t_min`.
+    """`(end, high)` of a grid that counts the step to zero noise: it ends at `t = 0`, or at a given
+    `t_min`.
     """
     count(n)
     low, high = ends(process, n, t_min, t_max)
@@ -139,8 +138,8 @@ def _to_zero(
 def simple(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """`n` equal steps in time from the start to `t = 0`, of which the solver's last is the step to
-    zero noise: `t_max (1 - j/n)`.
+    """`n` equal steps in time from the start to `t = 0`, `t_max (1 - j/n)`. The last one is the
+    solver's step to zero noise.
 
     On a table of betas the entries `N - 1 - floor(j N/n)`: `trailing` but for the rounding. With
     `t_min`, the steps end there.
@@ -157,7 +156,7 @@ def simple(
 def sgm_uniform(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """Uniform in time to `t_min`, and without that last level: the first `n` of `n + 1`.
+    """Uniform in time to `t_min`, without the last level: the first `n` of `n + 1`.
 
     Source: Stability AI's generative models, ComfyUI's "sgm_uniform".
     """
@@ -177,8 +176,8 @@ def linear_quadratic(
     """Equal small steps in time over the first `threshold` of the way, then a parabola to `t = 0`
     with the same slope.
 
-    `linear_steps` are small, by default half of `n`; the last of the `n` steps is the solver's step
-    to zero noise. With `t_min`, the steps end there.
+    The small steps are `linear_steps`, by default half of `n`. The last of the `n` steps is the
+    solver's step to zero noise. With `t_min`, the steps end there.
 
     Source: Polyak et al., "Movie Gen" (2024), for flows, from one network's finer grid; ComfyUI's
     "linear_quadratic".
@@ -213,14 +212,16 @@ def beta_quantiles(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Quantiles of a beta distribution, in time: fine at both ends, for `alpha` and `beta` below 1.
+    """Quantiles of a beta distribution, in time: fine at both ends for `alpha` and `beta` below 1.
 
-    As ComfyUI's "beta", the first `n` of `n + 1` levels, the step to zero noise in the place of the
-    last; not rounded to entries of a table. diffusers' `use_beta_sigmas` takes them in nsr, with
-    the last: `clock="nsr", last=True`.
+    As in ComfyUI's "beta" it is the first `n` of `n + 1` levels: the step to zero noise takes the
+    place of the last. They are not rounded to entries of a table. diffusers' `use_beta_sigmas`
+    takes them in nsr, with the last: `clock="nsr", last=True`.
 
     Source: Lee et al., "Beta sampling is all you need" (2024).
     """
+    from scipy.special import betaincinv
+
     positive("beta_quantiles", "alpha", alpha)
     positive("beta_quantiles", "beta", beta)
     low, high = ends(process, n, t_min, t_max)
@@ -228,12 +229,13 @@ def beta_quantiles(
         raise GridError(f'beta_quantiles are taken in the clock "t" or "nsr"; got {clock!r}')
     levels = n if last else n + 1
 
-    def lay(top: float, bottom: float, n: int) -> Tensor:
-        return bottom + (top - bottom) * beta_quantile(1.0 - ramp(n), alpha, beta)
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        quantiles = betaincinv(alpha, beta, (1.0 - ramp(n)).numpy())
+        return bottom + (top - bottom) * torch.from_numpy(quantiles)
 
     if clock == "nsr":
-        return in_nsr(process, n, t_min, t_max, None, None, lay, last=last)
-    times = lay(high, low, levels)[:n]
+        return in_nsr(process, n, t_min, t_max, None, None, place, last=last)
+    times = place(high, low, levels)[:n]
     if last and n > 1:
         times[-1] = low
     times[0] = high

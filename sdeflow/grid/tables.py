@@ -1,4 +1,4 @@
-"""Grids given as numbers: a user's own, and published ones that were optimised for a model."""
+"""Grids given as numbers: those of a user, and published ones that were optimised for a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from sdeflow.grid.base import count, ends, falling, ramp
 from sdeflow.process import Process
 
 _CLOSE = math.log(1.02)
-"""A table's end within 2 % of the process's is the process's end: published tables are rounded."""
+"""An end of a table within 2 % of the process's end counts as that end: published tables are
+rounded.
+"""
 
 ALIGN_YOUR_STEPS = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -29,16 +31,17 @@ ALIGN_YOUR_STEPS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A grid that is a list of noise-to-signal ratios, or of times, and interpolates it where
-    another number is asked for.
+    """A grid given as a list of noise-to-signal ratios, or of times. Other numbers of levels are
+    interpolated.
 
         solve(model, solver="dpmpp_2m", nfe=10, grid=grid.table([14.6, 3.9, 1.9, 0.96, 0.4, 0.03]))
 
-    As many levels as `values` are those values. Other numbers are read off the line through them
-    over the index: through the logarithms of nsr, or through the times. Without `last`, `n` levels
-    are the first of `n + 1`: the step to zero noise stands in the place of the last.
+    With as many levels as `values` the levels are those values. Other numbers are interpolated
+    linearly over the index: the logarithms of nsr, or the times. Without `last`, `n` levels are the
+    first of `n + 1`: the step to zero noise takes the place of the last.
 
-    It runs between its own ends, cut to the process's. A `t_max` or `t_min` given is met exactly.
+    The grid runs between its own ends, cut to those of the process. A `t_max` or `t_min` given is
+    met exactly.
 
     Source: Sabour et al., "Align your steps" (2024), for the interpolation.
     """
@@ -109,11 +112,11 @@ def _index_of(value: float, curve: np.ndarray) -> float:
 def table(
     values: Sequence[float] | Tensor, of: Literal["nsr", "t"] = "nsr", *, last: bool = True
 ) -> Table:
-    """The grid that is a list of noise-to-signal ratios (`sigmas` of a VE model), or of times, in
-    either order; see `Table`.
+    """The grid of a list of noise-to-signal ratios (`sigmas` of a VE model), or of times, in either
+    order; see `Table`.
 
-    A zero at the end of a list of ratios is dropped: it stands for the step to zero noise, which is
-    the solver's `finish`.
+    A zero at the end of a list of ratios is dropped: it means the step to zero noise, which is the
+    solver's `finish`.
     """
     numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1).tolist()
     if len(numbers) > 1 and numbers[0] < numbers[-1]:
@@ -132,12 +135,12 @@ def align_your_steps(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """The grid that was optimised for a model of pictures: `sd15`, `sdxl`, `svd` (video) or
+    """The grid that was optimised for a model of images: `sd15`, `sdxl`, `svd` (video) or
     `deepfloyd_if`.
 
-    Ten levels are the published first ten of eleven, the step to zero noise in the place of the
-    last, as diffusers and ComfyUI run it; with `last=True` eleven are the eleven. Other numbers are
-    interpolated (`Table`).
+    Ten levels are the first ten of the eleven published ones: the step to zero noise takes the
+    place of the last, as in diffusers and ComfyUI. With `last=True` eleven levels are the eleven.
+    Other numbers are interpolated (`Table`).
 
     Source: Sabour et al., "Align your steps: optimizing sampling schedules in diffusion models"
     (2024), table 3.

@@ -1,6 +1,4 @@
-"""Grids made of grids: all levels shifted to more noise, or the last one left to the step to zero
-noise.
-"""
+"""Grids made of grids: with all levels shifted to more noise, or without the last level."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ class Shifted:
         inner_low, inner_high = process.t_of_nsr(nsr / self.shift).tolist()
         inner_low = inner_low if inner_low >= 0.0 else low
         inner_high = inner_high if math.isfinite(float(nsr[1])) else high
-        # A grid on a table knows its own end; to name it would be to ask for another.
+        # A grid on a table has its own end; a t_min given counts as another one.
         inner_min = None if inner_low == process.t_min else inner_low
         times = self.grid(process, n, t_min=inner_min, t_max=inner_high)
         moved = process.t_of_nsr(self.shift * process.nsr(times))
@@ -60,9 +58,9 @@ def shifted(grid: GridFunction = uniform_t, shift: float = 3.0) -> Shifted:
 
         sample(model, nfe=28, grid=grid.shifted(grid.uniform_t, shift_of_tokens(4096)))
 
-    The grid is laid between the levels that the shift takes to the ends asked for, so that these
-    are met exactly. (Where the process has no such level, as below a table's first entry, the end
-    alone is moved.)
+    The grid is made between the levels that the shift moves to the ends asked for, so that the ends
+    are met exactly. (Where the process has no such level, as below the first entry of a table, only
+    the end is moved.)
 
     Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23; Hoogeboom
     et al., "Simple diffusion" (2023), for other paths.
@@ -89,7 +87,7 @@ def shift_of_tokens(
 
 
 def shift_of_pixels(pixels: float, reference: float) -> float:
-    """The shift that keeps the uncertainty of a picture of `reference` pixels in one of `pixels`:
+    """The shift that keeps the uncertainty of an image of `reference` pixels in one of `pixels`:
     `sqrt(pixels / reference)`.
 
     Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23.

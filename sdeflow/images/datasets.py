@@ -32,7 +32,6 @@ from sdeflow.images.shards import DAMAGE, NO_LABEL, RUN, Batch, arrow, open_fini
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
 
-
 Part = tuple[Tensor, Tensor | None]
 """Images uint8 [B, C, H, W] and their labels int64 [B], if there are any."""
 
@@ -62,9 +61,27 @@ class Images(ABC):
             rows = torch.arange(start, min(start + batch, share.stop))
             yield self.get(rows), None if self.labels is None else self.labels[rows]
 
+    def decoded(self, progress: bool = True) -> Decoded:
+        """All of it in memory."""
+        pixels, labels, done = None, [], 0
+        hidden = not progress
+        with tqdm(
+            total=self.count, desc="decoding", unit="img", leave=False, disable=hidden
+        ) as bar:
+            for part, label in self.batches(256):
+                pixels = part.new_empty(self.count, *part.shape[1:]) if pixels is None else pixels
+                pixels[done : done + len(part)] = part
+                labels += [] if label is None else [label]
+                done += len(part)
+                bar.update(len(part))
+        if pixels is None:
+            raise ValueError(f"{self.name} holds no images")
+        found = _known(torch.cat(labels)) if labels else None
+        return Decoded(pixels, found, self.class_names, self.name, self.how)
+
     @property
     def num_classes(self) -> int:
-        """How many classes the labels tell apart; 0 without labels."""
+        """How many classes the labels distinguish; 0 without labels."""
         return 0 if self.labels is None else max(len(self.class_names), int(self.labels.max()) + 1)
 
 
@@ -93,6 +110,10 @@ class Decoded(Images):
     def get(self, indices: Tensor) -> Tensor:
         """The images at `indices`."""
         return self.pixels[indices]
+
+    def decoded(self, progress: bool = True) -> Decoded:
+        """The set itself."""
+        return self
 
     def to(self, device: torch.device) -> Decoded:
         """The same images on `device`."""
@@ -140,17 +161,6 @@ class Encoded(Images):
     def _first_size(self) -> tuple[int, int]:
         return self.read(0).size
 
-    def decoded(self, progress: bool = True) -> Decoded:
-        """All of it, decoded now."""
-        pixels = torch.empty(self.count, 3, self.size, self.size, dtype=torch.uint8)
-        with ThreadPoolExecutor(self.workers) as pool:
-            done = pool.map(self._one, range(self.count))
-            for i, image in enumerate(
-                tqdm(done, "decoding", self.count, disable=not progress, unit="img", leave=False)
-            ):
-                pixels[i] = image
-        return Decoded(pixels, self.labels, self.class_names, self.name, self.how)
-
 
 class Generated(Images):
     """A folder that `sdeflow generate` wrote: each shard is verified when it is read."""
@@ -163,8 +173,7 @@ class Generated(Images):
     @cached_property
     def labels(self) -> Tensor | None:  # type: ignore[override]
         """The labels of all images; None if they have none."""
-        found = torch.cat([self.shards.read(k)[2] for k in range(len(self.shards))])
-        return None if bool((found == NO_LABEL).all()) else found
+        return _known(torch.cat([self.shards.read(k)[2] for k in range(len(self.shards))]))
 
     def get(self, indices: Tensor) -> Tensor:
         """The images at `indices`; the shards that hold them are read whole."""
@@ -183,6 +192,11 @@ class Generated(Images):
                 labels[:kept].split(batch),
                 strict=True,
             )
+
+
+def _known(labels: Tensor) -> Tensor | None:
+    """`labels`, or None if no image has one."""
+    return None if bool((labels == NO_LABEL).all()) else labels
 
 
 def _tensor(image: Image.Image) -> Tensor:
@@ -245,7 +259,12 @@ def load_images(
     else:
         images = _from_hub(str(source), split, size)
     small = images.count * 3 * images.size**2 <= memory_gb * 1e9
-    return images.decoded(progress) if small and isinstance(images, Encoded) else images
+    if memory_gb and not isinstance(images, Encoded):  # to train: square, of three channels
+        images = _resized(images, size or images.size)
+    if memory_gb and not small and isinstance(images, Generated):  # read one by one, not by shard
+        plain = _open_files(Path(str(source)), split, size)
+        images = replace(plain, labels=images.labels, class_names=images.class_names)
+    return images.decoded(progress) if small else images
 
 
 def read_images(path: str | os.PathLike[str], *, batch: int = 256) -> Iterator[Batch]:
@@ -281,7 +300,13 @@ def _numbered(images: Images, batch: int) -> Iterator[Batch]:
 def _open_path(path: Path, split: str, size: int | None, crop: bool = True) -> Images | None:
     """The images in a folder or a file; None for what is neither."""
     if (path / RUN).is_file():
-        return _resized(Generated(path), size)
+        images = Generated(path)
+        return images if size is None else _resized(images, size)
+    return _open_files(path, split, size, crop)
+
+
+def _open_files(path: Path, split: str, size: int | None, crop: bool = True) -> Any:
+    """As `_open_path`, whoever made the files."""
     for suffix, reader in ((".npz", _from_npz), (".parquet", _from_parquet)):
         files = sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path]
         if files and files[0].suffix == suffix:
@@ -293,10 +318,9 @@ def _open_path(path: Path, split: str, size: int | None, crop: bool = True) -> I
     return _from_folder(path, size, crop) if path.is_dir() else None
 
 
-def _resized(images: Images, size: int | None) -> Images:
-    """`images`, resized to `size` where that is asked for and is another one."""
-    first = images.get(torch.tensor([0]))
-    if size is None or first.shape[1:] == (3, size, size):
+def _resized(images: Images, size: int) -> Images:
+    """`images` as RGB squares of `size` pixels."""
+    if images.get(torch.tensor([0])).shape[1:] == (3, size, size):
         return images
 
     def read(index: int) -> Tensor:
@@ -340,29 +364,28 @@ def _from_npz(files: list[Path], name: str, size: int | None, crop: bool) -> Ima
     labelled: list[np.ndarray] = []
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                images = arrays["images" if "images" in arrays else "arr_0"]
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+                array = arrays["images" if "images" in arrays else "arr_0"]
                 key = next((key for key in ("labels", "arr_1") if key in arrays), None)
-                labels = np.full(len(images), NO_LABEL) if key is None else arrays[key]
-            if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+                labels = np.full(len(array), NO_LABEL) if key is None else arrays[key]
+            if array.dtype != np.uint8 or array.ndim != 4 or labels.shape != array.shape[:1]:
                 raise ValueError(
                     "images are uint8 [n, H, W, C] with a label each; it has"
-                    f" {images.dtype} {images.shape}"
+                    f" {array.dtype} {array.shape}"
                 )
-            if parts and images.shape[1:] != parts[0].shape[1:]:
+            if parts and array.shape[1:] != parts[0].shape[1:]:
                 raise ValueError(
-                    f"its images are {images.shape[1:]}, and {parts[0].shape[1:]} before"
+                    f"its images are {array.shape[1:]}, and {parts[0].shape[1:]} before"
                 )
         except DAMAGE as error:
             raise ImageError(
                 f"{file} cannot be read as an npz file of images ({reason(error)})"
             ) from error
-        parts.append(images)
+        parts.append(array)
         labelled.append(labels.astype(np.int64))
     pixels = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
-    found = torch.from_numpy(np.concatenate(labelled))
-    classes = None if bool((found == NO_LABEL).all()) else found
-    return _resized(Decoded(pixels, classes, name=name), size)
+    images = Decoded(pixels, _known(torch.from_numpy(np.concatenate(labelled))), name=name)
+    return images if size is None else _resized(images, size)
 
 
 def _from_parquet(files: list[Path], name: str, size: int | None, crop: bool) -> Encoded:

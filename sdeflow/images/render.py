@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from torch import Tensor
 
 from sdeflow._utils.checks import one_of, whole_number
-from sdeflow._utils.files import write_whole
+from sdeflow._utils.files import write_atomically
 from sdeflow.errors import NonFiniteError, SdeflowError
 
 CELL = 128
@@ -168,7 +168,7 @@ def save_png(
         text.add_text(FACTS, json.dumps(dict(facts)))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=text)
-    return write_whole(path, buffer.getvalue(), "image")
+    return write_atomically(path, buffer.getvalue(), "image")
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -204,4 +204,4 @@ def save_gif(
     times = [round(1000 * seconds)] * len(rest) + [round(1000 * hold)]
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0)
-    return write_whole(path, buffer.getvalue(), "animation")
+    return write_atomically(path, buffer.getvalue(), "animation")

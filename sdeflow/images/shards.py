@@ -34,7 +34,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from sdeflow._utils.checks import whole_number
-from sdeflow._utils.files import check_writable, write_whole
+from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow.errors import SdeflowError, missing_extra
 
 RUN = "run.json"
@@ -96,8 +96,8 @@ class Shards:
         return self.folder / (f"shard-{k:05d}" + ("" if self.kind == "png" else f".{self.kind}"))
 
     def write(self, k: int, images: Tensor, labels: Tensor) -> Path:
-        """Write shard `k`, completely or not at all: `images` uint8 [k, H, W, C] and `labels` int64 [k],
-        on the CPU.
+        """Write shard `k`, completely or not at all: `images` uint8 [k, H, W, C] and `labels` int64
+        [k], on the CPU.
 
         Errors: `SdeflowError` where it cannot be written (a full disk, say); what was there is then
         unchanged.
@@ -121,7 +121,7 @@ class Shards:
             )
         else:
             _write_table(buffer, indices, pixels, classes, self.class_names)
-        return write_whole(path, buffer.getvalue(), "shard")
+        return write_atomically(path, buffer.getvalue(), "shard")
 
     def read(self, k: int) -> Batch:
         """Shard `k`, verified. Errors: `SdeflowError` where it is missing, damaged, or not what it
@@ -132,7 +132,7 @@ class Shards:
             if self.kind == "png":
                 images, labels, found = _read_images(path, indices)
             elif self.kind == "npz":
-                with np.load(path, allow_pickle=False) as arrays:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     images, labels, found = arrays["images"], arrays["labels"], arrays["indices"]
             else:
                 images, labels, found = _read_table(path)
@@ -196,7 +196,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_settings(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Path:
     """Write `run.json`, completely or not at all."""
-    return write_whole(
+    return write_atomically(
         Path(folder) / RUN, (json.dumps(dict(settings), indent=1) + "\n").encode(), "run file"
     )
 

@@ -1,7 +1,8 @@
-"""Checkpoints: safetensors files that are written completely or not at all, and that say what they are.
+"""Checkpoints: safetensors files that are written completely or not at all, and say what they are.
 
 A file holds tensors, and in its header what a reader needs: a network's configuration, class names,
-the facts of its training. A SHA-256 of all of it shows whether the file is damaged. Nothing in it is executable.
+the facts of its training. A SHA-256 of all of it shows whether the file is damaged. Nothing in it
+is executable.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from sdeflow._utils.files import write_whole
+from sdeflow._utils.files import write_atomically
 from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, SdeflowError
-from sdeflow.models.compile import compile_network
+from sdeflow.models.torch_compile import compile_network
 from sdeflow.models.unet import UNet, UNetConfig
 
 BUNDLED = {"cifar10": Path(__file__).parent / "checkpoints" / "cifar10.safetensors"}
@@ -97,7 +98,7 @@ def write_tensors(
     # the same file.
     header = {HEADER: json.dumps({**facts, "sha256": digest(plain, dict(facts))})}
     try:
-        write_whole(path, serialise(plain, header), "checkpoint")
+        write_atomically(path, serialise(plain, header), "checkpoint")
     except SdeflowError as error:
         raise CheckpointError(str(error)) from error
 
@@ -163,6 +164,20 @@ def save_model(
     write_tensors(path, tensors, facts)
 
 
+def network_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object) -> UNet:
+    """The network of the configuration in `facts`, with these parameters as float32, in evaluation
+    mode, without gradients. Raises `CheckpointError` if they do not fit.
+    """
+    try:
+        network = UNet(UNetConfig.from_dict(facts["config"]))
+        network.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not fit the configuration in its own header: {error}"
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
 def load_model(
     path: str | os.PathLike[str],
     device: str | torch.device | None = None,
@@ -180,15 +195,8 @@ def load_model(
             f" inference ({FORMAT}); a training state becomes one with: sdeflow train --out FOLDER"
             " --resume --export FILE"
         )
-    try:
-        network = UNet(UNetConfig.from_dict(facts["config"]))
-        network.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not fit the configuration in its own header: {error}"
-        ) from error
     place = torch.get_default_device() if device is None else torch.device(device)
-    network.to(device=place, dtype=dtype).eval().requires_grad_(False)
+    network = network_of(facts, tensors, path).to(device=place, dtype=dtype)
     low, high = facts["nsr_range"]
     return Pretrained(
         network, facts["sigma_data"], (low, high), facts["class_names"], facts["card"]

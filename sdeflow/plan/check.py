@@ -2,13 +2,13 @@ r"""Checks of a plan from its numbers alone: is it consistent, and which polynom
 reproduce?
 
 **Consistency.** On data of a single point every prediction is exact, and each call's input should
-hold `s` of the point and `sigma` of noise. On Gaussian data the prediction is known too, and with it
-the variance at every call. Its error there is the error of the steps themselves.
+hold `s` of the point and `sigma` of noise. On Gaussian data the prediction is known too, and with
+it the variance at every call. Its error there is the error of the steps themselves.
 
 **Order.** The ODE is $d(x/\rho) = F\,dq$ for a function $F$ of the prediction
 (`sdeflow.solvers.ode.weights` has the table of them). A step from one call to another is
-$x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$. It is of order $p$ only if it is right wherever $F$ is
-a polynomial of degree less than $p$ in some clock $c$:
+$x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$. It is of order $p$ only if it is right wherever $F$
+is a polynomial of degree less than $p$ in some clock $c$:
 
 $$\sum_j b_j\, u_j^m = \rho_+ \int_q^{q_+} u^m\,dq, \qquad u = \frac{c - c_0}{c_+ - c_0}, \qquad m = 0, \dots, p - 1.$$
 

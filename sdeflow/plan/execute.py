@@ -1,4 +1,4 @@
-"""The one loop that executes plans: combinations and a network call, over and over."""
+"""The one loop that executes plans: combinations and network calls."""
 
 from __future__ import annotations
 

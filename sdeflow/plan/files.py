@@ -22,7 +22,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from sdeflow._utils.files import write_whole
+from sdeflow._utils.files import write_atomically
 from sdeflow.errors import CheckpointError, SdeflowError
 
 FORMAT = "sdeflow-plan-1"
@@ -39,7 +39,7 @@ def write_plan(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
     else:
         content = (json.dumps(data, indent=1) + "\n").encode()
     try:
-        return write_whole(path, content, "plan")
+        return write_atomically(path, content, "plan")
     except SdeflowError as error:
         raise CheckpointError(str(error)) from error
 

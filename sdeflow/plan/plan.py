@@ -157,30 +157,14 @@ class Plan:
         `sigma`; zero for ODE and exact-variance steps. `result`: the error of the coefficient of
         `x0` in a finished result, against 1.
         """
-        signal, noise, result = 0.0, 0.0, 0.0
-        _, s, sigma = self.grid[0]
-        values: dict[int, dict[int, float]] = {0: {0: s, 1: sigma}}
-        draws = 1  # basis vector 0 is x0, 1 is the start's noise, then one for each draw
-        for i in self.instructions:
-            match i:
-                case Draw():
-                    draws += 1
-                    values[i.out] = {draws: 1.0}
-                case Combine():
-                    total: dict[int, float] = {}
-                    for register, c in i.terms:
-                        for basis, weight in values[register].items():
-                            total[basis] = total.get(basis, 0.0) + value_of(c) * weight
-                    values[i.out] = total
-                case Call():
-                    held = values[i.input]
-                    signal = max(signal, abs(held.get(0, 0.0) - value_of(i.s)))
-                    std = math.sqrt(sum(w * w for basis, w in held.items() if basis > 0))
-                    noise = max(noise, abs(std / value_of(i.sigma) - 1.0))
-                    values[i.out] = {0: 1.0}
-        if self.finished and self._calls:
-            result = abs(values[self.result].get(0, 0.0) - 1.0)
-        return {"signal": signal, "noise": noise, "result": result}
+        rows, n = self.unrolled().detach(), self.nfe
+        off = (rows.signal - rows.s).abs()
+        spread = (rows.spread()[:n] / rows.sigma[:n] - 1.0).abs()
+        return {
+            "signal": float(off[:n].max()) if n else 0.0,
+            "noise": float(spread.max()) if n else 0.0,
+            "result": float(off[n]) if n and self.finished else 0.0,
+        }
 
     def unrolled(self, predicts: str = "x0") -> Unrolled:
         """Every call's input and the result as a linear function of the start, the predictions
@@ -448,7 +432,7 @@ class Plan:
             self._outlive,
             on_call,
         )
-        reverse.nfe += self.nfe
+        reverse.count(self._times)
         return done
 
 

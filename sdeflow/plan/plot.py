@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow._utils.files import check_writable, write_whole
+from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow.errors import missing_extra
 from sdeflow.plan.unroll import Unrolled
 
@@ -81,7 +81,7 @@ def plot_unrolled(
     if path is not None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-        write_whole(path, buffer.getvalue(), "figure")
+        write_atomically(path, buffer.getvalue(), "figure")
     return figure
 
 

@@ -16,7 +16,7 @@ from sdeflow._utils.math import Scalar, value_of
 from sdeflow.errors import SolverError
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.process import Level, Process
-from sdeflow.reverse import Reverse
+from sdeflow.reverse import Reverse, Spent
 
 
 class Operand:
@@ -81,7 +81,7 @@ class Trace(Reverse):
         With `stand_ins`, a level that is not known is noted, and an approximate one stands in for
         it. `compute_missing` then computes all that were noted in one pass.
         """
-        self.nfe = 0
+        self.spent = Spent()
         self.instructions: list[Instruction] = []
         self.values = 1  # value 0 is the state that the solve starts from
         self._missing_times: dict[float, None] = {}
@@ -142,7 +142,7 @@ class Trace(Reverse):
         return self.values - 1
 
     def __call__(self, x: Any, t: Level) -> Operand:
-        self.nfe += 1
+        self.spent.nfe += 1
         given = self.value(x)
         out = self._new()
         self.instructions.append(Call(out, given, t.t, t.s, t.sigma))

@@ -230,8 +230,8 @@ class Difference:
     `nfe` and `draws` are those of the one and the other. `weights` is the largest absolute
     difference of the unrolled matrices, the largest entry of which is `scale`; `times`, `levels`
     and `intervals` are those of the calls' times, of their `s` and `sigma`, and of the
-    noise-to-signal ratios between which noise is drawn. All are infinite where the numbers cannot
-    be laid side by side. `ends` says whether both end at zero noise, or both do not.
+    noise-to-signal ratios between which noise is drawn. All are infinite where the plans do not
+    have the same numbers of calls and draws. `ends` says whether both end at zero noise, or both do not.
     """
 
     nfe: tuple[int, int]
@@ -255,7 +255,7 @@ class Difference:
                 f"{nfe} calls and {draws} draws"
                 for nfe, draws in zip(self.nfe, self.draws, strict=True)
             )
-            return f"not to be laid side by side: {a}, against {b}"
+            return f"cannot be compared: {a}, against {b}"
         end = "" if self.ends else "; one ends at zero noise and the other does not"
         return (
             f"weights differ by up to {format_magnitude(self.weights)} (the largest is"

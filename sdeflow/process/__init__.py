@@ -1,4 +1,4 @@
-"""Processes: what noise does, as two functions of time, `s(t)` and `sigma(t)`."""
+"""Processes: the law of the noise, as two functions of time, `s(t)` and `sigma(t)`."""
 
 from sdeflow.process.base import Level, Process
 from sdeflow.process.clock import Clock

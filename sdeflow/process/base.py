@@ -1,5 +1,4 @@
-r"""What noise does: two functions of time, `s(t)` and `sigma(t)`, from which everything else
-follows.
+r"""Processes: two functions of time, `s(t)` and `sigma(t)`, from which everything else follows.
 
 A process takes data $x_0$ at small $t$ to noise at large $t$,
 
@@ -12,8 +11,8 @@ $$f = s'/s, \qquad g^2 = (\sigma^2)' - 2 f \sigma^2 = 2(\sigma\sigma' - f\sigma^
 \qquad \mathrm{nsr} = \sigma/s,$$
 
 and back again $s = s_0 \exp\int f$, $\sigma^2 = s^2(\sigma_0^2/s_0^2 + \int g^2/s^2)$ (`from_sde`).
-All of it is computed in float64 by automatic differentiation, vectorised over `t`; a solve asks
-once, before its loop (`Process.levels`).
+All of it is computed in float64 by automatic differentiation, vectorised over `t`. A solve computes
+it once, before its loop (`Process.levels`).
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One instant of a process: its time and the numbers that a step needs there.
+    """A process at one time: the time and the numbers that a step needs there.
 
-    The entries are Python floats; 0-d float64 tensors where gradients flow through them; or tensors
-    `[B, 1, ...]`, one value a sample, in solvers that step every sample by itself.
+    The entries are Python floats; or 0-d float64 tensors, where gradients flow through them; or
+    tensors with one value for each of several times.
     """
 
     t: Scalar
@@ -74,12 +73,12 @@ class Level:
 
 
 class Process(ABC):
-    """A noising process $x(t) = s(t) x_0 + \\sigma(t) \\varepsilon$; subclass it with `s` and
-    `sigma`, the rest is derived.
+    """A noising process $x(t) = s(t) x_0 + \\sigma(t) \\varepsilon$. A subclass defines `s` and
+    `sigma`; the rest is derived.
 
     `s` is positive (zero is allowed at `t_max`) and `sigma / s` increases with `t`. Both are
-    written in torch and are called with float64 tensors of any shape. `t_min` and `t_max` bound the
-    times at which samplers work: they start at `t_max` and take the step to zero noise at `t_min`.
+    written in torch and are called with float64 tensors of any shape. Samplers start at `t_max` and
+    take the step to zero noise at `t_min`.
 
         class Trigonometric(Process):
             def s(self, t): return torch.cos(t * torch.pi / 2)
@@ -92,14 +91,14 @@ class Process(ABC):
     t_min: float = 1e-3
     t_max: float = 1.0
     default_grid: ClassVar[str] = "uniform_sqrt_t"
-    """The grid that samplers use unless told otherwise; chosen by measurement
+    """The grid that samplers use by default, chosen by measurement
     (`benchmarks/defaults/defaults.py`).
     """
     default_clock: ClassVar[str] = "t"
-    """The variable in which Runge-Kutta methods step unless told otherwise; chosen likewise."""
+    """The clock in which Runge-Kutta methods step by default, chosen in the same way."""
 
     def __init_subclass__(cls) -> None:
-        # A user's s = 1 is a number, or a tensor of one: it stands for every time.
+        # A user's s may return one number, or a tensor of one, which then holds at every time.
         super().__init_subclass__()
         for name in ("s", "sigma", "variance"):
             if name in vars(cls):
@@ -114,8 +113,8 @@ class Process(ABC):
         """Standard deviation of the noise in `x(t)`, of the shape of `t`."""
 
     def variance(self, t: Tensor) -> Tensor:
-        """`sigma(t)^2`; override it where `sigma` is a square root that reaches zero, so that `g2`
-        stays finite there.
+        """`sigma(t)^2`. Override it where `sigma` is a square root that reaches zero: `g2` then is
+        finite there.
         """
         return self.sigma(t) ** 2
 
@@ -160,8 +159,8 @@ class Process(ABC):
     def t_of_lam(self, lam: float | Tensor) -> Tensor:
         """The time at which `log(s / sigma) = lam`, differentiable.
 
-        A root sought between `t_min` and `t_max`, beyond which it is the nearer end; closed forms,
-        where a process has one, go on.
+        It is found by a search between `t_min` and `t_max`; beyond these it is the nearer end. A
+        closed form, where a process has one, continues beyond them.
         """
         return _math.monotone_root(self.lam, as_time(lam), self.t_min, self.t_max)
 
@@ -177,8 +176,7 @@ class Process(ABC):
         return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))
 
     def levels(self, times: Tensor | Sequence[float]) -> list[Level]:
-        """The process at each of `times` (`[K]`), everything that steps need of it, in one
-        vectorised pass.
+        """The process at each of `times` (`[K]`), in one vectorised pass.
 
         The entries are Python floats, or 0-d tensors where gradients flow through the times or the
         process.
@@ -186,7 +184,7 @@ class Process(ABC):
         t = torch.as_tensor(times, dtype=torch.float64)
         s, ds = with_derivative(self.s, t)
         sigma, dsigma = with_derivative(self.sigma, t)
-        # A signal of rounding's size is none: cos(pi/2) is 6e-17, and may be -6e-17.
+        # A signal as small as rounding counts as zero: cos(pi/2) may be 6e-17 or -6e-17.
         s = torch.where(s.abs() < 1e-15 * sigma, torch.zeros_like(s), s)
         columns = [torch.broadcast_to(column, t.shape) for column in (t, s, sigma, ds, dsigma)]
         if any(column.requires_grad for column in columns) and torch.is_grad_enabled():
@@ -308,9 +306,7 @@ class Process(ABC):
 
 
 def _filled(function: Callable[[Process, Tensor], Tensor]) -> Callable[[Process, Tensor], Tensor]:
-    """`function` of time with a result of the shape of the time, also where it returns one
-    number.
-    """
+    """`function` with a result of the shape of the time, also where it returns one number."""
 
     @functools.wraps(function)
     def fill(self: Process, t: Tensor) -> Tensor:

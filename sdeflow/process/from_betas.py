@@ -18,10 +18,10 @@ class FromBetas(Process):
     $s(i/N)^2 = \prod_{j \le i}(1 - \beta_j)$.
 
     Between the nodes $-\log s$ is the monotone piecewise cubic through them (and through
-    $s(0) = 1$), once continuously differentiable. The network's index of time `t` is `t N - 1`. A
-    table of any length works.
+    $s(0) = 1$), with a continuous derivative. The index of time `t` in the table is `t N - 1`. A
+    table may have any length.
 
-    Errors: `ValueError` where a beta is outside (0, 1); a last beta of 1 (zero-terminal SNR) has no
+    Errors: `ValueError` where a beta is outside (0, 1). A last beta of 1 (zero-terminal SNR) has no
     logarithm.
 
     Source: Ho et al., "Denoising diffusion probabilistic models" (2020); Fritsch & Carlson (1980)

@@ -18,9 +18,9 @@ class FromSDE(Process):
     r"""The process of a linear SDE $dx = f(t)\,x\,dt + g(t)\,dw$ by quadrature.
 
     $s = s_0 \exp\int_0^t f$ and $\sigma^2 = s^2\,(\sigma_0^2/s_0^2 + \int_0^t g^2/s^2)$, with
-    16-point Gauss-Legendre panels that are halved until they agree to 1e-13; accurate to 1e-10
-    wherever `f` and `g2` are smooth and finite on `[0, t_max]`. `f` and `g2` are torch functions of
-    a float64 tensor of any shape; what is derived is these themselves.
+    16-point Gauss-Legendre panels that are halved until they agree to 1e-13. It is accurate to
+    1e-10 where `f` and `g2` are smooth and finite on `[0, t_max]`. Both are torch functions of a
+    float64 tensor of any shape. The methods `f` and `g2` return the given functions themselves.
 
     Errors: `ValueError` where `f` or `g2` is not finite on `[0, t_max]`, or `g2` is negative.
     """

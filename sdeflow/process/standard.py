@@ -17,8 +17,8 @@ from sdeflow.process.base import Process, check_span
 
 @dataclass(frozen=True)
 class _LinearBeta(Process):
-    """A process with `s = exp(-1/2 int beta)` and beta linear in time; its subclasses say what
-    `sigma` is.
+    """A process with `s = exp(-1/2 int beta)` and beta linear in time; its subclasses define
+    `sigma`.
     """
 
     beta_min: float = 0.1
@@ -39,8 +39,8 @@ class _LinearBeta(Process):
         return t * (0.5 * self.beta_min + 0.25 * (self.beta_max - self.beta_min) * t)
 
     def _t_of_decay(self, decay: Tensor) -> Tensor:
-        """The positive root of the quadratic `-log s(t) = decay`; finite, if large, where no signal
-        is left.
+        """The positive root of the quadratic `-log s(t) = decay`. It is large, but finite, where no
+        signal is left.
         """
         decay = decay.clamp_max(torch.finfo(decay.dtype).max / 1e8)
         half = 0.5 * self.beta_min
@@ -96,7 +96,7 @@ class Cosine(Process):
     r"""Variance preserving, cosine: $s = \cos a(t) / \cos a(0)$ with
     $a(t) = \frac{t + \epsilon}{1 + \epsilon}\frac{\pi}{2}$.
 
-    At `t = 1` the signal is gone and `nsr` infinite; the default `t_max` stops at `nsr = 1000`.
+    At `t = 1` no signal is left and `nsr` is infinite. The default `t_max` is where `nsr = 1000`.
 
     Source: Nichol & Dhariwal, "Improved DDPM" (2021), equation 17.
     """
@@ -118,7 +118,7 @@ class Cosine(Process):
 
     def s(self, t: Tensor) -> Tensor:
         """`cos a(t) / cos a(0)`."""
-        # cos a, from what is missing to a right angle: exact at t = 1, where it is zero.
+        # cos a = sin(pi/2 - a), which is exactly zero at t = 1.
         return torch.sin((1.0 - t) * (math.pi / 2 / (1.0 + self.offset))) / math.cos(self._start)
 
     def variance(self, t: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time as clock
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -95,18 +95,18 @@ def sample(
       is returned.
     - `noise`: `"seeded"`; `"brownian"` for a path that is the same at every number of steps; or a
       `Noise` of your own.
-    - `batch_size`: at most so many samples at a time, or `"auto"`: what fits, and half of it where
-      memory is spent after all.
+    - `batch_size`: at most so many samples at a time, or `"auto"`: what fits, and half of it if
+      memory runs out.
     - `compile`: on CUDA, run network and solver as one CUDA graph, which is kept for later calls;
-      where that cannot be, it runs as ever, with a `CompileWarning` that says why. `"require"`
+      where that is impossible, it runs without, with a `CompileWarning` that says why. `"require"`
       makes that an error.
     - `device`, `dtype`: of the state, by default the network's and float32.
-    - `progress`: a progress bar. `callback`: called with a `Step` after each network call.
+    - `progress`: a progress bar. `callback`: called with a `CallInfo` after each network call.
     - `requires_grad`: let gradients flow through the solve.
 
-    Errors: `UnknownNameError`, `BudgetError`, `GridError`, `TypeError`/`ValueError` for what cannot
-    be, before any network call; `NonFiniteError` where the network returned NaN; all of them say
-    what to do.
+    Errors: `UnknownNameError`, `BudgetError`, `GridError`, `TypeError`/`ValueError` for impossible
+    requests, before any network call; `NonFiniteError` where the network returned NaN. All of them
+    say what to do.
     """
     return run(Request(**locals())).x
 
@@ -166,6 +166,7 @@ def encode(
     `x0` is taken for the state at `t_min`. `nfe` counts network calls; a grid of given times must
     increase.
     """
+    request = Request(**locals())
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
     if isinstance(grid, str) or grid is None or callable(grid):
         method = registry.solver(solver or DEFAULT_SOLVER).for_denoiser(denoiser)
@@ -179,22 +180,8 @@ def encode(
         times = check_times(grid)
         if times[-1] < times[0]:
             raise GridError("encoding runs from data to noise: give times that increase")
-    request = Request(
-        score_fn=score_fn,
-        process=process,
-        solver=solver,
-        nfe=nfe,
-        grid=times,
-        condition=condition,
-        x=x0,
-        t=float(times[0]),
-        finish=False,
-        batch_size=batch_size,
-        compile=compile,
-        progress=progress,
-        requires_grad=requires_grad,
-    )
-    return run(request).x
+    start = float(times[0])
+    return run(replace(request, x=x0, x0=None, t=start, grid=times, nfe=nfe, finish=False)).x
 
 
 def run(request: Request) -> Solution:
@@ -240,7 +227,7 @@ def run(request: Request) -> Solution:
         seconds=clock.perf_counter() - began,
         version=__version__,
     )
-    return dataclasses.replace(solution, provenance=provenance)
+    return replace(solution, provenance=provenance)
 
 
 def _batch_size(request: Request, inputs: Inputs, method: Solver | Plan) -> BatchSize:
@@ -270,9 +257,9 @@ def _calls(method: Solver | Plan, times: Tensor, finish: bool) -> int | None:
 
 
 def _warn_training(denoiser: Denoiser) -> None:
-    network = getattr(denoiser, "network", None)
-    if isinstance(network, nn.Module) and any(
+    if any(
         m.training and isinstance(m, nn.Dropout | nn.modules.batchnorm._BatchNorm)
+        for network in denoiser.networks
         for m in network.modules()
     ):
         warnings.warn(

@@ -81,8 +81,8 @@ class BatchSize:
             _remember(self._owner, self._key, self.limit)
 
     def shrink(self, error: BaseException, rows: slice) -> None:
-        """After `error`, an out-of-memory error, for some rows: half the size, or an error that says
-        what to do.
+        """After an out-of-memory `error` for some rows: half the size, or an error that says what to
+        do.
         """
         tried = rows.stop - rows.start
         if self.auto and tried > 1:

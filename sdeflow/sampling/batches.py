@@ -115,6 +115,10 @@ class Loop:
 
     def _batch(self, rows: slice) -> None:
         self.bar.begin(-(-(self.inputs.n - rows.start) // self.size.now))
+        if self.graphs and self._denoiser(rows) is not self.denoiser:
+            self.graphs.refuse(
+                "the denoiser holds data for each sample, and a graph would hold those of one batch"
+            )
         wide = window(rows, self.size.now) if self.graphs else rows
         source, state = self._begin(wide)
         if self.graphs:
@@ -131,6 +135,15 @@ class Loop:
         self.parts.append(self._integrated(rows, source, state))
         self.bar.end()
 
+    def _denoiser(self, rows: slice) -> Denoiser:
+        """The denoiser for some rows: what it holds for each sample is cut along."""
+        if rows == slice(0, self.inputs.n):
+            return self.denoiser
+        return self.denoiser.rows(torch.arange(rows.start, rows.stop))
+
+    def _reverse(self, rows: slice) -> Reverse:
+        return Reverse(self._denoiser(rows), self.conditions.rows(rows))
+
     def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
         inputs = self.inputs
         source = noise_of(self.request.noise, inputs, rows)
@@ -139,14 +152,14 @@ class Loop:
         )
 
     def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
-        reverse = Reverse(self.denoiser, self.conditions.rows(rows))
+        reverse = self._reverse(rows)
         collected: list[Tensor] = []
         part = self._integrate(
             reverse, state, source, self._watcher(collected if self.request.x0s else None, rows)
         )
         if not torch.isfinite(part.x).all():
             self._refuse(rows, part)
-        part.network_calls = part.network_calls or reverse.nfe
+        part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
         part.x0s = torch.stack(collected) if collected else None
         return part
 
@@ -226,7 +239,7 @@ class Loop:
                     raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {why}.")
 
             source, state = self._begin(rows)
-            reverse = Reverse(self.denoiser, self.conditions.rows(rows))
+            reverse = self._reverse(rows)
             try:
                 self._integrate(reverse, state, source, check, plain=True)
             except _Found as found:
@@ -260,8 +273,8 @@ class Loop:
             if not _memory.out_of_memory(error):
                 raise
             spent = OutOfMemoryError(
-                f"all {self.inputs.n} samples are done, but do not fit on {self.inputs.device} twice,"
-                " as joining the batches takes: ask for fewer at a time. They are in this error's"
+                f"all {self.inputs.n} samples are done, but do not fit twice on"
+                f" {self.inputs.device}, as joining the batches takes: ask for fewer at a time. They are in this error's"
                 " `finished`, on the CPU"
             )
         spent.finished = join([_on_cpu(part) for part in self.parts])
@@ -284,8 +297,8 @@ class Loop:
         return entries
 
     def _bytes_a_row(self, rows: int) -> int:
-        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call with
-        a few rows, the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call
+        with a few rows, the plan's states are counted.
         """
         device = self.inputs.device
         some = slice(0, rows)
@@ -293,9 +306,7 @@ class Loop:
         before = torch.cuda.memory_allocated(device)
         _memory.begin_peak(device)
         with torch.no_grad():
-            calls = Reverse(self.denoiser, self.conditions.rows(some)).calls(
-                self.times[:1].detach(), state
-            )
+            calls = self._reverse(some).calls(self.times[:1].detach(), state)
             calls[0](state)
         peak = _memory.peak(device) or before
         states = 16  # of an adaptive solver
@@ -388,6 +399,7 @@ def join(parts: list[Solution]) -> Solution:
         x=torch.cat([part.x for part in parts]),
         nfe=max(part.nfe for part in parts),
         network_calls=sum(part.network_calls for part in parts),
+        network_gradients=sum(part.network_gradients for part in parts),
         statistics=statistics,
         trajectory=cat([part.trajectory for part in parts], 1),
         x0s=cat([part.x0s for part in parts], 1),

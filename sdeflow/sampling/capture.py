@@ -91,9 +91,7 @@ class CapturedSolve:
     def _capture(self, reverse: Reverse) -> None:
         device = self._x.device
         try:
-            # A capture that fails may leave its stream current: this restores the present one.
-            stream = torch.cuda.stream(torch.cuda.current_stream())
-            with _CAPTURING, torch.cuda.device(device), stream:
+            with _CAPTURING, torch.cuda.device(device), _restored_stream():
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
@@ -212,6 +210,11 @@ def _out_of_memory_behind(error: BaseException | None) -> BaseException | None:
     while error is not None and not out_of_memory(error):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _restored_stream() -> torch.cuda.StreamContext:
+    """A block after which the present stream is current again: a failed capture may leave its own."""
+    return torch.cuda.stream(torch.cuda.current_stream())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from sdeflow.errors import SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
+from sdeflow.reverse import Spent
 from sdeflow.sampling.capture import CapturedSolve, Replay
 from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import GridSolver, Solution, Solver
@@ -103,7 +104,8 @@ class GraphCache:
         self.replays += 1
         self.bytes = max(self.bytes, captured.bytes)
         replay = captured.replay(x, noise, condition)
-        return _solution(plan, replay), replay.finite
+        spent = Spent().add(self._denoiser, condition, plan.times)
+        return _solution(plan, replay, spent), replay.finite
 
     def _graph(self, plan: Plan, x: Tensor, condition: Mapping[str, Any]) -> CapturedSolve | str:
         if self._known is None:
@@ -142,10 +144,7 @@ class GraphCache:
 
 
 def refusal(
-    method: Solver | Plan,
-    device: torch.device,
-    request: Request,
-    condition: Mapping[str, Any],
+    method: Solver | Plan, device: torch.device, request: Request, condition: Mapping[str, Any]
 ) -> str | None:
     """Why a solve cannot run as CUDA graphs, as far as is known before it begins; else None."""
     if request.callback is not None:
@@ -171,11 +170,12 @@ def is_planned(method: Solver) -> bool:
     return isinstance(method, GridSolver) and type(method).integrate is GridSolver.integrate
 
 
-def _solution(plan: Plan, replay: Replay) -> Solution:
+def _solution(plan: Plan, replay: Replay, spent: Spent) -> Solution:
     return Solution(
         replay.x,
         plan.nfe,
-        network_calls=plan.nfe,
+        spent.forwards,
+        spent.gradients,
         plan=plan,
         trajectory=replay.trajectory,
         x0s=replay.x0s,
@@ -257,7 +257,7 @@ def _fixed(condition: Mapping[str, Any]) -> Hashable:
 
 
 def _buffers(condition: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of a condition's tensors, which later values can overwrite, in inference mode or not."""
+    """Copies of a condition's tensors, to be overwritten later, in inference mode or not."""
     with torch.inference_mode(False), torch.no_grad():
         return {
             name: value.clone() if isinstance(value, Tensor) else value

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdeflow._utils.checks import whole_number
 from sdeflow.denoisers import Denoiser
@@ -162,11 +162,9 @@ def named_device(name: str | torch.device) -> torch.device:
 
 def device_of(denoiser: Denoiser) -> torch.device:
     """The device of the network's first parameter; the CPU where there is none."""
-    network = getattr(denoiser, "network", None)
-    if isinstance(network, nn.Module):
-        for parameter in network.parameters():
-            return parameter.device
-    return torch.device("cpu")
+    parameters = (p for network in denoiser.networks for p in network.parameters())
+    first = next(parameters, None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | None) -> int:

@@ -17,8 +17,8 @@ from sdeflow.process import Process
 from sdeflow.solvers.base import Solver
 
 GraphMode = bool | Literal["require"]
-"""The argument `compile`: whether batches run as CUDA graphs. With `"require"` it is an error if they
-cannot.
+"""The argument `compile`: whether batches run as CUDA graphs. With `"require"` it is an error if
+they cannot.
 """
 
 

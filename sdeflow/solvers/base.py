@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sdeflow._utils.checks import whole_number
+from sdeflow._utils.checks import check_choices, whole_number
 from sdeflow._utils.math import value_of
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
@@ -54,14 +54,16 @@ class Provenance:
 class Solution:
     """The result of a solve; `provenance` says how it was made.
 
-    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch, `network_calls` forwards
-    of the network in all. `trajectory` (`[levels, n, *shape]`, the result last) and `x0s`
-    (`[nfe, n, *shape]`) are there on request, `interpolant` from solvers with a dense output.
+    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch; `network_calls` counts
+    the forwards of networks in all, and `network_gradients` their gradients. `trajectory`
+    (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there on request,
+    `interpolant` from solvers with a dense output.
     """
 
     x: Tensor
     nfe: int
     network_calls: int = 0
+    network_gradients: int = 0
     plan: Plan | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
     trajectory: Tensor | None = None
@@ -116,12 +118,19 @@ class Solver(ABC):
     order: ClassVar[int]
     stochastic: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
-    reversible: ClassVar[bool] = True
-    """Whether it also runs from small `t` to large (encoding)."""
     default_grid: ClassVar[str | GridFunction | None] = None
     """The grid that goes with it, where that is not the process's own."""
     source: ClassVar[str]
     cost: ClassVar[str] = "1 a step"
+
+    def __post_init__(self) -> None:
+        if dataclasses.is_dataclass(self):
+            check_choices(self)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether it also runs from small `t` to large (encoding)."""
+        return not self.stochastic
 
     def for_denoiser(self, denoiser: Denoiser) -> Solver:
         """This solver, or the form of it that goes with a denoiser; `sample` and `solve` ask."""
@@ -331,6 +340,7 @@ def run_plan(
     plan: Plan, reverse: Reverse, x: Tensor, noise: Noise | None, on_call: OnCall | None = None
 ) -> Solution:
     """Execute a plan and say so in a `Solution`."""
+    before = reverse.forwards
     result, recorded = plan.execute(reverse, x, noise, on_call)
     trajectory = (
         torch.stack([*recorded, result] if plan.finished else recorded) if recorded else None
@@ -338,6 +348,7 @@ def run_plan(
     return Solution(
         result,
         plan.nfe,
+        reverse.forwards - before,
         plan=plan,
         trajectory=trajectory,
         statistics={"draws": plan.draws, "buffers": plan.buffers},
@@ -352,7 +363,8 @@ def _plain(value: Any) -> bool:
     """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen
     dataclasses of them.
 
-    What a user wrote may read anything, a global in a notebook say, and is traced anew each time.
+    A user's own class may read anything, such as a global in a notebook. It is traced again each
+    time.
     """
     if value is None or isinstance(value, int | float | str):
         return True

@@ -45,7 +45,7 @@ class Target(Denoiser):
     """
 
     shape: tuple[int, ...]
-    exact = True
+    known_density = True
 
     def __init__(self, shape: Sequence[int], process: Process):
         if not isinstance(process, Process):
@@ -150,7 +150,7 @@ class Target(Denoiser):
         return function(self._flat(x), level).reshape(x.shape).to(x.dtype)
 
     def _flat(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), -1).to(working(x))
+        return x.reshape(len(x), -1).to(compute_dtype(x))
 
     def _kernel(self, t: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """`(s, sigma)` of shape `[T]`, float64 on the CPU."""
@@ -188,14 +188,14 @@ class Target(Denoiser):
         return x
 
 
-def working(x: Tensor) -> torch.dtype:
-    """The dtype in which a state of the dtype of `x` is worked on: float32 or float64."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a state like `x` is computed: float64 for float64, else float32."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def like(value: Tensor, x: Tensor) -> Tensor:
-    """`value` on the device of `x`, in its working dtype."""
-    return value.to(device=x.device, dtype=working(x))
+def cast_like(value: Tensor, x: Tensor) -> Tensor:
+    """`value` on the device of `x`, in its `compute_dtype`."""
+    return value.to(device=x.device, dtype=compute_dtype(x))
 
 
 def as_generator(seed: int | torch.Generator) -> torch.Generator:
@@ -203,22 +203,22 @@ def as_generator(seed: int | torch.Generator) -> torch.Generator:
     return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
 
-def normal(*size: int, generator: torch.Generator) -> Tensor:
+def standard_normal(*size: int, generator: torch.Generator) -> Tensor:
     """Standard normals, float64 on the CPU."""
     return torch.randn(
         *size, generator=generator, dtype=torch.float64, device=generator.device
     ).cpu()
 
 
-def diffuse(x0: Tensor, kernel: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+def add_noise(x0: Tensor, kernel: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
     """`s x0 + sigma eps` with fresh normals `eps`; `kernel` is `(s, sigma)`."""
     s, sigma = (c.reshape(-1, 1) for c in kernel)
     if not bool(sigma.any()):
         return s * x0
-    return s * x0 + sigma * normal(*x0.shape, generator=generator)
+    return s * x0 + sigma * standard_normal(*x0.shape, generator=generator)
 
 
-def float64(name: str, value: Any) -> Tensor:
+def finite_float64(name: str, value: Any) -> Tensor:
     """`value` as a float64 tensor on the CPU; `ValueError` where it is not finite."""
     value = torch.as_tensor(value).to("cpu", torch.float64)
     if not bool(torch.isfinite(value).all()):

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from sdeflow.process import EDM, Process
-from sdeflow.targets.base import TINY, Target, as_generator, diffuse, normal, working
+from sdeflow.targets.base import (
+    TINY,
+    Target,
+    add_noise,
+    as_generator,
+    compute_dtype,
+    standard_normal,
+)
 
 
 class _Cloud(NamedTuple):
@@ -84,7 +91,7 @@ class Empirical(Target):
 
     @staticmethod
     def _precision(x: Tensor) -> torch.dtype:
-        return torch.float64 if x.device.type == "cpu" else working(x)
+        return torch.float64 if x.device.type == "cpu" else compute_dtype(x)
 
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The flattened data where `x` is, and half their squared norms; kept for the next call."""
@@ -101,7 +108,7 @@ class Empirical(Target):
             return s**2 * half_norms + 0.5 * x.square().sum(-1, keepdim=True) - s * (x @ part.mT)
         if len(s) == 1:
             return 0.5 * torch.cdist(x, s * part, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-        # One time a sample: one sample at a time, lest every sample get its own copy of the data.
+        # One time a sample: one sample at a time, so that no sample gets its own copy of the data.
         pairs = zip(x.split(1), s.split(1), strict=True)
         return torch.cat(
             [self._half_distances(row, part, half_norms, scale) for row, scale in pairs]
@@ -170,8 +177,8 @@ class Empirical(Target):
         which = torch.randint(len(self.data), (n,), generator=generator, device=generator.device)
         x0 = self.data.reshape(len(self.data), -1)[which.to(self.data.device)].cpu().double()
         if self.bandwidth:
-            x0 = x0 + self.bandwidth * normal(n, self.dim, generator=generator)
-        return diffuse(x0, self._kernel(t), generator).reshape(n, *self.shape).to(dtype)
+            x0 = x0 + self.bandwidth * standard_normal(n, self.dim, generator=generator)
+        return add_noise(x0, self._kernel(t), generator).reshape(n, *self.shape).to(dtype)
 
 
 # -------------------------------------------------------------------------------------------- input

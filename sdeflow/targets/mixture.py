@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from sdeflow.process import EDM, Process
-from sdeflow.targets.base import TINY, Target, as_generator, diffuse, float64, like, normal
+from sdeflow.targets.base import (
+    TINY,
+    Target,
+    add_noise,
+    as_generator,
+    cast_like,
+    finite_float64,
+    standard_normal,
+)
 
 
 class _Spectral(NamedTuple):
@@ -117,7 +125,7 @@ class GaussianMixture(Target):
         diag: float | Sequence[Any] | Tensor | None = None,
         process: Process | None = None,
     ):
-        centres = float64("means", means)
+        centres = finite_float64("means", means)
         if centres.ndim < 2 or not centres.numel():
             raise ValueError(
                 f"means has shape [K, *shape], one mean a component; got {tuple(centres.shape)}"
@@ -136,10 +144,12 @@ class GaussianMixture(Target):
         if std is not None:
             self._variances = self._per_component("std", std) ** 2
         elif cov is not None:
-            self._variances, self._basis = _eigenbasis(float64("cov", cov), len(centres), self.dim)
+            self._variances, self._basis = _eigenbasis(
+                finite_float64("cov", cov), len(centres), self.dim
+            )
         else:
             assert factor is not None
-            self._factor = self._check_factor(float64("factor", factor))
+            self._factor = self._check_factor(finite_float64("factor", factor))
             self._variances = self._per_component("diag", 0.0 if diag is None else diag)
 
     def __repr__(self) -> str:
@@ -150,7 +160,7 @@ class GaussianMixture(Target):
 
     def _per_component(self, name: str, value: Any) -> Tensor:
         """A non-negative number, one a component, or one a component and entry, as `[K, dim]`."""
-        value, k = float64(name, value), len(self._centres)
+        value, k = finite_float64(name, value), len(self._centres)
         if value.shape == (k, *self.shape):
             value = value.reshape(k, -1)
         elif value.shape == (k,):
@@ -183,7 +193,7 @@ class GaussianMixture(Target):
 
     def _fixed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         matrices = self._basis if self._factor is None else self._factor.mT
-        return like(self._centres, x), None if matrices is None else like(matrices, x)
+        return cast_like(self._centres, x), None if matrices is None else cast_like(matrices, x)
 
     def _prepare(
         self, s: Tensor, sigma: Tensor, x: Tensor, fixed: tuple[Tensor, Tensor | None]
@@ -192,12 +202,17 @@ class GaussianMixture(Target):
         s, sigma = s.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
         spread = (s**2 * self._variances + sigma**2).clamp_min(TINY)
         precision = 1.0 / spread
-        s_mean, gain = like(s * self._centres, x), like(s * self._variances * precision, x)
+        s_mean, gain = (
+            cast_like(s * self._centres, x),
+            cast_like(s * self._variances * precision, x),
+        )
         log_norm = self.weights.log() - 0.5 * (
             spread.log().sum(-1) + self.dim * math.log(2.0 * math.pi)
         )
         if self._factor is None:
-            return _Spectral(s_mean, mean, gain, like(precision, x), like(log_norm, x), matrices)
+            return _Spectral(
+                s_mean, mean, gain, cast_like(precision, x), cast_like(log_norm, x), matrices
+            )
         assert matrices is not None
         s4 = s.unsqueeze(-1)
         scaled = s4 * self._factor.mT * precision.unsqueeze(-2)
@@ -205,10 +220,17 @@ class GaussianMixture(Target):
             torch.eye(self._factor.shape[-1], dtype=torch.float64) + s4 * scaled @ self._factor
         )
         cholesky = torch.linalg.cholesky(capacity)
-        project = like(torch.cholesky_solve(scaled, cholesky).mT, x)
+        project = cast_like(torch.cholesky_solve(scaled, cholesky).mT, x)
         log_norm = log_norm - cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return _LowRank(
-            s_mean, mean, matrices, project, like(s, x), gain, like(precision, x), like(log_norm, x)
+            s_mean,
+            mean,
+            matrices,
+            project,
+            cast_like(s, x),
+            gain,
+            cast_like(precision, x),
+            cast_like(log_norm, x),
         )
 
     def _mix(self, values: Tensor, log_joint: Tensor) -> Tensor:
@@ -270,9 +292,13 @@ class GaussianMixture(Target):
         which = torch.multinomial(
             self.weights.detach().to(generator.device), n, replacement=True, generator=generator
         ).cpu()
-        deviation = self._variances[which].sqrt() * normal(n, self.dim, generator=generator)
+        deviation = self._variances[which].sqrt() * standard_normal(
+            n, self.dim, generator=generator
+        )
         along = (
-            None if self._factor is None else normal(n, self._factor.shape[-1], generator=generator)
+            None
+            if self._factor is None
+            else standard_normal(n, self._factor.shape[-1], generator=generator)
         )
         for (
             k
@@ -283,7 +309,7 @@ class GaussianMixture(Target):
             if self._factor is not None and along is not None:
                 deviation[rows] = deviation[rows] + along[rows] @ self._factor[k].mT
         return (
-            diffuse(self._centres[which] + deviation, self._kernel(t), generator)
+            add_noise(self._centres[which] + deviation, self._kernel(t), generator)
             .reshape(n, *self.shape)
             .to(dtype)
         )
@@ -311,7 +337,7 @@ class Gaussian(GaussianMixture):
         diag: float | Sequence[Any] | Tensor | None = None,
         process: Process | None = None,
     ):
-        centre = float64("mean", mean)
+        centre = finite_float64("mean", mean)
         if centre.ndim == 0:
             raise ValueError(
                 "mean has the shape of one sample, at least one dimension: torch.zeros(3), say"
@@ -320,7 +346,7 @@ class Gaussian(GaussianMixture):
         def one(name: str, value: Any) -> Tensor | None:
             if value is None:
                 return None
-            value = float64(name, value)
+            value = finite_float64(name, value)
             if value.ndim and value.shape != centre.shape:
                 raise ValueError(
                     f"{name} is a number, or of shape {list(centre.shape)}; got {list(value.shape)}"
@@ -332,7 +358,7 @@ class Gaussian(GaussianMixture):
             centre.unsqueeze(0),
             std=one("std", std),
             cov=cov,
-            factor=None if factor is None else float64("factor", factor).unsqueeze(0),
+            factor=None if factor is None else finite_float64("factor", factor).unsqueeze(0),
             diag=one("diag", diag),
             process=process,
         )
@@ -353,12 +379,14 @@ class Gaussian(GaussianMixture):
         ratio = (
             (s_next**2 * variances + sigma_next**2) / (s**2 * variances + sigma**2).clamp_min(TINY)
         ).sqrt()
-        residual = self._flat(x) - like(s * self._centres, x)
+        residual = self._flat(x) - cast_like(s * self._centres, x)
         if basis is None:
-            residual = residual * like(ratio, x)
+            residual = residual * cast_like(ratio, x)
         else:
-            residual = (residual @ like(basis[0], x) * like(ratio, x)) @ like(basis[0].mT, x)
-        return (residual + like(s_next * self._centres, x)).reshape(x.shape).to(x.dtype)
+            residual = (residual @ cast_like(basis[0], x) * cast_like(ratio, x)) @ cast_like(
+                basis[0].mT, x
+            )
+        return (residual + cast_like(s_next * self._centres, x)).reshape(x.shape).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------- a data set
@@ -367,7 +395,7 @@ class Gaussian(GaussianMixture):
 def _weights(weights: Any, k: int) -> Tensor:
     if weights is None:
         return torch.full((k,), 1.0 / k, dtype=torch.float64)
-    weights = float64("weights", weights)
+    weights = finite_float64("weights", weights)
     if weights.shape != (k,):
         raise ValueError(
             f"weights has one entry a component, shape [{k}]; got {tuple(weights.shape)}"

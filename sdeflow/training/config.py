@@ -17,21 +17,22 @@ LENGTH, MACHINE = "Length and optimizer", "Machine and files"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, for how long; a plain value that is stored with the training's state.
+    """What to train, on what, for how long; a plain value that is stored with the training's
+    state.
 
     Lengths are counted in training images, so that they do not change with the batch size.
-        `batch_size` is over all processes; `lr` rises over `warmup` images and then decays to zero at
-        `images` (`schedule` "cosine" or "linear"; "constant" does not decay). `ema` is the half-life of
-        the average; every `snapshot_images` images (0 = never) averages with power profiles of the
-        relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length.
-        `init` is a checkpoint (bundled, or a file) with whose weights a new training begins. The
-        network is then like that one except for its dropout. The profiles of the averages begin where
-        the checkpoint's training did, as if its weights had been there from the start. `precision`
-        "auto" is bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and
-        `graphs=None` replays each step there as one CUDA graph. `save_seconds` and `sample_images` say
-        how often the state is saved and a grid of samples written (0 = only at the end), `log_steps`
-        how often the log gets a line. `max_seconds` ends this run, not the training: its state is saved
-        and `resume` continues it. Raises `ValueError` for numbers out of range.
+    `batch_size` is over all processes; `lr` rises over `warmup` images and then decays to zero at
+    `images` (`schedule` "cosine" or "linear"; "constant" does not decay). `ema` is the half-life
+    of the average; every `snapshot_images` images (0 = never) averages with power profiles of the
+    relative widths `snapshot_stds` are stored, of which `sdeflow ema` makes one of any length.
+    `init` is a checkpoint (bundled, or a file) with whose weights a new training begins. The
+    network is then like that one except for its dropout. The profiles of the averages begin where
+    the checkpoint's training did, as if its weights had been there from the start. `precision`
+    "auto" is bf16 on a GPU and float32 elsewhere; `compile=None` compiles on a GPU, and
+    `graphs=None` replays each step there as one CUDA graph. `save_seconds` and `sample_images` say
+    how often the state is saved and a grid of samples written (0 = only at the end), `log_steps`
+    how often the log gets a line. `max_seconds` ends this run, not the training: its state is
+    saved and `resume` continues it. Raises `ValueError` for numbers out of range.
     """
 
     data: str = option("uoft-cs/cifar10", "A folder of images, a parquet file, or a hub name")

@@ -100,7 +100,8 @@ class SearchedGrid:
         total = 0.0
         for m, (j, k) in enumerate(itertools.pairwise(levels)):
             alone = m == 0 or self.double is None
-            step = self.single[j, k] if alone else self.double[levels[m - 1], j, k]  # type: ignore[index]
+            before = self.single if alone else self.double[levels[m - 1]]  # type: ignore[index]
+            step = before[j, k]
             total += self.coefficient**m * float(step)
         return total
 

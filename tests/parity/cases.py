@@ -180,11 +180,11 @@ def _k_diffusion() -> Iterator[Case]:
 def _by_another_name() -> Iterator[Case]:
     """Members of ours that are a published method in one of their settings."""
     yield _k("heun", "deis_rho_heun", {}, "deis_rho_heun")
-    yield _k("lms", "ipndm_v", {"p": 3, "exact": True}, "ipndm_v", order=3, finish=False)
+    yield _k("lms", "ipndm_v", {"p": 3, "exact_weights": True}, "ipndm_v", order=3, finish=False)
     yield _k(
         "lms",
         "adams",
-        {"p": 3, "frame": "eps", "clock": "nsr", "start_up": "orders"},
+        {"p": 3, "predicts": "eps", "clock": "nsr", "start_up": "orders"},
         "adams",
         order=3,
         finish=False,
@@ -301,12 +301,12 @@ def _diffusers() -> Iterator[Case]:
                 **short,
                 **type_,
             )
-            ours, eps = {**ours, **full, "frame": "eps"}, {"algorithm_type": "dpmsolver"}
+            ours, eps = {**ours, **full, "predicts": "eps"}, {"algorithm_type": "dpmsolver"}
             yield _d(
                 "DPMSolverMultistep", "dpmpp_2m", ours, f"{p},{kind},eps", **eps, **short, **type_
             )
             if p < 3:  # for 3 see deviations.py
-                ours, sde = {"p": p, "exact": kind == "heun"}, "sde-dpmsolver++"
+                ours, sde = {"p": p, "exact_weights": kind == "heun"}, "sde-dpmsolver++"
                 yield _d(
                     "DPMSolverMultistep",
                     "dpmpp_2m_sde",
@@ -321,7 +321,7 @@ def _diffusers() -> Iterator[Case]:
                     p == 3 and kind == "midpoint"
                 ):  # its second stage is not the paper's, see docs/benchmarks/parity.md
                     continue
-                ours = {"p": p, "frame": frame, "taylor": kind == "heun", "stages": "grid"}
+                ours = {"p": p, "predicts": frame, "taylor": kind == "heun", "stages": "grid"}
                 single = {"algorithm_type": algorithm, **short, **type_}
                 yield _d(
                     "DPMSolverSinglestep",
@@ -365,7 +365,7 @@ def _diffusers() -> Iterator[Case]:
         for bh in ("bh1", "bh2"):
             for x0 in (True, False):
                 pc = {"solver_type": bh, "predict_x0": x0}
-                ours = {"p": p, "variant": bh, "frame": "x0" if x0 else "eps"}
+                ours = {"p": p, "variant": bh, "predicts": "x0" if x0 else "eps"}
                 label = f"{p},{bh}" + ("" if x0 else ",eps")
                 if x0 and bh == "bh2":  # bh1 returns NaN there, see deviations.py
                     yield _d(
@@ -446,7 +446,7 @@ def _azula() -> Iterator[Case]:
                 yield _a(
                     kind,
                     "adams",
-                    {**start, "frame": frame, "clock": clock},
+                    {**start, "predicts": frame, "clock": clock},
                     f"{process},{p}",
                     **here,
                     order=p,
@@ -454,7 +454,7 @@ def _azula() -> Iterator[Case]:
             yield _a(
                 "vAB",
                 "adams",
-                {**start, "frame": "flow", "clock": "flow"},
+                {**start, "predicts": "flow", "clock": "flow"},
                 f"{process},{p}",
                 **here,
                 order=p,

@@ -107,7 +107,9 @@ def test_three_predictions_are_not_interpolated_by_the_peers_3m(
         lambda parts, steps: RESULTS[f"deviation/{key}/{parts}/{steps}"], process, rate
     )
     assert slopes(theirs)[-1] == pytest.approx(power, abs=0.35)
-    exact = last_step_error(of_ours(process, solver, {"eta": rate, "exact": True}), process, rate)
+    exact = last_step_error(
+        of_ours(process, solver, {"eta": rate, "exact_weights": True}), process, rate
+    )
     assert max(exact) < 1e-13
     assert theirs[-1] > 1e-5
 
@@ -160,7 +162,7 @@ def test_azulas_reab_is_of_order_1(p: int) -> None:
     right = errors_of(
         "sphere",
         ours_at(
-            "sphere", "adams", {"p": p, "frame": "v", "clock": "lam", "start_up": "singlestep"}
+            "sphere", "adams", {"p": p, "predicts": "v", "clock": "lam", "start_up": "singlestep"}
         ),
     )
     assert slopes(theirs)[-1] == pytest.approx(1.0, abs=0.25)

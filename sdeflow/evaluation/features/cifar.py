@@ -169,7 +169,7 @@ class CifarFeatures(Extractor):
     FID.
 
     `weights` is a file that `benchmarks/quality/train_features.py` wrote (default: the bundled
-    one). ImageSource of another size are resized. `card` holds the facts of its training. Errors:
+    one). Images of another size are resized. `card` holds the facts of its training. Errors:
     `CheckpointError` if the file is missing or damaged.
     """
 

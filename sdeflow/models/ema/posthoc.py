@@ -27,9 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.errors import CheckpointError
-from sdeflow.models.checkpoint import HEADER, Pretrained, read_tensors, save_model, write_tensors
+from sdeflow.models.checkpoint import (
+    HEADER,
+    Pretrained,
+    network_of,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
 from sdeflow.models.ema.power import WIDEST, Floats, PowerEMA, exponent, inner
-from sdeflow.models.unet import UNet, UNetConfig
+from sdeflow.models.unet import UNet
 
 FORMAT = "sdeflow-average-1"
 NAME = re.compile(r"ema-[0-9.]+-([0-9]+)\.safetensors")
@@ -94,10 +101,10 @@ def write_snapshot(
     """Store each of `averages`, which have seen `images` images, in a file of its own in `folder`;
     their paths.
 
-    `facts` is what `model_facts` gives. Each file is written completely or not at all. float16 takes
-    half the space and suffices where the model made of it is kept in half precision too. Raises
-    `CheckpointError` if an average is not finite (in `dtype`) or its file cannot be written; those
-    that are already written stay, and are good.
+    `facts` is what `model_facts` gives. Each file is written completely or not at all. float16
+    takes half the space and suffices where the model made of it is kept in half precision too.
+    Raises `CheckpointError` if an average is not finite (in `dtype`) or its file cannot be written;
+    those that are already written stay, and are good.
     """
     if missing := [name for name in (*SAME, "card") if name not in facts]:
         raise ValueError(f"facts lacks {', '.join(missing)}: use model_facts")
@@ -247,14 +254,7 @@ class Reconstruction:
         return {**self.facts["card"], "average": average}
 
     def _network(self) -> UNet:
-        try:
-            network = UNet(UNetConfig.from_dict(self.facts["config"]))
-            network.load_state_dict(dict(self.parameters))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{self.snapshots[-1].path} does not fit the configuration in it: {error}"
-            ) from error
-        return network.eval().requires_grad_(False)
+        return network_of(self.facts, self.parameters, self.snapshots[-1].path)
 
     def denoiser(self, device: str | torch.device | None = None) -> Pretrained:
         """The averaged network as a denoiser in float32; `device=None` is PyTorch's default

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from sdeflow._utils.math import batch_invariant, gauss_legendre
 from sdeflow._utils.renamed import renamed
-from sdeflow.errors import unknown
 from sdeflow.process.clock import Clock, ClockRange
 from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
 from sdeflow.solvers.base import Solution
 from sdeflow.solvers.ode.dpm_solver import DPMPredicts, corrections
 
 RATIOS: dict[int, tuple[float, ...]] = {2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
-"""Where the stages of an attempt stand, by its order."""
+"""The positions of the stages within an attempt, by its order."""
 
 
 @renamed({"theta": "safety", "frame": "predicts"})
@@ -78,8 +77,6 @@ class DPMAdaptive(PerSample):
         if self.p not in RATIOS:
             raise ValueError(f"DPM-Solver-12 has p=2 and DPM-Solver-23 p=3; got p={self.p!r}")
         super().__post_init__()
-        if self.predicts not in ("eps", "x0"):
-            raise unknown("prediction", self.predicts, ("eps", "x0"))
         if self.grow == 1.0:
             raise ValueError("the controller of DPMAdaptive needs grow > 1; got grow=1.0")
 

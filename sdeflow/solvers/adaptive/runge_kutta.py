@@ -182,8 +182,8 @@ class _Solve(PerSampleSolve):
 
     def __init__(self, solver: Adaptive, task: Task):
         clock = ClockRange(Clock("asinh"), task.reverse.process, task.times)
-        # In the clock, whose natural unit is 1, this is a fair guess. A call for a better one is
-        # not won back.
+        # A fair guess, as the natural unit of the clock is 1. A call for a better one is not
+        # saved later.
         first = 0.4 * max(solver.atol, solver.rtol) ** (1.0 / solver.tableau.order)
         super().__init__(solver, task, clock, first)
         s, sigma = (
@@ -225,7 +225,7 @@ class _Solve(PerSampleSolve):
 
     def stages(self, width: Tensor, a_next: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """The increments `width k_i` of a step, and state, prediction and slope at its end, where
-        the last stage stands.
+        the last stage is.
         """
         tableau = self.solver.tableau
         nodes = torch.stack([a_next if c == 1.0 else self.a + c * width for c in tableau.c[1:]])

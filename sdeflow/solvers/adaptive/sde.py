@@ -27,12 +27,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdeflow.errors import GridError, SolverError, unknown
+from sdeflow.errors import GridError, SolverError
 from sdeflow.noise import BrownianNoise, Noise
 from sdeflow.process.clock import Clock, ClockRange
 from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
@@ -80,14 +80,8 @@ class AdaptiveSDE(PerSample):
 
     order: ClassVar[int] = 2
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Jolicoeur-Martineau et al. 2021"
     cost: ClassVar[str] = "2 a step, adaptive"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form not in get_args(Form):
-            raise unknown("form", self.form, get_args(Form))
 
     def check_direction(self, times: Tensor, finish: bool) -> None:
         if len(times) > 1 and times[-1] > times[0]:
@@ -178,7 +172,7 @@ class _Paths:
         return self.drawn[row].popleft()
 
     def pass_over(self, rows: Tensor, to: Tensor) -> None:
-        """Forget what lies behind the samples that have gone so far."""
+        """Drop the increments that the samples have passed."""
         for row, end in zip(rows.tolist(), to.tolist(), strict=True):
             self.ahead[row] = [piece for piece in self.ahead[row] if piece[0] > end]
 

@@ -122,6 +122,10 @@ class PerSample(StepSize, Solver):
 
     adaptive: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        StepSize.__post_init__(self)
+        Solver.__post_init__(self)
+
     def levels(self, nfe: int, *, finish: bool = True) -> int:
         raise BudgetError(
             f"{type(self).__name__} is adaptive: it takes max_nfe, a bound, not nfe; say how"
@@ -200,7 +204,7 @@ class PerSampleSolve(ABC):
         begin, self.end = span or (float(clock.levels[0]), float(clock.levels[-1]))
         self.sign = 1.0 if self.end >= begin else -1.0
         first = min(first_step if solver.first_step is None else solver.first_step, solver.max_step)
-        self.calls = 0
+        self.calls, self.forwards_before = 0, self.reverse.forwards
         self.nfe, self.accepted, self.rejected = (
             torch.zeros(self.n, dtype=torch.int64) for _ in range(3)
         )
@@ -232,12 +236,16 @@ class PerSampleSolve(ABC):
         """The prediction for the active samples, at a time for each of them; counted."""
         self.check_budget(1)
         x0 = self.active.ask(x, t).to(x.dtype)
-        self.reverse.nfe += 1
         self.calls += 1
         self.nfe[self.rows] += 1
         if self.on_call is not None:
             self.watch(x, x0, t)
         return x0
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of networks in this solve."""
+        return self.reverse.forwards - self.forwards_before
 
     def check_budget(self, calls: int) -> None:
         """Fail unless `calls` more calls can be made. An attempt that cannot be completed is not
@@ -369,7 +377,7 @@ class PerSampleSolve(ABC):
         return Solution(
             (x0 if self.finish else state).to(self.dtype),
             self.calls,
-            self.calls,
+            self.forwards,
             statistics=self.statistics(),
             trajectory=trajectory,
             interpolant=interpolant,
@@ -381,7 +389,7 @@ class PerSampleSolve(ABC):
         statistics = {**self.statistics(), "t": self.clock.time(a), "arrived": a == self.end}
         error = kind(f"{reason}. error.partial holds what was reached")
         error.partial = Solution(
-            self.current_states(), self.calls, self.calls, statistics=statistics
+            self.current_states(), self.calls, self.forwards, statistics=statistics
         )
         raise error
 

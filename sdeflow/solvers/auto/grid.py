@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.grid.base import count, ends, falling
-from sdeflow.grid.continuous import lay_two_powers
+from sdeflow.grid.continuous import place_two_powers
 from sdeflow.process import Process
 from sdeflow.solvers.auto.recipes import DATA_STD, Recipe, recipe
 
@@ -45,7 +45,7 @@ def lay(
     top = r.nsr_top if infront else start
     # In proportion, where the start is below where the grid begins.
     bottom = end if t_min is not None else max(end, r.nsr_end * min(1.0, top / r.nsr_top))
-    nsr = lay_two_powers(r.center, r.high, r.low, top, bottom, n - 1 if infront else n)
+    nsr = place_two_powers(r.center, r.high, r.low, top, bottom, n - 1 if infront else n)
     if len(nsr) == 1:
         nsr[0] = bottom
     times = process.t_of_nsr(nsr).clamp(min=low)

@@ -31,7 +31,7 @@ class Auto(GridSolver):
     - `data_std`: standard deviation of the data, about 0.5 for images in [-1, 1], 1 for normalised
       latents.
     - `exact`: whether the denoiser is that of a known density, whose smooth paths reward higher
-      orders. None is what the denoiser says of itself (`Denoiser.exact`), and no where there is
+      orders. None is what the denoiser says of itself (`Denoiser.known_density`), and no where there is
       none.
 
     Cost: 1 call a step. Order: 3, since its start costs one; in practice 4. Source:
@@ -63,7 +63,7 @@ class Auto(GridSolver):
 
     def for_denoiser(self, denoiser: Denoiser) -> Auto:
         """With the table for this kind of denoiser, unless one was asked for."""
-        return replace(self, exact=denoiser.exact) if self.exact is None else self
+        return replace(self, exact=denoiser.known_density) if self.exact is None else self
 
     def member(self, levels: int) -> ExponentialAdams:
         """The method for a grid of so many levels."""

@@ -1,4 +1,16 @@
-"""torchsde's methods as solvers: the reverse SDE handed to the library."""
+r"""The methods of torchsde on the reverse SDE, whose noise is scalar and additive.
+
+It is integrated in one of three clocks, `t`, `nsr` and `lam`, with `z = x / s`:
+
+$$dx = (f x - g^2\,\nabla\log p)\,dt + g\,d\bar w, \qquad
+dz = 2\,\varepsilon\,d\,\mathrm{nsr} + \sqrt{2\,\mathrm{nsr}}\,d\bar w, \qquad
+dz = -2\,\mathrm{nsr}\,\varepsilon\,d\lambda + \sqrt2\,\mathrm{nsr}\,d\bar w .$$
+
+torchsde sees states `[batch * dims, 1]` and a time of `-t`, `-nsr` or `lam`. Its Brownian motion
+comes from sdeflow's noise: one generator a sample, so that rows do not depend on their batch. Every
+interval of the grid is one call of `sdeint` and one step. torchsde evaluates the drift twice in
+places (for its shape before each call, in a stage of SRK); the network is called once.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +25,10 @@ from torch import Tensor
 from sdeflow.errors import GridError, SolverError, unknown
 from sdeflow.noise import Noise
 from sdeflow.process import Level
+from sdeflow.process.clock import Clock
 from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import OnCall, Solution, Solver, check_levels, check_times, search_levels
-
-# --------------------------------------------------------------------------------------- the clocks
-from sdeflow.solvers.external.clock import Clock, check_clock, watch
+from sdeflow.solvers.base import OnCall
+from sdeflow.solvers.external.base import External, finite_readings, levels_at, watch
 
 
 class _SDEMethod(NamedTuple):
@@ -41,16 +52,18 @@ _SDE_METHODS: dict[str, _SDEMethod] = {
 
 
 @dataclass(frozen=True)
-class TorchSDE(Solver):
+class TorchSDE(External):
     """A method of torchsde on the reverse SDE, stepping the given grid: srk, euler, milstein, heun
     and the others, by name.
 
-    `method` is `srk`, `euler`, `milstein`, `heun`, `euler_heun`, `midpoint`, `log_ode` or
-    `reversible_heun`; `clock` the variable stepped in, `"t"`, `"nsr"` or `"lam"`. Noise comes from
-    sdeflow: the same seed gives the same sample whatever the batch, and `BrownianNoise` the same
-    path at every number of steps (SRK's second integral of it is drawn step by step). Where no
-    signal is left (`s = 0`) the first step is ancestral, in as many parts as the method takes
-    calls.
+    - `method`: `srk`, `euler`, `milstein`, `heun`, `euler_heun`, `midpoint`, `log_ode` or
+      `reversible_heun`.
+    - `clock`: the variable of the steps, `"t"`, `"nsr"` or `"lam"`.
+
+    Noise comes from sdeflow: the same seed gives the same sample whatever the batch, and
+    `BrownianNoise` the same path at every number of steps (SRK's second integral of it is random for
+    each step). Where no signal is left (`s = 0`) the first step is ancestral, in as many parts
+    as the method takes calls.
 
     Errors: `UnknownNameError` for a method or a clock; `SolverError` without a source of noise;
     `GridError` for a grid towards noise.
@@ -64,16 +77,16 @@ class TorchSDE(Solver):
     method: str = "srk"
     clock: Literal["t", "nsr", "lam"] = "t"
 
+    library: ClassVar[str] = "torchsde"
     order: ClassVar[int] = 2
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Li et al. 2020; Rössler 2010"
     cost: ClassVar[str] = "the method's"
 
     def __post_init__(self) -> None:
         if self.method not in _SDE_METHODS:
             raise unknown("method of torchsde", self.method, _SDE_METHODS)
-        check_clock(self.clock, ("t", "nsr", "lam"))
+        super().__post_init__()
         object.__setattr__(self, "order", _SDE_METHODS[self.method].order)
 
     def calls(self, levels: int, *, finish: bool = True) -> int:
@@ -82,61 +95,42 @@ class TorchSDE(Solver):
         extra = 1 if self.method == "reversible_heun" and steps else 0
         return _SDE_METHODS[self.method].calls * steps + extra + int(finish)
 
-    def levels(self, nfe: int, *, finish: bool = True) -> int:
-        return search_levels(
-            f"torchsde's {self.method}",
-            lambda n: self.calls(n, finish=finish),
-            nfe,
-            1 if finish else 2,
-        )
-
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
-        times = check_times(times)
+    def check(self, times: Tensor, noise: Noise | None, finish: bool) -> None:
         if len(times) > 1 and times[-1] > times[0]:
             raise GridError(
                 "the reverse SDE runs from noise to data; encode with a solver of the ODE, such as"
                 " 'heun'"
             )
         if noise is None and len(times) > 1:
-            raise SolverError(f"torchsde's {self.method} draws noise: give it a source of noise")
-        before, dtype = reverse.nfe, x.dtype
-        levels = check_levels(reverse.prepare(times), reverse.process)
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        states = [y]
-        sde = _ReverseSDE(self, reverse, x.shape, on_call)
+            raise SolverError(f"{self.title} draws noise: give it a source of noise")
+
+    def states(
+        self,
+        reverse: Reverse,
+        x: Tensor,
+        levels: list[Level],
+        noise: Noise | None,
+        record: bool,
+        on_call: OnCall | None,
+    ) -> list[Tensor]:
+        assert noise is not None
+        sde, states = _ReverseSDE(self, reverse, x.shape, on_call), [x]
         for t, t_next in pairwise(levels):
-            assert noise is not None
             if t.s == 0.0:
                 parts = (
                     _SDE_METHODS[self.method].calls
                     if len(levels) > 2
                     else self.calls(2, finish=False)
                 )
-                y = sde.ancestral(y, t, t_next, noise, parts)
+                x = sde.ancestral(x, t, t_next, noise, parts)
             else:
-                y = sde.step(y, t, t_next, noise)
-            states = [*states, y] if record else [y]
-        if finish:
-            y = sde.ask(y, levels[-1])
-        spent = reverse.nfe - before
-        trajectory = torch.stack([*states, y] if finish else states).to(dtype) if record else None
-        return Solution(
-            y.to(dtype), spent, spent, trajectory=trajectory, statistics={"method": self.method}
-        )
+                x = sde.step(x, t, t_next, noise)
+            states = [*states, x] if record else [x]
+        return states
 
 
 class _ReverseSDE:
-    """The reverse SDE as torchsde sees it: flat states, additive noise, a clock that rises."""
+    """The reverse SDE in torchsde's interface: flat states, additive noise, a rising clock."""
 
     noise_type = "additive"
 
@@ -146,14 +140,14 @@ class _ReverseSDE:
         self.method, self.sign = _SDE_METHODS[solver.method], 1.0 if solver.clock == "lam" else -1.0
         self.name, self.sde_type = solver.method, self.method.kind
         self.reverse, self.shape, self.on_call = reverse, shape, on_call
-        self.clock = Clock(solver.clock, reverse.process)
+        self.clock = Clock(solver.clock)
         self.probe = False
         self.calls = 0
         self.extra: Any = None
         self.known: dict[float, Level] = {}
         self.last: tuple[float, Tensor, Tensor] | None = None
 
-    def ask(self, x: Tensor, t: Level) -> Tensor:
+    def predict(self, x: Tensor, t: Level) -> Tensor:
         """The prediction for a state in its own shape."""
         x0 = self.reverse(x, t).to(x.dtype)
         watch(self.on_call, self.calls, t, x, x0)
@@ -164,19 +158,18 @@ class _ReverseSDE:
         """One step of the method."""
         from torchsde import sdeint
 
-        shown = self.clock.read([t, t_next]) * self.sign
-        times = torch.tensor([t_next.t, t.t], dtype=torch.float64)
+        shown = finite_readings(self.clock, [t, t_next]) * self.sign
         inner = (
             torch.stack([shown[0] + c * (shown[1] - shown[0]) for c in self.method.stages])
             if self.method.stages
             else shown[:0]
         )
-        found = self.clock.levels(self.sign * inner, times)
+        found = levels_at(self.clock, self.reverse.process, self.sign * inner, t.t, t_next.t)
         self.known = dict(zip(inner.tolist(), found, strict=True)) | {
             float(shown[0]): t,
             float(shown[1]): t_next,
         }
-        y = (x * (1.0 / self.clock.scale(t))).reshape(-1, 1)
+        y = (x * (1.0 / self.clock.state_scale(t))).reshape(-1, 1)
         self.probe, self.last = True, None
         # A dt beyond the interval: torchsde stops at its end, so that it is one step.
         span = 2.0 * float(shown[1] - shown[0])
@@ -191,7 +184,7 @@ class _ReverseSDE:
             extra=True,
             extra_solver_state=self.extra,
         )
-        return ys[-1].reshape(self.shape) * self.clock.scale(t_next)
+        return ys[-1].reshape(self.shape) * self.clock.state_scale(t_next)
 
     def ancestral(self, x: Tensor, t: Level, t_next: Level, noise: Noise, parts: int) -> Tensor:
         """From where no signal is left, by the exact ancestral step, in as many parts as the method
@@ -203,7 +196,7 @@ class _ReverseSDE:
         between = [process.level(process.t_of_nsr(math.tan(cut))) for cut in cuts]
 
         for a, b in pairwise([t, *between, t_next]):
-            x0 = self.ask(x, a)
+            x0 = self.predict(x, a)
             ratio = b.nsr / a.nsr
             z = noise.draw(float(a.nsr), float(b.nsr)).to(x)
             x = (
@@ -222,9 +215,9 @@ class _ReverseSDE:
         if self.last is not None and self.last[0] == shown and self.last[1] is y:
             return self.last[2]
         t = self.level(shown)
-        x = y.reshape(self.shape) * self.clock.scale(t)
-        eps = eps_of(x, self.ask(x, t), t)
-        match self.clock.kind:
+        x = y.reshape(self.shape) * self.clock.state_scale(t)
+        eps = eps_of(x, self.predict(x, t), t)
+        match self.clock.name:
             case "t":
                 drift = (-t.f) * x - (t.g2 / t.sigma) * eps
             case "nsr":
@@ -237,7 +230,7 @@ class _ReverseSDE:
     def strength(self, tick: Tensor) -> float:
         """Diffusion coefficient."""
         t = self.level(float(tick))
-        return math.sqrt({"t": t.g2, "nsr": 2.0 * t.nsr, "lam": 2.0 * t.nsr**2}[self.clock.kind])
+        return math.sqrt({"t": t.g2, "nsr": 2.0 * t.nsr, "lam": 2.0 * t.nsr**2}[self.clock.name])
 
     def g(self, tick: Tensor, y: Tensor) -> Tensor:
         return torch.full_like(y, self.strength(tick)).unsqueeze(-1)
@@ -256,7 +249,7 @@ class _ReverseSDE:
 
 
 def _increments(noise: Noise, t: Level, t_next: Level, y: Tensor, area: str) -> Any:
-    """The Brownian motion over one step, drawn from sdeflow's noise, as torchsde asks for it."""
+    """The Brownian motion over one step, from sdeflow's noise, in torchsde's interface."""
     from torchsde import BaseBrownian
 
     z = noise.draw(float(t.nsr), float(t_next.nsr)).reshape(-1, 1).to(y)

@@ -25,13 +25,12 @@ from typing import Any, ClassVar, Literal
 
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
-from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.ode.ddim import STAGES
 from sdeflow.solvers.ode.dpm_solver import single_step
 from sdeflow.solvers.ode.multistep import Multistep, check_p
-from sdeflow.solvers.ode.weights import CLOCKS, PREDICTS, NodeClock, Predicts, adams, predicted
+from sdeflow.solvers.ode.weights import NodeClock, Predicts, adams, predicted
 
 StartUp = Literal["orders", "corrected", "singlestep"]
 """How a multistep method takes its first steps."""
@@ -74,14 +73,8 @@ class ExponentialAdams(Multistep):
     source: ClassVar[str] = "Hochbruck & Ostermann 2010; Zhang & Chen 2022"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_p(self.p, 6, "an exponential Adams method")
-        for kind, value, known in (
-            ("predicts", self.predicts, PREDICTS),
-            ("clock", self.clock, CLOCKS),
-            ("start-up", self.start_up, ("orders", "corrected", "singlestep")),
-        ):
-            if value not in known:
-                raise unknown(kind, value, known)
         for name in ("predicts_scale", "clock_scale"):
             if not (0.0 < getattr(self, name) < math.inf):
                 raise ValueError(

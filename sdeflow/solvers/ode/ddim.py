@@ -49,11 +49,6 @@ class DDIM(GridSolver):
         """Whether noise is drawn."""
         return self.eta > 0.0
 
-    @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Whether it also encodes."""
-        return self.eta == 0.0
-
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:

@@ -27,7 +27,6 @@ from typing import Any, ClassVar, Literal
 from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
-from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
@@ -56,15 +55,15 @@ class DPMSolver(GridSolver):
     - `predicts`: `"eps"` for DPM-Solver, `"x0"` for DPM-Solver++.
     - `taylor`: the paper's other form: `M_1` for `M_0/2`, and where `p` is 3 the parabola through
       all three.
-    - `stages`: `"inner"`: a step spans one interval of the grid, its stages at 1/2, or at 1/3 and
-      2/3 of it in `lam`, at `p` calls. `"grid"`: every call is at a level of the grid, and a step
-      spans `p` intervals, so that every budget can be spent: this is "DPM-Solver-fast". The states
-      at the levels within a step are its stages.
+    - `stages`: with `"inner"` a step spans one interval of the grid and makes `p` calls; its stages
+      are at 1/2, or at 1/3 and 2/3 of it in `lam`. With `"grid"` every call is at a level of the
+      grid and a step spans `p` intervals, so that every budget can be spent. This is
+      "DPM-Solver-fast". The states at the levels within a step are its stages.
 
-    With `stages="grid"`, `p` divides the intervals or a step of lower order is left over. For
-    `p=3`, 4 intervals are two steps of order 2, not one of order 3 and one of order 1, which would
-    bound the order of the whole by 2. The step to zero noise is the step of order 1 with which the
-    paper's distribution closes; where the budget is a multiple of 3, or one more, the two agree.
+    With `stages="grid"` and a number of intervals that `p` does not divide, the last step is of
+    lower order. For `p=3`, 4 intervals are two steps of order 2. One of order 3 and one of order 1
+    would bound the order of the whole by 2. The step to zero noise is the step of order 1 that ends
+    the paper's distribution. Where the budget is a multiple of 3, or one more, the two agree.
 
     Cost: `p` calls an interval of the grid, 1 with `stages="grid"`. Order: `p`. Source: Lu et al.,
     "DPM-Solver" (2022), algorithms 1-2, 4-5 and section 3.4; "DPM-Solver++" (2022), algorithm 1.
@@ -78,16 +77,11 @@ class DPMSolver(GridSolver):
     source: ClassVar[str] = "Lu et al. 2022"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_whole(self.p, 1, 3):
             raise ValueError(
                 f"a single step of DPM-Solver is of order p = 1, 2 or 3; got p={self.p!r}"
             )
-        for kind, value, known in (
-            ("predicts", self.predicts, ("eps", "x0")),
-            ("stages", self.stages, ("inner", "grid")),
-        ):
-            if value not in known:
-                raise unknown(kind, value, known)
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -158,7 +152,7 @@ def single_step(
 
 
 def _over(t_next: Level, x: Any, nodes: Any, predicts: str, taylor: bool) -> Any:
-    """The state at `t_next`, from `x` at the first of `nodes` and the predictions at all of them."""
+    """The state at `t_next`, from `x` at the first of `nodes` and the predictions at all nodes."""
     (t, x0), *stages = nodes
     c = corrections(predicts, taylor, t, [level for level, _ in stages], t_next)
     whole = t_next.s * moment(0, t_next.lam - t.lam) - sum(c)
@@ -179,8 +173,8 @@ def corrections(
     """Weights of `x0_j - x0`, the changes of the prediction at `stages` since `t`, in a step from
     `t` to `t_next`.
 
-    Added to DDIM's step, they make it one of order `1 + len(stages)`. Levels are anything with
-    `lam`, `s` and `sigma`, tensors too, for which `moment` then is one.
+    Added to DDIM's step, they make it a step of order `1 + len(stages)`. Levels are anything with
+    `lam`, `s` and `sigma`; where these are tensors, `moment` must take tensors.
     """
     if not stages:
         return []
@@ -248,13 +242,8 @@ class DPMSolverPP(Multistep):
     source: ClassVar[str] = "Lu et al. 2022, alg. 2"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_p(self.p, 3, "DPM-Solver++ multistep")
-        for kind, value, known in (
-            ("solver_type", self.solver_type, ("midpoint", "heun")),
-            ("predicts", self.predicts, ("x0", "eps")),
-        ):
-            if value not in known:
-                raise unknown(kind, value, known)
         if not 0.0 <= self.kappa <= 1.0:
             raise ValueError(
                 f"kappa is 1 for the exact parabola, 1/2 as published; got {self.kappa}"

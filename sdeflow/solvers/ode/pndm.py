@@ -26,7 +26,6 @@ from typing import Any, ClassVar, Literal
 
 from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
-from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.ode.deis import EpsMultistep
@@ -177,8 +176,6 @@ class PNDM(IPNDM):
         super().__post_init__()
         if self.p < 2:
             raise ValueError("PNDM weighs p = 2 to 4 predictions; with one it is DDIM")
-        if self.start_up not in ("runge_kutta", "heun"):
-            raise unknown("start-up", self.start_up, ("runge_kutta", "heun"))
 
     @property
     def _first(self) -> tuple[int, int]:

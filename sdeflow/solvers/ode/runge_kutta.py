@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from sdeflow.errors import SolverError, unknown
+from sdeflow.errors import SolverError
 from sdeflow.process import Level
 from sdeflow.process.clock import Clock
 from sdeflow.reverse import Reverse
@@ -44,10 +44,6 @@ class RungeKutta(GridSolver):
     clock: ODEClock | None = None
 
     tableau: ClassVar[Tableau]
-
-    def __post_init__(self) -> None:
-        if self.clock not in (None, "t", "nsr", "lam"):
-            raise unknown("clock", self.clock, ("t", "nsr", "lam"))
 
     @property
     def calls_of_step(self) -> int:

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 
 from sdeflow._utils.math import Scalar, expm1
 from sdeflow._utils.renamed import renamed
-from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.solvers.ode.multistep import Multistep, check_p
 from sdeflow.solvers.ode.weights import adams
@@ -53,14 +52,9 @@ class UniPC(Multistep):
     source: ClassVar[str] = "Zhao et al. 2023"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         hint = ". ExponentialAdams(p, corrector=True) has more"
         check_p(self.p, 3, "UniPC", hint)
-        for kind, value, known in (
-            ("variant", self.variant, ("bh1", "bh2")),
-            ("predicts", self.predicts, ("x0", "eps")),
-        ):
-            if value not in known:
-                raise unknown(kind, value, known)
 
     @property
     def order(self) -> int:  # type: ignore[override]

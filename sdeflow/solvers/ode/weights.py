@@ -132,7 +132,7 @@ def adams(
     eta: float = 0.0,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Scalar, list[Scalar]]:
-    """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`; the weight of the first node
+    """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`. The weight of the first node
     is the total minus the others.
 
     `eta` adds the SDE's drift where `x0` is interpolated: the exponential is then of

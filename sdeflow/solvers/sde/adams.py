@@ -26,10 +26,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sdeflow._utils.math import Scalar
-from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
 from sdeflow.solvers.ode.multistep import Multistep, check_p
-from sdeflow.solvers.ode.weights import CLOCKS, NodeClock, adams
+from sdeflow.solvers.ode.weights import NodeClock, adams
 from sdeflow.solvers.sde.exponential import RateSolver, check_rate
 
 
@@ -62,10 +61,9 @@ class StochasticAdams(RateSolver, Multistep):
     source: ClassVar[str] = "Xue et al. 2023; Hochbruck & Ostermann 2010"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_p(self.p, 6, "stochastic Adams")
         check_rate("eta", self.eta)
-        if self.clock not in CLOCKS:
-            raise unknown("clock", self.clock, CLOCKS)
 
     @property
     def order(self) -> int:  # type: ignore[override]

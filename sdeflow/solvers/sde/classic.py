@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sdeflow._utils import math as _math
-from sdeflow.errors import unknown
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
@@ -27,7 +26,6 @@ class EulerMaruyama(GridSolver):
 
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Song et al. 2021"
 
     def step(
@@ -61,12 +59,7 @@ class DDPM(GridSolver):
 
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Ho et al. 2020, alg. 2"
-
-    def __post_init__(self) -> None:
-        if self.variance not in ("small", "large"):
-            raise unknown("variance", self.variance, ("small", "large"))
 
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
@@ -89,9 +82,9 @@ class AnnealedLangevin(GridSolver):
 
     Between levels the state is rescaled by the ratio of `s`. NCSN's `a_i = e sigma_i^2 / sigma_L^2`
     is `step_size = e / sigma_L^2` (0.2 in the paper, with 100 steps a level; the default of 5 mixes
-    far modes poorly). It samples each level's distribution up to the bias of the moves, which falls
-    with `step_size` and not with the number of levels: it has no order. Levels must stand close,
-    since the moves cannot shed the noise of a distant one: use hundreds.
+    far modes poorly). It samples each level's distribution up to the bias of the moves. The bias
+    falls with `step_size` and not with the number of levels: the method has no order. Levels must be
+    close together, since the moves cannot remove the noise of a distant level: use hundreds.
 
     Cost: `steps` calls a level, and 1. Order: 0. Source: Song & Ermon, "NCSN" (2019), algorithm 1.
     """
@@ -101,7 +94,6 @@ class AnnealedLangevin(GridSolver):
 
     order: ClassVar[int] = 0
     stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Song & Ermon 2019, alg. 1"
     cost: ClassVar[str] = "`steps` a level"
 

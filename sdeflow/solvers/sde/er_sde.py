@@ -122,11 +122,6 @@ class ERSDE(Multistep):
         return self._power != 1.0
 
     @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Whether it also encodes."""
-        return not self.stochastic
-
-    @property
     def _power(self) -> float | None:
         """The power of nsr that the noise scale is, if it is one."""
         return POWERS.get(self.phi) if isinstance(self.phi, str) else float(self.phi)

@@ -68,11 +68,6 @@ class RateSolver(GridSolver):
         """Whether noise is drawn."""
         return self.eta > 0.0
 
-    @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Whether it also encodes."""
-        return self.eta == 0.0
-
     def delta(self, t: Level, t_next: Level) -> Scalar:
         """By how much more than in the ODE the logarithm of the state falls over a step."""
         return rate_fall(t, t_next, self.eta)

@@ -80,11 +80,6 @@ class SASolver(Multistep):
         return self.tau > 0.0
 
     @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Whether it also encodes."""
-        return self.tau == 0.0
-
-    @property
     def order(self) -> int:  # type: ignore[override]
         """Weak order of convergence, the first steps included."""
         if not self.c:

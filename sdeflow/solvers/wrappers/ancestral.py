@@ -1,5 +1,5 @@
-"""Ancestral sampling with any solver of the ODE: each step goes too far down, and noise brings it
-back up.
+"""Ancestral sampling with any solver of the ODE: each step goes below the next level, and noise
+brings it back up.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.ddim import DDIM, ancestral_ratio
 from sdeflow.solvers.ode.weights import has_signal
-from sdeflow.solvers.wrappers.base import Nested, from_pure_noise
+from sdeflow.solvers.wrappers.base import Stepwise, from_pure_noise
 
 
 @dataclass(frozen=True)
-class Ancestral(Nested):
+class Ancestral(Stepwise):
     r"""Ancestral sampling around any solver of the ODE: step down past the next level, then add
     noise up to it.
 
@@ -28,7 +28,7 @@ class Ancestral(Nested):
 
     Around `DDIM()` (Euler's method in the clock nsr) this is `DDIM(eta)`, and `DDPM` at `eta=1`.
     The noise is that of the step's interval, so that `noise="brownian"` couples step counts. Each
-    step is a solve of its own: a multistep method would take nothing but first steps. From a level
+    step is a solve of its own, so that a multistep method takes only first steps. From a level
     without signal the steps are those of `DDIM(eta)`, as many as the solver makes calls. With
     `eta=0` the solver is `solver`, bit for bit.
 
@@ -58,44 +58,13 @@ class Ancestral(Nested):
             )
 
     @property
-    def order(self) -> int:  # type: ignore[override]
-        """That of the solver within, of a step at a time."""
-        if not self.eta:
-            return self.solver.order
-        return self.one_step_order if self.s_noise == 1.0 else 0
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether noise is drawn."""
+    def active(self) -> bool:
         return self.eta > 0.0
 
-    @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Whether it also encodes."""
-        return not self.eta and self.solver.reversible
-
-    def calls(self, levels: int, *, finish: bool = True) -> int:
-        return (
-            self.one_step_budget(levels, finish)
-            if self.eta
-            else self.solver.calls(levels, finish=finish)
-        )
-
-    def start(self, steps: int) -> Any:
-        return None if self.eta else self.solver.start(steps)
-
-    def step(
-        self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
-    ) -> tuple[Any, Any]:
-        if not self.eta:
-            return self.solver.step(reverse, x, t, t_next, noise, state)
+    def one(self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any) -> Any:
         if not has_signal(t):
-            return (
-                from_pure_noise(
-                    reverse, x, t, t_next, self.one_step_calls, self._scaled(noise), self.eta
-                ),
-                state,
-            )
+            calls = self.one_step_calls
+            return from_pure_noise(reverse, x, t, t_next, calls, self._scaled(noise), self.eta)
         ratio = ancestral_ratio(t, t_next)
         share = (
             ratio if self.eta == 1.0 else _math.sqrt(1.0 - self.eta**2 + (self.eta * ratio) ** 2)
@@ -105,9 +74,7 @@ class Ancestral(Nested):
         if abs(value_of(down.lam) - value_of(t_next.lam) + math.log(value_of(share))) > 1e-9:
             down, up = self._beyond(reverse.process, down, t_next, share, up)
         x = (t_next.s / down.s) * self.one_step(reverse, x, t, down, noise)
-        return (
-            x + up * self._scaled(noise)(t, t_next) if self.s_noise and value_of(up) else x
-        ), state
+        return x + up * self._scaled(noise)(t, t_next) if self.s_noise and value_of(up) else x
 
     def _beyond(
         self, process: Process, end: Level, t_next: Level, share: Any, up: Any
@@ -125,6 +92,3 @@ class Ancestral(Nested):
 
     def _scaled(self, noise: Any) -> Any:
         return noise if self.s_noise == 1.0 else lambda *levels: self.s_noise * noise(*levels)
-
-    def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
-        return self.solver.finish(reverse, x, t, noise, self.solver.start(0) if self.eta else state)

@@ -19,10 +19,10 @@ class Langevin(Nested):
     r"""Predictor-corrector: `steps` Langevin moves at each level, then a step of `solver`.
 
     A move is `x += e score + sqrt(2 e) z` with `e = 2 (snr sigma)^2`. The paper takes
-    `e = 2 (snr |z| / |score|)^2`, with norms averaged over the batch; `|z| / |score|` is `sigma` in
-    expectation, which keeps the step linear and every sample independent of its batch. The moves
-    leave each level's distribution in place up to a bias that falls with `snr`, not with the grid:
-    order 0 is claimed.
+    `e = 2 (snr |z| / |score|)^2`, with norms averaged over the batch. Here `sigma`, its expectation,
+    stands for `|z| / |score|`: the step is linear, and no sample depends on its batch. The moves
+    leave each level's distribution in place up to a bias. The bias falls with `snr` and not with the
+    grid, so that the order is 0.
 
     Cost: `steps` more calls a step. Order: 0. Source: Song et al. (2021), algorithms 2-5;
     `snr=0.16` is their choice for CIFAR-10.
@@ -33,8 +33,6 @@ class Langevin(Nested):
     snr: float = 0.16
 
     order: ClassVar[int] = 0
-    stochastic: ClassVar[bool] = True
-    reversible: ClassVar[bool] = False
     source: ClassVar[str] = "Song et al. 2021, alg. 2-5"
     cost: ClassVar[str] = "that of `solver` + `steps` a step"
 

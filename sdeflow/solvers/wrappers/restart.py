@@ -1,5 +1,5 @@
-"""Restart sampling: where a solver has come far enough down, noise takes it back up, and it comes
-down again.
+"""Restart sampling: at a low noise level, noise takes the state back up, and the solver runs down
+again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.runge_kutta import Heun
 from sdeflow.solvers.ode.weights import has_signal
-from sdeflow.solvers.wrappers.base import Nested, from_pure_noise, independent
+from sdeflow.solvers.wrappers.base import Nested, from_pure_noise, independent, noised
 
 Interval = tuple[int, int, float, float]
 """`(steps, repeats, nsr_min, nsr_max)`."""
@@ -31,21 +31,22 @@ class Restart(Nested):
 
         x_up = (s_up / s) x + s_up s_noise sqrt(nsr_max^2 - nsr^2) z,  then `solver` from nsr_max to nsr over `steps` steps
 
-    The way up follows the forward process exactly, so that a marginal that is right stays right,
-    and errors made above shrink.
+    The way up follows the forward process exactly. A correct marginal stays correct, and errors made
+    above shrink.
 
-    - `intervals`: `(steps, repeats, nsr_min, nsr_max)` each. It is entered at the level of the grid
-      that is nearest to `nsr_min` (and below `nsr_max`). The paper's code counts points: its
+    - `intervals`: each is `(steps, repeats, nsr_min, nsr_max)`. It is entered at the level of the
+      grid that is nearest to `nsr_min` and below `nsr_max`. The paper's code counts points: its
       `[3, 2, 0.14, 0.30]`, for CIFAR-10, is `(2, 2, 0.14, 0.30)`.
-    - `rho`: of the passes' own levels, uniform in `nsr^(1/rho)`. `s_noise`: as in `Churn`.
+    - `rho`: the levels of the passes are uniform in `nsr^(1/rho)`.
+    - `s_noise`: as in `Churn`.
 
-    A multistep method forgets at each restart, and goes on down the grid with the predictions of
-    the last pass. Every grid of two levels or more makes every pass, so that the cost is known
-    beforehand.
+    A multistep method forgets its predictions at each restart. After the last pass it continues down
+    the grid with the predictions of that pass. Every grid of two levels or more makes every pass, so
+    that the cost is known in advance.
 
-    Errors: `GridError` for a grid that starts below `nsr_min` or ends above `nsr_max`, and where
-    the process does not reach `nsr_max`; `ValueError` for a solver whose steps differ in cost.
-    `BudgetError` between 1 call and what all passes cost.
+    Errors: `GridError` for a grid that starts below `nsr_min` or ends above `nsr_max`, and for a
+    process that does not reach `nsr_max`. `ValueError` for a solver whose steps differ in cost.
+    `BudgetError` for budgets above 1 call that do not pay for all passes.
 
     Cost: that of `solver`, and `repeats` times `steps` more of its steps an interval (35 calls of
     Heun become 43). Order: 0: that of `solver` down to the error of the passes, whose steps do not
@@ -95,19 +96,13 @@ class Restart(Nested):
         return tuple(interval for interval in self.intervals if interval[1])
 
     @property
+    def active(self) -> bool:
+        return bool(self._passes)
+
+    @property
     def order(self) -> int:  # type: ignore[override]
         """That of the solver within if there are no passes; their steps do not shrink."""
         return 0 if self._passes else self.solver.order
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether noise is drawn."""
-        return bool(self._passes) or self.solver.stochastic
-
-    @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Whether it also encodes."""
-        return not self._passes and self.solver.reversible
 
     def calls(self, levels: int, *, finish: bool = True) -> int:
         passes = sum(steps * repeats for steps, repeats, _, _ in self._passes) if levels > 1 else 0
@@ -180,13 +175,7 @@ class Restart(Nested):
             )
         inner: Any = None
         for k in range(repeats):
-            x = (up.s / t.s) * reverse.materialise(x)
-            if self.s_noise:
-                x = (
-                    x
-                    + (self.s_noise * up.s * _math.sqrt((up.nsr - t.nsr) * (up.nsr + t.nsr)))
-                    * noise()
-                )
+            x = noised(reverse.materialise(x), t, up, self.s_noise, noise)
             inner = self.solver.start(steps + (left if k == repeats - 1 else 0))
             for a, b in pairwise(levels):
                 x, inner = reverse.materialise(

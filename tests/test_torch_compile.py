@@ -12,8 +12,8 @@ import torch
 from test_unet import unet
 
 from sdeflow import load, sample
-from sdeflow.models import compile as compiling
-from sdeflow.models.compile import compile_network
+from sdeflow.models import torch_compile
+from sdeflow.models.torch_compile import compile_network
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_one_process_of_many_tells(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        compiling.say(f"from {rank}")
+        torch_compile.say(f"from {rank}")
     assert capsys.readouterr().err == "from 0\n"
 
 
