@@ -5,7 +5,9 @@ disagree. The weights are random ones in the form of the published file.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,11 +18,25 @@ from sdeflow.cli import main
 from sdeflow.errors import CheckpointError, MissingExtraError
 from sdeflow.evaluation import Evaluation, evaluate
 from sdeflow.evaluation.api import compare, default_metrics
-from sdeflow.evaluation.features import CifarNet, CifarNetConfig, imagenet, save_cifar_net
+from sdeflow.evaluation.features import (
+    CIFAR_WEIGHTS,
+    CifarNet,
+    CifarNetConfig,
+    file_sha256,
+    imagenet,
+    save_cifar_net,
+)
 from sdeflow.evaluation.features.imagenet import STAGES, EfficientNetLite0, ImageNetFeatures
 from sdeflow.evaluation.measure import measure, open_images
 from sdeflow.evaluation.metrics import METRICS, frechet_distance, kernel_distance
 from sdeflow.evaluation.result import disagreement
+from sdeflow.models.fitting_network import (
+    WEIGHTS,
+    FittingNet,
+    FittingNetConfig,
+    load_fitting_network,
+    save_fitting_network,
+)
 
 
 def pixels(seed: int, n: int, size: int = 8) -> Tensor:
@@ -298,3 +314,71 @@ def test_every_metric_says_what_it_needs() -> None:
         assert metric.name == name
         assert metric.better in ("smaller", "larger")
         assert metric.score in ("fid", "fd_cifar", "fd_in", None)
+
+
+# ---------------------------------------------------------------------------- the network for fitting
+
+
+def test_the_network_for_fitting_is_small_smooth_and_no_judge() -> None:
+    assert WEIGHTS.stat().st_size < 4e6
+    network = load_fitting_network()
+    images = (pixels(30, 3, 32).float() / 127.5 - 1.0).requires_grad_(True)
+    features = network.embed(images)
+    assert features.shape == (3, 224)
+    (slope,) = torch.autograd.grad(features.sum(), images)
+    assert float(slope.abs().min(0).values.max()) > 0.0
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    same = network.features(network.normalise(pixels(30, 3, 32)))
+    torch.testing.assert_close(features, same, rtol=1e-4, atol=1e-5)
+    assert network.embed(torch.zeros(1, 3, 64, 64)).shape == (1, 224)
+    assert file_sha256(WEIGHTS) != file_sha256(CIFAR_WEIGHTS)
+
+
+def test_the_network_for_fitting_is_stored_and_read_back(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    network = FittingNet(FittingNetConfig((4, 4, 6, 8), 3, 8)).eval()
+    save_fitting_network(tmp_path / "net", network, class_names=("a", "b", "c"), card={"x": 1})
+    again = load_fitting_network(tmp_path / "net")
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    torch.testing.assert_close(again.embed(images), network.embed(images), rtol=1e-2, atol=1e-3)
+    with pytest.raises(CheckpointError, match="not a network for fitting"):
+        load_fitting_network(CIFAR_WEIGHTS)
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_fitting_network(tmp_path / "x", network, tensors={"w": torch.full((2, 2), 1e9)})
+    with pytest.raises(ValueError, match="four widths"):
+        FittingNetConfig((4, 4))
+
+
+def test_a_plan_is_fitted_to_a_distance(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that is not consistent stays what it was at the start, a consistent one stays so."""
+    home = script("quality.fitted_plan")
+    levels = torch.tensor([80.0, 2.0], dtype=torch.float64)
+    matrix = torch.tensor(
+        [[1.0, 0.0, 0.0], [0.025, 0.975, 0.0], [0.0, -0.2, 1.2]], dtype=torch.float64
+    )
+    table = (levels, matrix, torch.ones(2, dtype=torch.float64))
+    for free in (False, True):
+        parameters = home.Parameters(table, free)
+        for mine, theirs in zip(parameters.table(), table, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    parameters = home.Parameters(table, False)
+    with torch.no_grad():
+        parameters.change += 0.3
+        parameters.gaps -= 0.1
+    levels, matrix, _ = parameters.table()
+    torch.testing.assert_close(matrix[:, 1:].sum(1)[-1], torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(matrix[1].sum(), torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(matrix[1, 0], levels[1] / 80.0)
+    x = home.execute(
+        lambda x, t, label: torch.zeros_like(x), torch.float32, parameters.table(),
+        torch.full((2, 3, 4, 4), 80.0), torch.zeros(2, dtype=torch.long),
+    )  # fmt: skip
+    assert x.shape == (2, 3, 4, 4)
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).double()
+    mean, covariance = home.moments(features)
+    root = home.root_of(covariance)
+    assert float(home.distance(features, mean, covariance, root)) == pytest.approx(0.0, abs=1e-8)
+    shifted = float(home.distance(features + 2.0, mean, covariance, root))
+    assert shifted == pytest.approx(16.0, rel=1e-6)

@@ -15,6 +15,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,21 @@ def cut_mixed(
     return x, labels.roll(1), (side / size) ** 2
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how it is stored; `None` stands for the network of FD-CIFAR.
+
+    A network has `normalise(pixels)` and, called with that, gives logits. `save` takes a path, the
+    network, `tensors`, `class_names` and `card`; `load` a path and a device.
+    """
+
+    build: Callable[[Decoded], Any] | None = None
+    save: Callable[..., None] = save_cifar_net
+    load: Callable[[Path, torch.device], Any] = lambda path, device: (
+        CifarFeatures(path, device).network
+    )
+
+
 class Average:
     """An exponential average of all of a network's floating-point state, normalisation statistics
     included.
@@ -170,9 +187,7 @@ class Average:
 
 
 @torch.no_grad()
-def accuracy(
-    network: CifarNet, state: dict[str, Tensor], images: Decoded, batch: int = 1000
-) -> float:
+def accuracy(network: Any, state: dict[str, Tensor], images: Decoded, batch: int = 1000) -> float:
     """The share of `images` that a network with this state names rightly."""
     was, training = (
         {name: value.clone() for name, value in network.state_dict().items()},
@@ -203,7 +218,7 @@ def read(options: argparse.Namespace, device: torch.device) -> tuple[Decoded, De
     return sets[0].to(device), sets[1].to(device)  # type: ignore[attr-defined]
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
+def train(options: argparse.Namespace, recipe: Recipe | None = None) -> dict[str, Any]:
     """Train, test after each epoch, and write the file; returns the facts that are in it."""
     began = time.monotonic()
     deadline = began + options.seconds - max(1.0, options.seconds * RESERVE)
@@ -213,7 +228,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     config = CifarNetConfig(
         tuple(options.widths), tuple(options.blocks), data.num_classes, data.size
     )
-    network: CifarNet = CifarNet(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = recipe or Recipe()
+    made = recipe.build(data) if recipe.build else CifarNet(config)
+    network = made.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     groups = [
@@ -299,12 +316,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "training_seconds": round(time.monotonic() - started, 1), "data": Path(data.name).name, "test": Path(test.name).name,
         "note": options.note, "parameters": parameters, "settings": kept, **about,
     }  # fmt: skip
-    save_cifar_net(
+    recipe.save(
         options.out, network, tensors=average.state, class_names=data.class_names, card=facts
     )
-    stored = CifarFeatures(options.out, device)
+    stored = recipe.load(options.out, device)
     # what counts is what is in the file
-    facts["stored_accuracy"] = accuracy(stored.network, {}, test)
+    facts["stored_accuracy"] = accuracy(stored, {}, test)
     Path(options.out).with_suffix(".md").write_text(card_markdown(facts))
     size, sha256 = options.out.stat().st_size / 1e6, file_sha256(options.out)
     print(f"written {options.out}, {size:.2f} MB, SHA-256 {sha256}")

@@ -118,7 +118,7 @@ def evaluate(
             raise ValueError("sampling is for a Denoiser; these samples are there already")
         else:
             images = open_images(samples, n=n, batch_size=batch_size, rank=rank)
-        how = {"batch_size": batch_size, "rank": rank, "progress": progress}
+        how: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "progress": progress}
         real = _reference(
             reference, extractors, features=kept, statistics=statistics, split=split,
             n=reference_n, **how,
@@ -171,7 +171,6 @@ def compare(
     rank = distributed.this_rank()
     place = rank.device(named_device(device))
     first, second = _stored(a), _stored(b)
-    extractors: Sequence[Extractor] = ()
     if first is not None and second is not None:
         first.check(second.facts["extractor"], a if isinstance(a, str | Path) else "given first")
         score = first.facts["extractor"]["score"]

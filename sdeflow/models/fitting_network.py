@@ -49,7 +49,10 @@ class FittingNetConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FittingNetConfig:
         """The configuration that `asdict` gave, from JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, Sequence) else v for k, v in values.items()})
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, Sequence) else v for k, v in values.items()
+        }
+        return cls(**known)
 
 
 def _unit(inputs: int, outputs: int) -> nn.Sequential:
