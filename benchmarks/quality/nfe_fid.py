@@ -256,7 +256,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 
 NEAR = 0.1
-"""Nearer than other seeds change a value: up to 8 % (`results/judges.md`)."""
+"""Nearer than other seeds change a value: up to 9 % (`results/judges.md`)."""
 
 
 def settled(curve: Curve) -> int | None:

@@ -20,7 +20,7 @@ PathLike = str | os.PathLike[str]
 
 SAME = 0.1
 """Two values count as equal where they differ by less than this share of the larger one. Other
-seeds of one solver change an excess of 10,000 images by up to 8 % (`benchmarks/results/judges.md`).
+seeds of one solver change an excess of 10,000 images by up to 9 % (`benchmarks/results/judges.md`).
 """
 
 BLIND, SEES = 0.25, 1.0
