@@ -44,6 +44,6 @@ print(f"bound {bound.mean:.3f} bits, standard error {bound.standard_error:.3f}; 
 print(f"{100 * right:.0f} of 100 samples are heartbeats")
 _, axes = plt.subplots(1, 3, figsize=(9, 5))
 for axis, state, name in zip(axes, x, ("t = 2000", "t = 1000", "samples"), strict=True):
-    axis.imshow(state, cmap="gray_r", aspect="auto", interpolation="nearest")
+    axis.imshow(state.numpy(), cmap="gray_r", aspect="auto", interpolation="nearest")
     axis.set_title(name)
 plt.savefig("heartbeat.png", dpi=100)

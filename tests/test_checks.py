@@ -43,7 +43,7 @@ def test_values_pass_and_errors_say_what_is_possible() -> None:
     assert one_of("order", 2, (1, 2)) == 2
     with pytest.raises(ValueError, match="n is a whole number of levels, at least 3; got 2"):
         whole_number("n", 2, 3, of="levels")
-    with pytest.raises(GridError, match="rho is a positive, finite number; got inf"):
+    with pytest.raises(GridError, match="rho > 0 is needed, a positive finite number; got inf"):
         positive_number("rho", math.inf, error=GridError)
     with pytest.raises(ValueError, match=r"p is a number from 0 to 1; got 1\.5"):
         fraction("p", 1.5)

@@ -340,6 +340,8 @@ def test_where_the_ideal_bound_is_lost(name: str) -> None:
     place = (WORDS * torch.tensor([16, 4, 1])).sum(1)
     likelihood = float(-(WEIGHTS * law[place].log2()).sum())
     assert entropy(WEIGHTS) + 0.05 < likelihood < bound - 0.1
+    if name == "uniform":  # as docs/theory/discrete.md says
+        assert [f"{bits:.4f}" for bits in (bound, likelihood)] == ["2.0487", "1.7067"]
 
 
 def test_signal_at_the_end_is_paid_for() -> None:
@@ -352,8 +354,8 @@ def test_signal_at_the_end_is_paid_for() -> None:
     close(prior, kl.sum()[None])
 
 
-def ideal_bits(process: BinomialProcess) -> float:
-    """The ideal bound of the heartbeats, exactly.
+def ideal_bits(process: BinomialProcess, last: int = 0) -> float:
+    """The ideal bound of the heartbeats, exactly; with `last`, its terms up to this time alone.
 
     The posterior over the five phases knows x_t only by the number of ones in each residue class
     of the bins modulo 5, so 5^5 states stand for 2^20; the phases are alike, so one datum does.
@@ -364,7 +366,7 @@ def ideal_bits(process: BinomialProcess) -> float:
     x = (torch.arange(20) // 5 < counts[:, torch.arange(20) % 5]).double()
     x0, total = HEARTBEATS[:1].expand(len(x), -1), 0.0
     ways = f64([math.comb(4, c) for c in range(5)]).log()[counts].sum(1)
-    for t in range(1, process.steps + 1):
+    for t in range(1, (last or process.steps) + 1):
         one = process.marginal(x0[:1], t)
         mass = (ways + (x * one.log() + (1 - x) * (1 - one).log()).sum(1)).exp()
         assert abs(float(mass.sum()) - 1) < 1e-9
@@ -381,6 +383,21 @@ def ideal_bits(process: BinomialProcess) -> float:
 def test_the_ideal_bound_of_the_heartbeats(steps: int, rate: float) -> None:
     process = BinomialProcess(harmonic_betas(steps), rate)
     assert ideal_bits(process) == pytest.approx(IDEAL[rate, steps], abs=1e-6)
+
+
+def test_the_table_of_betas_matters() -> None:
+    """Ideal bounds at T = 20 and rate 0.5; the constant table also pays for its prior."""
+    assert ideal_bits(BinomialProcess(harmonic_betas(20)), last=1) == pytest.approx(
+        0.00096, abs=1e-5
+    )
+    kept = f64([math.cos(math.pi * t / 40) for t in range(20)] + [0.0])
+    for alpha_bar, bits in ((kept, 2.6500), (kept**2, 2.7031)):
+        process = BinomialProcess(1 - alpha_bar[1:] / alpha_bar[:-1])
+        assert ideal_bits(process) == pytest.approx(bits, abs=1e-4)
+    process = BinomialProcess([0.2] * 20)
+    prior = process.bound(BinaryEmpirical(HEARTBEATS, process), HEARTBEATS, draws=1).prior
+    assert float(prior.mean()) == pytest.approx(0.0019, abs=1e-4)
+    assert ideal_bits(process) + float(prior.mean()) == pytest.approx(3.1308, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ sample.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from sdeflow import (
 from sdeflow.errors import BudgetError
 from sdeflow.noise import SeededNoise
 from sdeflow.reverse import Reverse
+from sdeflow.solvers.adaptive.step_size import PerSample
 from sdeflow.solvers.base import GridSolver, Solver
 
 GRID_SOLVERS = {
@@ -314,6 +316,14 @@ class WrittenOut(Denoiser):
         return expected(self.name, self.model, x, torch.as_tensor(t), condition["label"])
 
 
+def loose(name: str) -> Solver:
+    """A solver by name; one with a step size for each sample takes few calls."""
+    solver = registry.solver(name)
+    return (
+        dataclasses.replace(solver, rtol=0.1, atol=0.1) if isinstance(solver, PerSample) else solver
+    )
+
+
 def budget(solver: Solver) -> int | None:
     for nfe in range(5, 40):
         try:
@@ -388,7 +398,7 @@ OFFSETS = torch.tensor([0.0, 10.0, 20.0, 30.0])
 
 @pytest.mark.parametrize("solver", registry.SOLVERS)
 def test_a_sample_keeps_its_own_data_in_every_batch(solver: str) -> None:
-    method = registry.solver(solver)
+    method = loose(solver)
     for wrap in (lambda d: d, lambda d: Projected(Wrapper(d), Clip(-99.0, 99.0)), None):
         asked: list[Tensor] = []
         inner = Offset(OFFSETS, VP(), asked)
@@ -409,10 +419,12 @@ def test_an_adaptive_solver_asks_for_the_places_in_the_whole_set() -> None:
     assert asked[-1].tolist() == [20.0, 30.0]
 
 
-@pytest.mark.parametrize("solver", ["rk45", "dpm_adaptive_23", "adaptive_sde", "heun", "ddpm"])
+@pytest.mark.parametrize(
+    "solver", ["rk45", "dpm_adaptive_23", "adaptive_ancestral", "heun", "ddpm"]
+)
 def test_wrappers_of_wrappers_cut_along(solver: str) -> None:
     scale = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    how: dict[str, Any] = {"solver": solver, "nfe": budget(registry.solver(solver)), "seeds": 0}
+    how: dict[str, Any] = {"solver": loose(solver), "nfe": budget(loose(solver)), "seeds": 0}
     how["condition"] = {"label": LABEL}
     for process in NETS:
         model = Projected(Scaled(conditional(), scale), Clip(-9.0, 9.0))
@@ -430,11 +442,10 @@ def test_wrappers_of_wrappers_cut_along(solver: str) -> None:
 
 @pytest.mark.parametrize("solver", [n for n in registry.SOLVERS if n not in GRID_SOLVERS])
 def test_adaptive_and_external_solvers_count_forwards(solver: str) -> None:
-    method = registry.solver(solver)
+    method = loose(solver)
     for name in ("guided", "by hand", "guided guidance", "identity"):
         model = conditional()
-        each = {"guided guidance": 3, "identity": 1}.get(name, 2)
-        each = 4 if name == "guided guidance" else each
+        each = {"guided guidance": 4, "identity": 1}.get(name, 2)
         solution = solve(
             EVERY[name](model), solver=method, nfe=budget(method), n=4, seeds=0, batch_size=2,
             condition={"label": LABEL},

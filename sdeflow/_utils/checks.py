@@ -36,7 +36,7 @@ def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> b
 def positive_number(name: str, value: Any, *, error: type[Exception] = ValueError) -> float:
     """`value`, a finite number above 0."""
     if not (value > 0 and math.isfinite(value)):
-        raise error(f"{name} is a positive, finite number; got {value!r}")
+        raise error(f"{name} > 0 is needed, a positive finite number; got {value!r}")
     return value
 
 

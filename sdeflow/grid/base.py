@@ -4,12 +4,13 @@ ratio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sdeflow._utils.checks import positive_number, whole_number
+from sdeflow._utils.checks import whole_number
 from sdeflow.errors import GridError
 from sdeflow.process import Process
 
@@ -58,7 +59,8 @@ def pin(times: Tensor, low: float, high: float) -> Tensor:
 
 def positive(who: str, what: str, value: float) -> None:
     """`GridError` unless `value` is a positive finite number."""
-    positive_number(f"{what} of {who}", value, error=GridError)
+    if not (value > 0 and math.isfinite(value)):
+        raise GridError(f"{who} needs {what} > 0, and finite; got {value}")
 
 
 def falling(times: Tensor, process: Process) -> Tensor:

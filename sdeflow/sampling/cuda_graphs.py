@@ -148,7 +148,7 @@ def refusal(
 ) -> str | None:
     """Why a solve cannot run as CUDA graphs, as far as is known before it begins; else None."""
     if request.callback is not None:
-        return "a callback is to be called between the network's calls"
+        return "a callback wants to be called between the network's calls"
     if request.requires_grad:
         return "gradients are to flow through it"
     if not isinstance(method, Plan) and not is_planned(method):

@@ -146,7 +146,8 @@ def gits(
 
     Cost: `nodes - 1` network calls for `n` samples, and memory for as many states and predictions.
     """
-    one_of("order", order, (1, 2))
+    if order not in (1, 2):
+        raise ValueError(f"gits counts the errors of steps of order 1 or 2; got {order!r}")
     one_of("unit", unit, ("spread", "signal"))
     positive_number("coefficient", coefficient)
     method = solver(teacher)
