@@ -332,6 +332,10 @@ def report(options: argparse.Namespace) -> None:
     """The table of the choice, and the excess of every set by each judge."""
     result = json.loads(options.out.read_text())
     names = [j for j in result["scores"] if j.count("/") == 1]
+    parts = [
+        "Excess of each set, as a multiple of the excess of 35 calls of Heun's method. Above 1 a"
+        " judge calls the set worse than a converged solver.\n\n" + places(result)
+    ]
     rows = []
     for judge in names:
         wrong, total = violations(result, judge)
@@ -351,7 +355,7 @@ def report(options: argparse.Namespace) -> None:
             ]
         )
     head = ["judge", "orders missed", "test set / excess of Heun 35", "other seeds", "which"]
-    parts = ["Expected orders that each judge misses:\n\n" + table(head, rows)]
+    parts.append("Expected orders that each judge misses:\n\n" + table(head, rows))
     shown = ["fd_cifar/features", "fitting/features", *(n for n in names if "head" in n)]
     shown = [*shown[:2], "lite0-96/block15", *shown[2:]]
     rows = [
@@ -377,6 +381,46 @@ def report(options: argparse.Namespace) -> None:
     if about.get("note"):
         parts.append(about["note"])
     write("judges", result, "\n\n".join(parts), options.into, about=about)
+
+
+def places(result: dict[str, Any]) -> str:
+    """Where FD-CIFAR, FD-IN and the network for fitting put each set."""
+    judged = {
+        "FD-CIFAR": "fd_cifar/features",
+        "FD-IN": "lite0-96/block15",
+        "network for fitting": "fitting/features",
+    }
+    rows = []
+    for name in result["sets"]:
+        kind = next((k for k in WORDS if name.startswith(k)), None)
+        if kind is None or name in ("half", "test"):
+            continue
+        what = WORDS[kind].format(name.removeprefix(kind).lstrip("_").removesuffix("b"))
+        again = " (other seeds)" if name.endswith("b") else ""
+        values = [
+            f"{excess(result, j, name) / excess(result, j, 'heun35'):.2f}" for j in judged.values()
+        ]
+        rows.append([what + again, *values])
+    return table(["set", *judged], rows)
+
+
+WORDS = {
+    "blur": "blurred by {} pixels",
+    "noise": "noise of {} levels",
+    "jpeg": "JPEG of quality {}",
+    "checker": "checkerboard of {} levels",
+    "contrast": "contrast of {}",
+    "missing": "{} classes missing",
+    "dark": "the darkest {} of the images only",
+    "copies": "each image {} times",
+    "heun": "Heun, {} calls",
+    "auto": "`auto`, {} calls",
+    "sde": "`dpmpp_2m_sde`, {} calls",
+    "ddim": "`ddim`, {} calls",
+    "cfg": "guidance of {}, 18 steps",
+    "plan_diverged": "a plan whose fit diverged, 5 calls{}",
+    "plan": "fitted to a Frechet distance ({}), 5 calls",
+}
 
 
 def short(value: float) -> str:

@@ -70,6 +70,7 @@ FIRST = (
 )
 """The solvers, or pairs, whose cells are measured before those of the others."""
 
+SUMMARY = (5, 10, 20, 35)
 JUDGES = {"fd_cifar": "FD-CIFAR", "fd_in": "FD-IN"}
 Cell = tuple[str, str, int, int]  # solver, grid, nfe, n
 Curve = dict[int, float]
@@ -306,6 +307,8 @@ def report(arguments: argparse.Namespace) -> None:
         " (9 for 10), that value stands there."
     ]
     found = {key: curves_of(cells, n, key, below[key]) for key in judges}
+    both = " / ".join(judges.values())
+    parts.append(f"Excess {both} at so many calls:\n\n" + summary(found))
     budgets = [b for b in BUDGETS if any(at(c, b) is not None for c in found["fd_cifar"].values())]
     for kind, pairs in (("Deterministic", DETERMINISTIC), ("Stochastic", STOCHASTIC)):
         for key, name in judges.items():
@@ -351,6 +354,20 @@ def report(arguments: argparse.Namespace) -> None:
         plot(found, below, n, Path(arguments.into or RESULTS / "nfe_fid").with_suffix(".png"))
     except ImportError:
         print("The table is written; the figure needs matplotlib: pip install 'sdeflow[plot]'")
+
+
+def summary(found: dict[str, dict[tuple[str, str], Curve]]) -> str:
+    """A row for each pair: every judge's value at a few budgets."""
+    rows = []
+    for pair in (*DETERMINISTIC, *STOCHASTIC):
+        if pair in found["fd_cifar"]:
+            values = [[at(curves.get(pair, {}), b) for curves in found.values()] for b in SUMMARY]
+            cells = [
+                "" if None in some else " / ".join(digits(v) for v in some if v is not None)
+                for some in values
+            ]
+            rows.append([", ".join(pair), *cells])
+    return table(["solver, grid", *map(str, SUMMARY)], rows)
 
 
 def _settled(found: dict[str, dict[tuple[str, str], Curve]]) -> Iterator[list[Any]]:
