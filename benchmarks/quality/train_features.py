@@ -66,7 +66,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--cutmix",
         type=float,
         default=0.5,
-        help="share of batches whose pictures get a part of another",
+        help="share of batches whose images get a part of another",
     )
     parser.add_argument("--ema", type=float, default=0.995, help="decay of the average, a step")
     parser.add_argument("--widths", type=int, nargs="+", default=list(CifarNetConfig.widths))
@@ -115,7 +115,7 @@ class Crops:
         return torch.randint(high, (count, 1), device=self.padded.device, generator=self.generator)
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The pictures [B, 3, S, S] (channels last), and where they are erased [B, 1, S, S]."""
+        """The images [B, 3, S, S] (channels last), and where they are erased [B, 1, S, S]."""
         count, places = len(indices), torch.arange(self.size, device=indices.device)
         rows, columns = places + self._draw(9, count), places + self._draw(9, count)
         columns = torch.where(self._draw(2, count) == 1, columns.flip(1), columns)
@@ -132,7 +132,7 @@ class Crops:
 def cut_mixed(
     x: Tensor, labels: Tensor, share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, float]:
-    """In a `share` of calls, each picture with a box of its neighbour's; the neighbours' labels and
+    """In a `share` of calls, each image with a box of its neighbour's; the neighbours' labels and
     how much of them there is.
     """
     if float(torch.rand((), generator=generator)) >= share:
