@@ -316,7 +316,7 @@ def test_every_metric_says_what_it_needs() -> None:
         assert metric.score in ("fid", "fd_cifar", "fd_in", None)
 
 
-# ---------------------------------------------------------------------------- the network for fitting
+# ------------------------------------------------------------------------ the network for fitting
 
 
 def test_the_network_for_fitting_is_small_smooth_and_no_judge() -> None:

@@ -2,9 +2,11 @@
 
 Of the averages that `sdeflow train --snapshot-images` stored, one of each length in `--stds` is
 made (`sdeflow ema`), and `--n` samples of it are scored by both judges. Beside them stands the
-exponential average that the training tracked (`model.safetensors`). Under torchrun each process takes lengths of its own.
+exponential average that the training tracked (`model.safetensors`). Under torchrun each process
+takes lengths of its own.
 
-    torchrun --nproc-per-node 2 -m benchmarks.quality.ema_length runs/train --data train.parquet --test test.parquet
+    torchrun --nproc-per-node 2 -m benchmarks.quality.ema_length runs/train \\
+        --data train.parquet --test test.parquet
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A few-call plan fitted to a Frechet distance: an example of what a judge has to see through.
 
-    python -m benchmarks.quality.fitted_plan --data train.parquet --out plan.json --calls 5 --seconds 60
+    python -m benchmarks.quality.fitted_plan --data train.parquet --out plan.json --calls 5
 
 The plan starts from that of `auto`. Adam changes its noise levels, its weights and the network's
 time labels so that the Frechet distance of fresh samples in the features of the network for fitting
@@ -30,14 +30,15 @@ from sdeflow.models.checkpoint import Pretrained, load
 from sdeflow.models.fitting_network import load_fitting_network
 
 Table = tuple[Tensor, Tensor, Tensor]
-"""Levels `[K]` (nsr), the unrolled matrix `[K + 1, K + 1]`, and multiples of the time label `[K]`."""
+"""Levels `[K]` (nsr), the unrolled matrix `[K + 1, K + 1]`, multiples of the time label `[K]`."""
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def network_of(model: Pretrained) -> Network:
     """The network as a function of a scaled state, its time and labels."""
-    return lambda x, t, label: model.network(x, t.expand(len(x)), label=label)  # type: ignore[operator]
+    network: Any = model.network
+    return lambda x, t, label: network(x, t.expand(len(x)), label=label)
 
 
 def predict(
@@ -81,8 +82,8 @@ def execute(
 class Parameters(nn.Module):
     """A table's free numbers: gaps in log nsr, weights, and logarithms of the label multiples.
 
-    With `free=False` the newest weight of each row is what consistency leaves, and the weight of the
-    noise follows from the level.
+    With `free=False` the newest weight of each row is what consistency leaves, and the weight of
+    the noise follows from the level.
     """
 
     def __init__(self, table: Table, free: bool) -> None:
@@ -186,7 +187,8 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
         for part, down in zip(
             noise.split(options.batch_size), slope.split(options.batch_size), strict=True
         ):
-            x = execute(network, dtype, tuple(leaves), part, label[: len(part)], gradients=True)  # type: ignore[arg-type]
+            now: Any = tuple(leaves)
+            x = execute(network, dtype, now, part, label[: len(part)], gradients=True)
             judge.embed(x.clamp(-1.0, 1.0)).backward(down.float())
         adam.zero_grad()
         torch.autograd.backward(placed, [part.grad for part in leaves])  # type: ignore[misc]

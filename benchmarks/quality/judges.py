@@ -1,15 +1,17 @@
 """Which judge puts known faults in their place: resolutions and layers of FD-IN, beside FD-CIFAR.
 
     python -m benchmarks.quality.fitted_plan --data train.parquet --out plans/consistent.json
-    python -m benchmarks.quality.fitted_plan --data train.parquet --out plans/free.json --free --start plans/consistent.json
-    python -m benchmarks.quality.judges --data train.parquet --test test.parquet --plans plans/*.json
+    python -m benchmarks.quality.fitted_plan --data train.parquet --out plans/free.json --free \\
+        --start plans/consistent.json
+    python -m benchmarks.quality.judges --data train.parquet --test test.parquet \\
+        --plans plans/*.json
     python -m benchmarks.quality.judges --report
 
 Sets of images with known faults are made and scored by every judge: the test set with blur, noise,
 JPEG, a checkerboard or less contrast; parts of the test set (missing classes, dark images only, few
 images repeated); samples of the bundled network by converged and by half-converged solvers, under
-guidance, and by plans that were fitted to a Frechet distance. What is compared is the excess over as
-many test images. `EXPECTED` holds the orders that a judge should find.
+guidance, and by plans that were fitted to a Frechet distance. What is compared is the excess over
+as many test images. `FAMILIES`, `STRONG` and `FAINT` hold the orders that a judge should find.
 """
 
 from __future__ import annotations
@@ -172,11 +174,12 @@ def sampled(options: argparse.Namespace, device: torch.device) -> Iterator[Made]
 
     def by(plan: Table, network: Any, seed: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed)
-        parts, placed = [], tuple(part.to(device) for part in plan)
+        placed: Any = tuple(part.to(device) for part in plan)
+        parts = []
         for _ in range(0, n, batch):
             noise = 80.0 * torch.randn(batch, 3, 32, 32, device=device, generator=generator)
             dtype = model.dtype or torch.float32
-            parts.append(to_uint8(execute(network, dtype, placed, noise, label)))  # type: ignore[arg-type]
+            parts.append(to_uint8(execute(network, dtype, placed, noise, label)))
         return torch.cat(parts)[:n]
 
     heun = {"solver": "heun", "grid": "karras", "nfe": 35}
@@ -273,7 +276,8 @@ def run(options: argparse.Namespace) -> None:
         load_images(source, split=split, memory_gb=1e9, progress=False)
         for source, split in ((options.data, "train"), (options.test or options.data, "test"))
     )
-    pixels, labels = (part[: options.n].to(device) for part in (test.pixels, test.labels))  # type: ignore[attr-defined]
+    held: Any = test
+    pixels, labels = (part[: options.n].to(device) for part in (held.pixels, held.labels))
     sets = [*degraded(pixels, labels), *sampled(options, device)]
     result: dict[str, Any] = {
         "sets": {s.name: {"n": len(s.pixels), "floor": s.floor} for s in sets},

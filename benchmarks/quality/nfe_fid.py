@@ -6,7 +6,8 @@ set are FD-CIFAR and FD-IN; neither is an FID. What is reported is the excess ov
 as many test images. A run goes on where the file ends, in as many processes as there are, whenever
 they come: each takes a cell that no other works at, and appends it to the one file.
 
-    torchrun --nproc-per-node 4 -m benchmarks.quality.nfe_fid --data train.parquet --test test.parquet --out nfe_fid.jsonl
+    torchrun --nproc-per-node 4 -m benchmarks.quality.nfe_fid --data train.parquet \\
+        --test test.parquet --out nfe_fid.jsonl
     python -m benchmarks.quality.nfe_fid --out nfe_fid.jsonl --report
 
 `--seconds` is when no new cell is begun. The cells that matter most come first. FD-IN needs the
@@ -292,7 +293,7 @@ def digits(value: float) -> str:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """A table of each judge and kind, from which budget on each pair is near its end, the figure."""
+    """Tables of each judge and kind, from which budget on each pair is near its end, a figure."""
     headers, cells = read(Path(arguments.out))
     if not cells:
         raise SystemExit(f"{arguments.out} holds no measurement: make some first, with --data")
@@ -322,7 +323,7 @@ def report(arguments: argparse.Namespace) -> None:
             head = ["solver, grid", *map(str, budgets)]
             parts.append(f"{kind}, excess {name} at so many calls:\n\n" + table(head, rows))
     parts.append(
-        f"Calls from which on the excess stays within {NEAR:.0%} of that at the most calls measured:"
+        f"Calls from which on the excess stays within {NEAR:.0%} of that at the most calls:"
         "\n\n" + table(["solver, grid", "most calls", *judges.values()], list(_settled(found)))
     )
     full = [

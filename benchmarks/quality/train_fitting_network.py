@@ -1,6 +1,7 @@
 """Train the network for fitting: a small classifier of CIFAR-10 that is for losses alone.
 
-    python -m benchmarks.quality.train_fitting_network --data train.parquet --test test.parquet --seed 1234
+    python -m benchmarks.quality.train_fitting_network --data train.parquet --test test.parquet \\
+        --seed 1234
 
 The recipe is that of `train_features`; the architecture is `FittingNet`. Give it another seed than
 that of the network of FD-CIFAR.

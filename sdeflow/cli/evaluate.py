@@ -36,15 +36,15 @@ Examples:
 
     sdeflow evaluate images/ --reference train.parquet --floor test.parquet
 
-    sdeflow evaluate images/ --reference train.parquet --statistics stats/     measured once, then read
+    sdeflow evaluate images/ --reference train.parquet --statistics stats/   measured once, then read
 
-    sdeflow evaluate cifar10 --reference train.parquet --floor test.parquet --n 10000 --nfe 9 --against nfe18.json
+    sdeflow evaluate cifar10 --reference train.parquet --n 10000 --nfe 9 --against nfe18.json
 
-    sdeflow evaluate images/ --reference train.parquet --metrics fid,precision,recall --weights inception.pth
+    sdeflow evaluate images/ --reference train.parquet --metrics fid,precision --weights file.pth
 
     sdeflow evaluate cifar10 --reference train.parquet --n 10000 --nfe 18 --out nfe18.json
 
-    sdeflow evaluate cifar10 --reference train.parquet --half --compile      a model on a GPU, at its fastest
+    sdeflow evaluate cifar10 --reference train.parquet --half --compile   on a GPU, at its fastest
 
     sdeflow evaluate --compare stats/a.safetensors stats/b.safetensors
 
@@ -257,8 +257,8 @@ def evaluate(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompileWarning)  # the summary says it
             result = run_evaluation(
-                source, reference, names, sampling=sampling, floor=floor, statistics=statistics, split=split, n=n,
-                reference_n=reference_n, k=k, batch_size=batch_size, **files,
+                source, reference, names, sampling=sampling, floor=floor, statistics=statistics,
+                split=split, n=n, reference_n=reference_n, k=k, batch_size=batch_size, **files,
             )  # fmt: skip
     if rank.first:
         _report(result, out, quiet, against, other)

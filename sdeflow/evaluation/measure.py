@@ -289,9 +289,11 @@ def measure(
     )
     shape = _one_shape(shape, images.name, accumulators[0].place)
     facts = {
-        "source": images.name, "images_sha256": f"{digest:064x}", "shape": list(shape), "how": images.how,
+        "source": images.name, "images_sha256": f"{digest:064x}", "shape": list(shape),
+        "how": images.how,
         "source_classes": list(images.class_names),
-        "version": __version__, "torch": str(torch.__version__), "machine": machine(extractors[0].device, rank.world),
+        "version": __version__, "torch": str(torch.__version__),
+        "machine": machine(extractors[0].device, rank.world),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     return [accumulator.result(facts, labelled) for accumulator in accumulators]

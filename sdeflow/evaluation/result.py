@@ -105,7 +105,7 @@ class Evaluation:
             ("numbers of samples", self.n, other.n),
             ("numbers of reference images", self.reference_n, other.reference_n),
             *(
-                (f"{key} of {name}", _of(self, name, key), _of(other, name, key))
+                (f"{key} for {title(name)}", _of(self, name, key), _of(other, name, key))
                 for name in common
                 for key in ("references", "extractors")
             ),
@@ -171,5 +171,5 @@ def _of(result: Evaluation, name: str, key: str) -> str:
     """The hash of the reference's images, or of the extractor's weights."""
     facts = result.reference.get(METRICS[name].score or "", {})
     if key == "extractors":
-        return str(facts.get("extractor", {}).get("sha256"))
-    return str(facts.get("images_sha256", facts.get("pictures_sha256")))
+        return str(facts.get("extractor", {}).get("sha256"))[:12]
+    return str(facts.get("images_sha256", facts.get("pictures_sha256")))[:12]

@@ -1,4 +1,4 @@
-"""Samples of a denoiser, made as an evaluation needs them: the same images as those of `generate`."""
+"""Samples of a denoiser for an evaluation: the same images as those of `generate`."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ def samples_of(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSourc
         "noise": sampling.noise,
     }
     how: dict[str, Any] = {
-        "model": sampling.model, "n": sampling.n, "seed": sampling.seed, "classes": list(labels.recorded),
-        "class_names": list(names), "model_sha256": model_sha256(denoiser), **sentence(Request(score_fn=denoiser, **asked)),
-        "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser), "network_compiled": _compiled(denoiser),
-        "compiled": "no",
+        "model": sampling.model, "n": sampling.n, "seed": sampling.seed,
+        "classes": list(labels.recorded), "class_names": list(names),
+        "model_sha256": model_sha256(denoiser), **sentence(Request(score_fn=denoiser, **asked)),
+        "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser),
+        "network_compiled": _compiled(denoiser), "compiled": "no",
     }  # fmt: skip
 
     def batches() -> Iterator[Batch]:
@@ -83,7 +84,8 @@ def samples_of(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSourc
             label = labels.given(range(start, stop))
             mine = denoiser.rows(torch.arange(start, stop))
             solution = solve(
-                mine, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
+                mine, **asked, n=stop - start, seeds=sampling.seed + start,
+                compile=sampling.compile,
                 condition=None if label is None else {"label": label}, device=device_of(denoiser),
             )  # fmt: skip
             how["compiled"] = str(solution.statistics.get("compiled", "no"))

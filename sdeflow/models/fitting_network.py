@@ -1,4 +1,4 @@
-"""The network for fitting: a small classifier of CIFAR-10 whose features serve as a loss, and never as a judge.
+"""The network for fitting: a small classifier of CIFAR-10, for losses and never as a judge.
 
 A plan or a network that was fitted in the features of a network looks good to that network and to
 its kin. So the network that takes part in a fit has another architecture, another seed and another

@@ -23,7 +23,7 @@ IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf7
 """SHA-256 of the weights' file; its name repeats the first digits."""
 
 SIZE = 96
-"""To which images are resized. It was chosen among 96, 160 and 224 by `benchmarks/quality/judges`."""
+"""To which images are resized; chosen among 96, 160 and 224 by `benchmarks/quality/judges.py`."""
 
 STAGES = (
     (1, 3, 1, 1, 16),
