@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -407,7 +408,9 @@ def test_the_judge_that_ships_is_the_one_that_the_experiment_chose(
     assert (tmp_path / "table.md").read_text() == (home.RESULTS / "judges.md").read_text()
 
 
-def test_faults_are_what_they_are_called(script: Callable[[str], ModuleType]) -> None:
+def test_faults_are_what_they_are_called(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     home = script("quality.judges")
     labels = torch.arange(40) % 10
     images = pixels(31, 40, 32)
@@ -428,3 +431,6 @@ def test_faults_are_what_they_are_called(script: Callable[[str], ModuleType]) ->
     assert len({tuple(x.flatten()[:20].tolist()) for x in made["copies5"].pixels}) == 8
     sharp = images.float().diff(dim=-1).abs().mean()
     assert float(made["blur1"].pixels.float().diff(dim=-1).abs().mean()) < 0.5 * float(sharp)
+    home.figure({name: one.pixels for name, one in made.items()}, tmp_path / "sets.png")
+    rows = sum(name in made for name in home.SHOWN.split())
+    assert Image.open(tmp_path / "sets.png").size == (130 + 960, 96 * rows)

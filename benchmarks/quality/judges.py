@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
@@ -213,6 +213,25 @@ def sampled(options: argparse.Namespace, device: torch.device) -> Iterator[Made]
         yield Made(f"cfg{scale:g}", by((numbers[0], numbers[1], numbers[2]), guided, 98))
 
 
+SHOWN = "test noise4 checker4 blur0.7 heun35 auto5 ddim10 plan_consistent plan_free cfg1.5"
+"""The sets in the figure, a row each."""
+
+
+def figure(sets: dict[str, Tensor], path: Path) -> None:
+    """The first ten images of each set of `SHOWN`, three times as large, with its name."""
+    names = [name for name in SHOWN.split() if name in sets]
+    side, wide = 96, 130
+    canvas = Image.new("RGB", (wide + 10 * side, len(names) * side), "white")
+    for row, name in enumerate(names):
+        ImageDraw.Draw(canvas).text((6, row * side + side // 2 - 5), name, "black")
+        for k, pixels in enumerate(sets[name][:10].cpu()):
+            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            canvas.paste(
+                image.resize((side, side), Image.Resampling.NEAREST), (wide + k * side, row * side)
+            )
+    canvas.save(path)
+
+
 # ------------------------------------------------------------------------------------------- judges
 
 
@@ -279,6 +298,7 @@ def run(options: argparse.Namespace) -> None:
     held: Any = test
     pixels, labels = (part[: options.n].to(device) for part in (held.pixels, held.labels))
     sets = [*degraded(pixels, labels), *sampled(options, device)]
+    figure({one.name: one.pixels for one in sets}, options.out.with_suffix(".png"))
     result: dict[str, Any] = {
         "sets": {s.name: {"n": len(s.pixels), "floor": s.floor} for s in sets},
         "scores": {},

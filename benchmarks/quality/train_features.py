@@ -306,7 +306,8 @@ def train(options: argparse.Namespace, recipe: Recipe | None = None) -> dict[str
             f"no epoch fits into {options.seconds} s; nothing is written. Give it more with"
             " --seconds"
         )
-    kept = {k: v for k, v in vars(options).items() if k not in ("data", "test", "out")}
+    unused = ("data", "test", "out", *(("widths", "blocks") if recipe.build else ()))
+    kept = {k: v for k, v in vars(options).items() if k not in unused}
     about = provenance()  # files by their names alone: where they lie is nobody's business
     about["command"] = " ".join(
         Path(word).name if "/" in word else word for word in about["command"].split(" ")
