@@ -433,4 +433,5 @@ def test_faults_are_what_they_are_called(
     assert float(made["blur1"].pixels.float().diff(dim=-1).abs().mean()) < 0.5 * float(sharp)
     home.figure({name: one.pixels for name, one in made.items()}, tmp_path / "sets.png")
     rows = sum(name in made for name in home.SHOWN.split())
-    assert Image.open(tmp_path / "sets.png").size == (130 + 960, 96 * rows)
+    with Image.open(tmp_path / "sets.png") as image:
+        assert image.size == (130 + 960, 96 * rows)
