@@ -21,8 +21,8 @@ from torch import Tensor
 from sdeflow._utils.math import batch_invariant, gauss_legendre
 from sdeflow._utils.renamed import renamed
 from sdeflow.process.clock import Clock, ClockRange
-from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
-from sdeflow.solvers.base import Solution
+from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, column, first_bad
+from sdeflow.solvers.base import Solution, Task
 from sdeflow.solvers.ode.dpm_solver import DPMPredicts, corrections
 
 RATIOS: dict[int, tuple[float, ...]] = {2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}

@@ -33,13 +33,12 @@ from sdeflow.process.clock import Clock, ClockRange
 from sdeflow.solvers.adaptive.step_size import (
     PerSample,
     PerSampleSolve,
-    Task,
     column,
     combine,
     first_bad,
     row_rms,
 )
-from sdeflow.solvers.base import Solution
+from sdeflow.solvers.base import Solution, Task
 from sdeflow.solvers.ode import tableaus
 from sdeflow.solvers.ode.tableaus import Tableau
 

@@ -9,7 +9,7 @@ from sdeflow._utils import math as _math
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.ode.ddim import ancestral_ratio
+from sdeflow.solvers.ode.ddim import ancestral_shares
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,11 @@ class DDPM(GridSolver):
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
         x0 = reverse(x, t)
-        ratio = ancestral_ratio(t, t_next)
-        down = t_next.sigma * ratio  # sqrt(sigma_next^2 - u^2), without cancellation
+        share, spread = ancestral_shares(t, t_next)
+        down = t_next.sigma * share  # sqrt(sigma_next^2 - u^2), without cancellation
         # The forward step's variance is sigma^2 - (s / s_next)^2 sigma_next^2 = sigma^2 (1 -
         # ratio^2).
-        up = (t if self.variance == "large" else t_next).sigma * _math.sqrt(
-            (1.0 - ratio) * (1.0 + ratio)
-        )
+        up = (t if self.variance == "large" else t_next).sigma * spread
         return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
 
 

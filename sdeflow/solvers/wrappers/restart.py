@@ -16,9 +16,10 @@ from sdeflow.errors import GridError
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
+from sdeflow.solvers.ode.ddim import from_pure_noise
 from sdeflow.solvers.ode.runge_kutta import Heun
 from sdeflow.solvers.ode.weights import has_signal
-from sdeflow.solvers.wrappers.base import Nested, from_pure_noise, independent, noised
+from sdeflow.solvers.wrappers.base import Nested, independent, noised
 
 Interval = tuple[int, int, float, float]
 """`(steps, repeats, nsr_min, nsr_max)`."""
