@@ -106,18 +106,8 @@ class Unrolled:
     def detach(self) -> Unrolled:
         """The same without gradients, with predictions of x0."""
         plain = self._plain or self
-        start, predictions, draws, t, s, sigma = (
-            column.detach()
-            for column in (
-                plain.start,
-                plain.predictions,
-                plain.draws,
-                plain.t,
-                plain.s,
-                plain.sigma,
-            )
-        )
-        return Unrolled(start, predictions, draws, t, s, sigma, self.origin)
+        names = ("start", "predictions", "draws", "t", "s", "sigma")
+        return replace(plain, **{name: getattr(plain, name).detach() for name in names})
 
     def predicting(self, predicts: str) -> Unrolled:
         """The same method with `F_j` another function of the prediction: `"x0"`, `"eps"`, `"v"` or

@@ -73,24 +73,15 @@ class Clock:
 
     def of_lam(self, lam: Tensor, process: Process | None = None) -> Tensor:
         """The clock's value where `log(s / sigma) = lam`. The clock `t` needs the process."""
-        match self.name:
-            case "t":
-                if process is None:
-                    raise ValueError(
-                        "the time at a given lam depends on the process: pass process="
-                    )
-                return process.t_of_lam(lam)
-            case "lam":
-                return lam
-            case "nsr":
-                return torch.exp(-lam)
-            case "asinh":
-                return torch.asinh(torch.exp(lam))
-            case "angle":
-                return torch.atan(torch.exp(-lam) / self.scale)
-            case "flow":
-                return 1.0 / (1.0 + self.scale * torch.exp(lam))
-        return torch.log(torch.exp(lam) + 1.0 / self.scale)
+        if self.name == "lam":
+            return lam
+        if self.name == "t":
+            if process is None:
+                raise ValueError("the time at a given lam depends on the process: pass process=")
+            return process.t_of_lam(lam)
+        level = Level(math.nan, torch.exp(lam), torch.ones_like(lam), math.nan, math.nan)
+        shown: Tensor = self.reading(level)
+        return shown
 
     def lam(self, reading: Scalar) -> Scalar:
         """`log(s / sigma)` where the clock has a given value; the inverse of `of_lam`. The clock

@@ -13,8 +13,6 @@ from sdeflow.process import EDM, Process
 from sdeflow.targets.base import (
     TINY,
     Target,
-    add_noise,
-    as_generator,
     cast_like,
     finite_float64,
     standard_normal,
@@ -279,40 +277,22 @@ class GaussianMixture(Target):
         within = torch.einsum("k,kij->ij", self.weights, self.covariances())
         return within + centred.mT @ (self.weights.unsqueeze(-1) * centred)
 
-    def sample(
-        self,
-        n: int,
-        seed: int | torch.Generator = 0,
-        t: float | Tensor | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """`n` independent samples of `x(t)`, `[n, *shape]` on the CPU; without `t`, of the data."""
-        generator = as_generator(seed)
+    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         which = torch.multinomial(
             self.weights.detach().to(generator.device), n, replacement=True, generator=generator
         ).cpu()
-        deviation = self._variances[which].sqrt() * standard_normal(
-            n, self.dim, generator=generator
-        )
-        along = (
-            None
-            if self._factor is None
-            else standard_normal(n, self._factor.shape[-1], generator=generator)
-        )
-        for (
-            k
-        ) in which.unique().tolist():  # the matrices of a component are large: never one a sample
+        size = (n, self.dim)
+        deviation = self._variances[which].sqrt() * standard_normal(*size, generator=generator)
+        if self._factor is not None:
+            along = standard_normal(n, self._factor.shape[-1], generator=generator)
+        # The matrices of a component are large: never one a sample.
+        for k in which.unique().tolist():
             rows = which == k
             if self._basis is not None:
                 deviation[rows] = deviation[rows] @ self._basis[min(k, len(self._basis) - 1)].mT
-            if self._factor is not None and along is not None:
+            if self._factor is not None:
                 deviation[rows] = deviation[rows] + along[rows] @ self._factor[k].mT
-        return (
-            add_noise(self._centres[which] + deviation, self._kernel(t), generator)
-            .reshape(n, *self.shape)
-            .to(dtype)
-        )
+        return self._centres[which] + deviation
 
 
 class Gaussian(GaussianMixture):

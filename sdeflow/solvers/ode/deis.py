@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.runge_kutta import RK4, Heun, Midpoint, RungeKutta
 from sdeflow.solvers.ode.tableaus import Tableau
 from sdeflow.solvers.ode.weights import adams, has_signal
@@ -55,9 +54,7 @@ class EpsMultistep(Multistep):
         super().__post_init__()
         check_p(self.p, self.most, type(self).__name__)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         return adams("eps", self.clock, nodes, t, t_next, process)[1]
 
 

@@ -31,7 +31,7 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.ddim import STAGES
-from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p, from_differences
 from sdeflow.solvers.ode.weights import between, has_signal, moment
 
 DPMPredicts = Literal["eps", "x0"]
@@ -249,9 +249,7 @@ class DPMSolverPP(Multistep):
                 f"kappa is 1 for the exact parabola, 1/2 as published; got {self.kappa}"
             )
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         midpoint = self.solver_type == "midpoint"
         return taylor_weights(self.predicts, nodes, t_next, midpoint, self.kappa)
 

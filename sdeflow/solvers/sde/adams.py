@@ -25,9 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sdeflow._utils.math import Scalar
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.weights import NodeClock, adams
 from sdeflow.solvers.sde.exponential import RateSolver, check_rate
 
@@ -73,7 +72,5 @@ class StochasticAdams(RateSolver, Multistep):
     def corrector_nodes(self, used: int) -> int:
         return used + 1 if self.corrector else 0
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         return adams("x0", self.clock, nodes, t, t_next, process, math.sqrt(self.eta))[1]

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sdeflow._utils import math as _math
-from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.ode.dpm_solver import taylor_weights
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.weights import between, check_ratio, has_signal
 from sdeflow.solvers.sde.exponential import RateSolver, check_rate, ratio_weights
 
@@ -58,9 +57,7 @@ class SDEDPMSolverPP(RateSolver, Multistep):
         check_p(self.p, 3, "SDE-DPM-Solver++")
         check_rate("eta", self.eta)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         midpoint = self.p == 2 and not self.exact_weights
         kappa = 1.0 if self.exact_weights else 0.5
         return taylor_weights("x0", nodes, t_next, midpoint, kappa, self.eta)

@@ -27,8 +27,9 @@ from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
-from sdeflow.solvers.ode.weights import has_signal, step_weights
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p, from_differences
+from sdeflow.solvers.ode.weights import step_weights
+from sdeflow.solvers.sde.exponential import rate_fall
 
 _LOG_10 = math.log(10.0)
 _POINTS = 32
@@ -126,9 +127,7 @@ class ERSDE(Multistep):
         """The power of nsr that the noise scale is, if it is one."""
         return POWERS.get(self.phi) if isinstance(self.phi, str) else float(self.phi)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         whole = step_weights(t, t_next, self.delta(t, t_next))[1]
         if len(nodes) == 1:
             return [whole]
@@ -151,10 +150,8 @@ class ERSDE(Multistep):
 
     def delta(self, t: Level, t_next: Level) -> Scalar:
         """By how much `log(phi / nsr)` falls over the step."""
-        if not self.stochastic:
-            return 0.0
         if (power := self._power) is not None:
-            return (power - 1.0) * (t_next.lam - t.lam) if has_signal(t) else math.inf
+            return rate_fall(t, t_next, power - 1.0)
         return self._log_scale(t.nsr)[0] - self._log_scale(t_next.nsr)[0]
 
     def _moments(self, t: Level, t_next: Level) -> tuple[Scalar, Scalar]:

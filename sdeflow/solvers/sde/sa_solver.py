@@ -10,7 +10,7 @@ from typing import ClassVar
 from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p, from_differences
 from sdeflow.solvers.ode.weights import adams, has_signal
 from sdeflow.solvers.sde.exponential import check_rate, rate_fall, rate_weights
 
@@ -109,9 +109,7 @@ class SASolver(Multistep):
     def delta(self, t: Level, t_next: Level) -> Scalar:
         return rate_fall(t, t_next, self.rate(t_next))
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         rate = self.rate(t_next)
         whole = rate_weights(t, t_next, rate)[1]
         if not has_signal(t, t_next):
