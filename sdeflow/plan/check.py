@@ -22,7 +22,7 @@ SDE. The rate of noise is read from the share of the state that a step keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +84,7 @@ class PlanReport:
     @property
     def steps(self) -> tuple[int, ...]:
         """The degrees of the steps from level to level, without the stages within them."""
-        return tuple(
-            d
-            for d, stage in zip(self.degrees, self.stages, strict=True)
-            if d is not None and not stage
-        )
+        return _steps(self.degrees, self.stages)
 
     @property
     def degree(self) -> int | None:
@@ -244,13 +240,15 @@ def _stages(rows: Unrolled, times: set[float]) -> tuple[bool, ...]:
     )
 
 
+def _steps(degrees: Sequence[int | None], stages: Sequence[bool]) -> tuple[int, ...]:
+    """The degrees of the rows that steps lead to, without the stages within them."""
+    rows = zip(degrees, stages, strict=True)
+    return tuple(degree for degree, stage in rows if degree is not None and not stage)
+
+
 def _score(defects: Tensor, stages: tuple[bool, ...]) -> tuple[int, float]:
     """How much a pair explains: first what is reproduced, then how nearly the next degree is."""
-    total = sum(
-        d + 1
-        for d, stage in zip(_degrees(defects), stages, strict=True)
-        if d is not None and not stage
-    )
+    total = sum(d + 1 for d in _steps(_degrees(defects), stages))
     return total, -round(_nearly(defects, stages), 3)
 
 

@@ -258,7 +258,7 @@ class Difference:
 def difference(
     a: Unrolled,
     b: Unrolled,
-    drawn: tuple[list[tuple[float, float]], list[tuple[float, float]]],
+    drawn: Sequence[Sequence[tuple[float, float]]],
     ends: bool,
 ) -> Difference:
     """How the unrolled plan `b` differs from `a`; `drawn` are the noise-to-signal ratios of their
