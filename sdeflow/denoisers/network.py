@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow._utils.math import Scalar, as_time, expand
-from sdeflow.denoisers.base import Denoiser, match_noise_level, trained_range
+from sdeflow.denoisers.base import Denoiser, match_noise_level, trained_range, what_came
 from sdeflow.errors import unknown
 from sdeflow.process import EDM, FromBetas, Process
 
@@ -178,24 +178,14 @@ class Network(Denoiser):
             x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
         )
         if not isinstance(output, Tensor) or output.shape != x.shape:
-            got = (
-                f"shape {tuple(output.shape)}"
-                if isinstance(output, Tensor)
-                else type(output).__name__
-            )
-            hint = ""
-            if (
-                isinstance(output, Tensor)
-                and x.ndim > 1
-                and output.ndim == x.ndim
-                and output.shape[1] == 2 * x.shape[1]
-            ):
+            hint, size = "", getattr(output, "shape", ())
+            if x.ndim > 1 and len(size) == x.ndim and size[1] == 2 * x.shape[1]:
                 hint = (
                     "; twice the channels is a learned variance: wrap the network so that it"
                     " returns the first half"
                 )
             raise ValueError(
-                f"the network returned {got} for a state of shape {tuple(x.shape)}; it must return"
+                f"the network returned {what_came(output)} for a state of shape {tuple(x.shape)}; it must return"
                 f" the same shape{hint}"
             )
         return output.to(x.dtype)

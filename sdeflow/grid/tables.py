@@ -64,14 +64,10 @@ class Table:
             and bool((np.diff(given) < 0).all())
         )
         if not fine or (self.of == "nsr" and given[-1] <= 0):
+            positive = " and are positive (zero is the solver's own last step)"
             raise GridError(
                 "a table is a list of at least two finite numbers that fall strictly"
-                + (
-                    " and are positive (zero is the solver's own last step)"
-                    if self.of == "nsr"
-                    else ""
-                )
-                + f"; got {self.values}"
+                f"{positive if self.of == 'nsr' else ''}; got {self.values}"
             )
 
     def __call__(

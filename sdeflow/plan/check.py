@@ -158,14 +158,10 @@ class PlanReport:
         ties = f" (and {len(self.ties)} other pairs of function and clock)" if self.ties else ""
         start = f", after {self.starts_with} of less at the start" if self.starts_with else ""
         lines.append(f"order       degree {degree} of {self.function} in most steps{start}{ties}")
-        return (
-            [
-                *lines,
-                f"            and nearly of the next degree: off by {nearly:.1%} in the median",
-            ]
-            if nearly < 0.3
-            else lines
-        )
+        if nearly < 0.3:
+            text = f"and nearly of the next degree: off by {nearly:.1%} in the median"
+            lines.append(f"            {text}")
+        return lines
 
 
 def check(

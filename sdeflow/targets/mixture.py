@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -200,17 +201,13 @@ class GaussianMixture(Target):
         s, sigma = s.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
         spread = (s**2 * self._variances + sigma**2).clamp_min(TINY)
         precision = 1.0 / spread
-        s_mean, gain = (
-            cast_like(s * self._centres, x),
-            cast_like(s * self._variances * precision, x),
-        )
+        cast = partial(cast_like, x=x)
+        s_mean, gain = cast(s * self._centres), cast(s * self._variances * precision)
         log_norm = self.weights.log() - 0.5 * (
             spread.log().sum(-1) + self.dim * math.log(2.0 * math.pi)
         )
         if self._factor is None:
-            return _Spectral(
-                s_mean, mean, gain, cast_like(precision, x), cast_like(log_norm, x), matrices
-            )
+            return _Spectral(s_mean, mean, gain, cast(precision), cast(log_norm), matrices)
         assert matrices is not None
         s4 = s.unsqueeze(-1)
         scaled = s4 * self._factor.mT * precision.unsqueeze(-2)
@@ -218,18 +215,10 @@ class GaussianMixture(Target):
             torch.eye(self._factor.shape[-1], dtype=torch.float64) + s4 * scaled @ self._factor
         )
         cholesky = torch.linalg.cholesky(capacity)
-        project = cast_like(torch.cholesky_solve(scaled, cholesky).mT, x)
+        project = cast(torch.cholesky_solve(scaled, cholesky).mT)
         log_norm = log_norm - cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return _LowRank(
-            s_mean,
-            mean,
-            matrices,
-            project,
-            cast_like(s, x),
-            gain,
-            cast_like(precision, x),
-            cast_like(log_norm, x),
-        )
+        precision, log_norm = cast(precision), cast(log_norm)
+        return _LowRank(s_mean, mean, matrices, project, cast(s), gain, precision, log_norm)
 
     def _mix(self, values: Tensor, log_joint: Tensor) -> Tensor:
         """The average of `[B, K, dim]` under the posterior weights of the components."""

@@ -139,9 +139,6 @@ class _Solve(PerSampleSolve):
         t, s, sigma = self.clock.read(lam, lambda _, *numbers: numbers)
         return t, _Points(lam, s, sigma)
 
-    def current_states(self) -> Tensor:
-        return self.gather("x").to(self.dtype)
-
     def run(self) -> Solution:
         self.retire(self.stage == -2)
         while len(self.rows):

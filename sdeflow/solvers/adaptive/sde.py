@@ -268,6 +268,3 @@ class _Solve(PerSampleSolve):
         low = of_x * self.x + of_x0 * x0 + of_noise * dw
         shown = self.predict(low, there.t)
         return low, low + 0.5 * of_x0 * (shown - x0), shown
-
-    def current_states(self) -> Tensor:
-        return self.gather("x").to(self.dtype)

@@ -194,9 +194,9 @@ class PerSampleSolve(ABC):
     def run(self) -> Solution:
         """Solve."""
 
-    @abstractmethod
     def current_states(self) -> Tensor:
         """The states of all samples, in their order, each at its own time: for `error.partial`."""
+        return self.gather("x").to(self.dtype)
 
     # --------------------------------------------------------------------------------------- a step
 
