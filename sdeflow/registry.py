@@ -1,5 +1,7 @@
-"""Names of solvers, grids and processes, with their aliases. `register_solver`, `register_grid` and
-`register_process` add names; the documentation, the command line and the tests read the tables.
+"""Names of solvers, grids and processes, with their aliases.
+
+`register_solver`, `register_grid` and `register_process` add names; the documentation, the command
+line and the tests read the tables.
 """
 
 from __future__ import annotations
@@ -157,7 +159,8 @@ SOLVERS = _table(
     (
         "dpmpp_2m_sde",
         SDEDPMSolverPP,
-        "sample_dpmpp_2m_sde dpmpp_2m_sde_gpu sde_dpmsolver++ sde_dpm_solver_pp cosinedpmsolvermultistepscheduler",
+        "sample_dpmpp_2m_sde dpmpp_2m_sde_gpu sde_dpmsolver++ sde_dpm_solver_pp"
+        " cosinedpmsolvermultistepscheduler",
         {"p": 2},
     ),
     (
@@ -193,8 +196,10 @@ SOLVERS = _table(
     ("torchdiffeq", TorchDiffEq),
     ("torchsde", TorchSDE),
 )
-"""Solvers by name. `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries.
-`churn:NAME`, and likewise every name of a solver that holds a solver, holds the named one.
+"""Solvers by name.
+
+`torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries. `churn:NAME`, and
+likewise every name of a solver that holds a solver, holds the named one.
 """
 
 GRIDS = _table(

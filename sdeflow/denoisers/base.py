@@ -94,7 +94,7 @@ class Denoiser(ABC):
 
         return Reprocessed(self, process)
 
-    def check_condition(self, condition: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to check by default
+    def check_condition(self, condition: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise `TypeError` for a condition that the network does not take."""
 
     def rows(self, index: Tensor) -> Denoiser:

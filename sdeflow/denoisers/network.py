@@ -13,7 +13,9 @@ $$x_0 = \mathrm{skip}\; x + \mathrm{out}\; F(\mathrm{scale}\; x,\; \mathrm{time}
 | `score` | 1/s | sigma^2/s |
 | `v` = (s eps - sigma x0)/r, r^2 = s^2 + sigma^2 | s/r^2 | -sigma/r |
 | `velocity` = s' x0 + sigma' eps | sigma'/w | -sigma/w, w = s sigma' - s' sigma |
-| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), with scale 1/sqrt(n^2 + d^2), time log(n)/4 |
+| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), * |
+
+(*) with scale 1/sqrt(n^2 + d^2) and time log(n)/4.
 
 A solve computes the four for all its times at once, in float64, before its loop (`Denoiser.at`).
 """
@@ -185,8 +187,8 @@ class Network(Denoiser):
                     " returns the first half"
                 )
             raise ValueError(
-                f"the network returned {what_came(output)} for a state of shape {tuple(x.shape)}; it must return"
-                f" the same shape{hint}"
+                f"the network returned {what_came(output)} for a state of shape"
+                f" {tuple(x.shape)}; it must return the same shape{hint}"
             )
         return output.to(x.dtype)
 

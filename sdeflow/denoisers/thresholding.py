@@ -108,7 +108,7 @@ class Projected(Wrapper):
         projected = self.projection(x0)
         if not isinstance(projected, Tensor) or projected.shape != x0.shape:
             raise ValueError(
-                f"the projection of x0 of shape {tuple(x0.shape)} returned {what_came(projected)}; it must keep the"
-                " shape"
+                f"the projection of x0 of shape {tuple(x0.shape)} returned"
+                f" {what_came(projected)}; it must keep the shape"
             )
         return projected

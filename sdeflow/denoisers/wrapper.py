@@ -1,4 +1,6 @@
-"""Denoisers that hold denoisers: the base that hands on what they know, and a denoiser on the path of
+"""Denoisers that hold denoisers.
+
+`Wrapper` is the base, which hands on what they know. `Reprocessed` is a denoiser on the path of
 another process.
 """
 
@@ -111,8 +113,9 @@ class Wrapper(Denoiser):
     def inner_calls(
         self, condition: Mapping[str, Any]
     ) -> Sequence[tuple[Denoiser, Mapping[str, Any]]]:
-        """The calls that make one prediction, in order: a denoiser and its condition each. By
-        default each denoiser is called once, with the condition as it is.
+        """The calls that make one prediction, in order: a denoiser and its condition each.
+
+        By default each denoiser is called once, with the condition as it is.
         """
         return [(denoiser, condition) for denoiser in self.held]
 

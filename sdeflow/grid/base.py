@@ -88,7 +88,7 @@ def in_nsr(
     last: bool = True,
     endless: bool = False,
 ) -> Tensor:
-    """A grid made by `place(top, bottom, n)` in nsr, between the process's ends or the given bounds.
+    """A grid made by `place(top, bottom, n)` in nsr, between the ends of the process or the bounds.
 
     Where the top is beyond `NSR_TOP`, `t_max` itself is put in front of a grid from there, except
     where `place` is `endless` and can begin at infinity. Without `last` it is the first `n` of
@@ -124,10 +124,9 @@ def grid_in_nsr(*, endless: bool = False) -> Callable[[Callable[..., Tensor]], G
         def uniform_nsr(top, bottom, n):
             return top + ramp(n) * (bottom - top)
 
-    The grid is called
-    `grid(process, n, *, parameters, last=True, nsr_min=None, nsr_max=None, t_min=None, t_max=None)`.
-    `place` gives `n` noise-to-signal ratios from `top` down to `bottom`; `endless` and the
-    arguments of the grid are those of `in_nsr`.
+    The grid is called as `grid(process, n, *, parameters, last=True)`, with `nsr_min`, `nsr_max`,
+    `t_min` and `t_max` as its bounds. `place` gives `n` noise-to-signal ratios from `top` down to
+    `bottom`; `endless` and the arguments of the grid are those of `in_nsr`.
     """
 
     def decorate(place: Callable[..., Tensor]) -> GridFunction:
@@ -150,7 +149,8 @@ def grid_in_nsr(*, endless: bool = False) -> Callable[[Callable[..., Tensor]], G
 
         process, n, *bounds, _ = inspect.signature(grid, follow_wrapped=False).parameters.values()
         own = [*inspect.signature(place).parameters.values()][3:]
-        grid.__signature__ = inspect.Signature([process, n, *own, *bounds])  # type: ignore[attr-defined]
+        shown = inspect.Signature([process, n, *own, *bounds])
+        grid.__signature__ = shown  # type: ignore[attr-defined]
         return grid
 
     return decorate

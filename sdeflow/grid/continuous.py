@@ -1,8 +1,9 @@
 """Grids that are uniform in some function of the level: a power of time, a power or the logarithm
 of nsr, an angle, another process's time.
 
-A grid under `@grid_in_nsr()` is written as its ratios from `top` to `bottom`, and called
-`grid(process, n, *, parameters, last=True, nsr_min=None, nsr_max=None, t_min=None, t_max=None)`.
+A grid under `@grid_in_nsr()` is written as its ratios from `top` to `bottom`. It is called as
+`grid(process, n, *, parameters, last=True)`, with `nsr_min`, `nsr_max`, `t_min` and `t_max` as its
+bounds, each of which is the process's own by default.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def uniform_t(
 def uniform_sqrt_t(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """Uniform in the square root of time: finer near the data. Source: DDIM's "quadratic" grid
-    (Song et al., 2020).
+    """Uniform in the square root of time: finer near the data.
+
+    Source: DDIM's "quadratic" grid (Song et al., 2020).
     """
     return power_t(process, n, rho=2.0, t_min=t_min, t_max=t_max)
 
@@ -62,8 +64,9 @@ def cosine_t(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Half a cosine in time, fine at both ends (Chebyshev's nodes). Without `both` a quarter, fine
-    at the data only.
+    """Half a cosine in time, fine at both ends (Chebyshev's nodes).
+
+    Without `both` a quarter, fine at the data only.
 
     Source: the Chebyshev-Lobatto points of numerical quadrature.
     """
@@ -213,8 +216,9 @@ def uniform_vp(
 def uniform_cosine(top: float, bottom: float, n: int, *, offset: float = 0.008) -> Tensor:
     """Uniform in the time of a `Cosine` at the same noise-to-signal ratio, whatever the process.
 
-    It can begin at infinity. Without `last`, the first `n` of `n + 1` levels. Source: Nichol & Dhariwal, "Improved DDPM"
-    (2021), equation 17.
+    It can begin at infinity. Without `last`, the first `n` of `n + 1` levels.
+
+    Source: Nichol & Dhariwal, "Improved DDPM" (2021), equation 17.
     """
     clock = Cosine(offset=offset)
     a, b = (float(clock.t_of_nsr(nsr)) for nsr in (top, bottom))

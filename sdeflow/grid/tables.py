@@ -31,8 +31,9 @@ ALIGN_YOUR_STEPS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A grid given as a list of noise-to-signal ratios, or of times. Other numbers of levels are
-    interpolated.
+    """A grid given as a list of noise-to-signal ratios, or of times.
+
+    Other numbers of levels are interpolated.
 
         solve(model, solver="dpmpp_2m", nfe=10, grid=grid.table([14.6, 3.9, 1.9, 0.96, 0.4, 0.03]))
 

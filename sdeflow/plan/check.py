@@ -10,7 +10,8 @@ it the variance at every call. Its error there is the error of the steps themsel
 $x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$. It is of order $p$ only if it is right wherever $F$
 is a polynomial of degree less than $p$ in some clock $c$:
 
-$$\sum_j b_j\, u_j^m = \rho_+ \int_q^{q_+} u^m\,dq, \qquad u = \frac{c - c_0}{c_+ - c_0}, \qquad m = 0, \dots, p - 1.$$
+$$\sum_j b_j\, u_j^m = \rho_+ \int_q^{q_+} u^m\,dq,
+\qquad u = \frac{c - c_0}{c_+ - c_0}, \qquad m = 0, \dots, p - 1.$$
 
 For multistep methods these conditions suffice. A step that the next prediction corrects is measured
 as predicted, since that is the state that the call sees. A Runge-Kutta step also needs good enough
@@ -48,9 +49,9 @@ class PlanReport:
     - `signal`: the error of the share of `x0`, on data of one point.
     - `noise`: the relative error of the noise's standard deviation there.
     - `gaussian`: the relative error of the standard deviation on data `N(0, std^2)`.
-    - `degrees`: the degree up to which polynomials of `predicts` in `clock` are reproduced by the step
-      that leads to the row; -1 where not even constants are, None where no step leads there (the
-      first call, several at one level, no signal).
+    - `degrees`: the degree up to which polynomials of `predicts` in `clock` are reproduced by the
+      step that leads to the row; -1 where not even constants are, None where no step leads there
+      (the first call, several at one level, no signal).
     - `defects`: `[rows, 6]`, the relative error on the monomials; NaN where there is no step. A
       method that holds its last prediction is wrong by 1 on all but the constant.
     - `stages`: which rows are stages within a step.
@@ -202,7 +203,8 @@ def check(
             found.append((f, c, nodes.defects(f, c)))
     if not found:
         raise ValueError(
-            f"predicts={predicts!r} is checked in the clock {_own_clock(predicts)} alone; got {clock}"
+            f"predicts={predicts!r} is checked in the clock {_own_clock(predicts)} alone; got"
+            f" {clock}"
         )
     stages = _stages(rows, times)
     scored = [(f, c, d, _score(d, stages)) for f, c, d in found]
@@ -210,11 +212,22 @@ def check(
     ties = tuple((a, b) for a, b, _, score in scored if score == best and (a, b) != (f, c))
     finite = rows.sigma > 0.0
     law = torch.sqrt((rows.s * std) ** 2 + rows.sigma**2)
+    spread = rows.spread()
     return PlanReport(
-        title, rows.t, rows.nsr, (rows.signal - rows.s).detach(),
-        torch.where(finite, rows.spread() / torch.where(finite, rows.sigma, 1.0) - 1.0, rows.spread()).detach(),
-        (rows.spread(std) / law - 1.0).detach(), std, f, c, _degrees(defects), defects, stages, ties,
-    )  # fmt: skip
+        title=title,
+        t=rows.t,
+        nsr=rows.nsr,
+        signal=(rows.signal - rows.s).detach(),
+        noise=torch.where(finite, spread / rows.sigma - 1.0, spread).detach(),
+        gaussian=(rows.spread(std) / law - 1.0).detach(),
+        std=std,
+        predicts=f,
+        clock=c,
+        degrees=_degrees(defects),
+        defects=defects,
+        stages=stages,
+        ties=ties,
+    )
 
 
 def _own_clock(predicts: str | None) -> str | None:

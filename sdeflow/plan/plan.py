@@ -174,8 +174,8 @@ class Plan:
         return unroll(self.instructions, self.result, self.grid, self.finished).predicting(predicts)
 
     def matrix(self, predicts: str = "x0") -> Tensor:
-        """`unrolled(predicts)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and
-        the result.
+        """`unrolled(predicts)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call,
+        and the result.
         """
         return self.unrolled(predicts).matrix
 
@@ -241,8 +241,8 @@ class Plan:
         return head + (" -> zero noise" if self.finished else "")
 
     def plot(self, path: str | os.PathLike[str] | None = None, predicts: str = "x0") -> Any:
-        """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as PNG
-        in `path` too if given.
+        """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as
+        PNG in `path` too if given.
 
         Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
         """

@@ -221,7 +221,8 @@ class Difference:
     difference of the unrolled matrices, the largest entry of which is `scale`; `times`, `levels`
     and `intervals` are those of the calls' times, of their `s` and `sigma`, and of the
     noise-to-signal ratios between which noise is drawn. All are infinite where the plans do not
-    have the same numbers of calls and draws. `ends` says whether both end at zero noise, or both do not.
+    have the same numbers of calls and draws. `ends` says whether both end at zero noise, or both do
+    not.
     """
 
     nfe: tuple[int, int]

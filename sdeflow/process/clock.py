@@ -47,8 +47,9 @@ class Clock:
             raise unknown("clock", self.name, CLOCKS)
 
     def reading(self, t: Level) -> Scalar:
-        """The clock's value at a level. A level whose entries are tensors gives a tensor of
-        values.
+        """The clock's value at a level.
+
+        A level whose entries are tensors gives a tensor of values.
         """
         match self.name:
             case "t":
@@ -84,8 +85,9 @@ class Clock:
         return shown
 
     def lam(self, reading: Scalar) -> Scalar:
-        """`log(s / sigma)` where the clock has a given value; the inverse of `of_lam`. The clock
-        `t` has none without a process: see `times`.
+        """`log(s / sigma)` where the clock has a given value; the inverse of `of_lam`.
+
+        The clock `t` has none without a process: see `times`.
         """
         match self.name:
             case "lam":
@@ -106,7 +108,7 @@ class Clock:
         """The times at which the clock has given values; the inverse of `readings`."""
         return readings if self.name == "t" else process.t_of_lam(self.lam(readings))
 
-    # ---------------------------------------------------------------------- the state that it scales
+    # --------------------------------------------------------------------- the state that it scales
 
     def state_scale(self, t: Level) -> Scalar:
         """`x / z`: how many times the state `z` of the ODE in this clock `x` is, at a level."""
@@ -167,8 +169,9 @@ class ClockRange:
     def read(
         self, reading: Tensor, what: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`what(reading, t, s, sigma)` where the clock has given values (of any shape). No entry
-        depends on how many others there are, to the last bit.
+        """`what(reading, t, s, sigma)` where the clock has given values (of any shape).
+
+        No entry depends on how many others there are, to the last bit.
         """
 
         def numbers(reading: Tensor) -> Tensor:

@@ -41,7 +41,10 @@ class FromBetas(Process):
         if betas.ndim != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
             hint = ""
             if len(betas) and float(betas.max()) >= 1:
-                hint = "; a last beta of 1 means zero-terminal SNR: drop it, or use a continuous process"
+                hint = (
+                    "; a last beta of 1 means zero-terminal SNR: drop it, or use a continuous"
+                    " process"
+                )
             raise ValueError(f"a table of betas is a vector with every entry inside (0, 1){hint}")
         n = len(betas)
         nodes = torch.cat(

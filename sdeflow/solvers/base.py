@@ -174,11 +174,11 @@ class Solver(ABC):
         return self._solve(Task(reverse, x, times, noise, finish, record, on_call))
 
     def _solve(self, task: Task) -> Solution:
-        """The solve of a task whose times are checked; a solver has this, or its own `integrate`."""
+        """The solve of a task with checked times; a solver has this, or its own `integrate`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it solves")
 
     def checked_times(self, times: Tensor | Sequence[float], finish: bool) -> Tensor:
-        """`check_times(times)`, or a `GridError` where the solver does not run in their direction."""
+        """`check_times(times)`; a `GridError` where the solver does not run in that direction."""
         times = check_times(times)
         upward = len(times) > 1 and bool(times[-1] > times[0])
         if upward and not self.reversible:

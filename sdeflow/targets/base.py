@@ -32,7 +32,10 @@ from sdeflow._utils.math import as_time
 from sdeflow.denoisers import Denoiser
 from sdeflow.process import Process
 
-TINY = 1e-30  # a variance: keeps 0 / 0 at 0 where a direction has neither data nor noise; its inverse fits float32
+TINY = 1e-30
+"""A variance: keeps 0 / 0 at 0 where a direction has neither data nor noise; its inverse fits
+float32.
+"""
 
 
 class Target(Denoiser):

@@ -98,8 +98,10 @@ class _Points(NamedTuple):
 
 
 class _Solve(PerSampleSolve):
-    """One solve under way. `stage` says where a sample needs the next prediction: 0 at its state,
-    1 and 2 at the stages, -1 not known before it tries a step, -2 nowhere.
+    """One solve under way.
+
+    `stage` says where a sample needs the next prediction: 0 at its state, 1 and 2 at the stages, -1
+    not known before it tries a step, -2 nowhere.
     """
 
     carried = ("x", "x0", "low", "first", "query", "query_at", "target", "stage")

@@ -216,8 +216,9 @@ class PerSampleSolve(ABC):
         return self.reverse.forwards - self.forwards_before
 
     def check_budget(self, calls: int) -> None:
-        """Fail unless `calls` more calls can be made. An attempt that cannot be completed is not
-        begun.
+        """Fail unless `calls` more calls can be made.
+
+        An attempt that cannot be completed is not begun.
         """
         if self.calls + calls <= self.solver.max_nfe:
             return
@@ -231,8 +232,9 @@ class PerSampleSolve(ABC):
         )
 
     def propose(self) -> Tensor:
-        """The value of the clock after the step that each active sample tries next. The end is met
-        exactly.
+        """The value of the clock after the step that each active sample tries next.
+
+        The end is met exactly.
         """
         rest = (self.end - self.a).abs()
         left = (

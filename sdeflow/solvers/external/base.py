@@ -100,8 +100,9 @@ def finite_readings(clock: Clock, levels: list[Level]) -> Tensor:
 def levels_at(
     clock: Clock, process: Process, values: Tensor, t_first: float, t_last: float
 ) -> list[Level]:
-    """The levels, between two times, where a clock has some values. Only the clock `t` needs, and
-    gets, the derivatives of the process.
+    """The levels, between two times, where a clock has some values.
+
+    Only the clock `t` needs, and gets, the derivatives of the process.
     """
     t = clock.times(process, values).clamp(min(t_first, t_last), max(t_first, t_last))
     if clock.name == "t":

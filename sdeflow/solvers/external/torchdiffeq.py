@@ -1,4 +1,6 @@
-r"""The methods of torchdiffeq on the probability-flow ODE, on states of any shape under any process.
+r"""The methods of torchdiffeq on the probability-flow ODE.
+
+States have any shape, under any process.
 
 torchdiffeq integrates it in one of four pairs of clock and state,
 
@@ -184,8 +186,9 @@ class TorchDiffEq(External):
 
 
 class _RightHandSide:
-    """The function of the clock and the state that torchdiffeq integrates. It counts the calls,
-    shows them to the callback, and stops at `max_nfe`.
+    """The function of the clock and the state that torchdiffeq integrates.
+
+    It counts the calls, shows them to the callback, and stops at `max_nfe`.
     """
 
     def __init__(
@@ -213,8 +216,8 @@ class _RightHandSide:
         if self.reverse.made >= self.solver.max_nfe:
             at = f" at t={self.t.t:.6g}" if self.t is not None else ""
             raise SolverError(
-                f"{self.solver.title} spent max_nfe={self.solver.max_nfe} network calls{at}: raise it,"
-                " or loosen rtol and atol"
+                f"{self.solver.title} spent max_nfe={self.solver.max_nfe} network calls{at}: raise"
+                " it, or loosen rtol and atol"
             )
         shown = float(tick.detach())
         level = self.known.get(shown)

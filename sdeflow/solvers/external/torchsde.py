@@ -62,8 +62,8 @@ class TorchSDE(External):
     - `clock`: the variable of the steps, `"t"`, `"nsr"` or `"lam"`.
 
     Noise comes from sdeflow: the same seed gives the same sample whatever the batch, and
-    `BrownianNoise` the same path at every number of steps (SRK's second integral of it is random for
-    each step). Where no signal is left (`s = 0`) the first step is ancestral, in as many parts
+    `BrownianNoise` the same path at every number of steps (SRK's second integral of it is random
+    for each step). Where no signal is left (`s = 0`) the first step is ancestral, in as many parts
     as the method takes calls.
 
     Errors: `UnknownNameError` for a method or a clock; `SolverError` without a source of noise;

@@ -3,7 +3,8 @@ prediction is held.
 
 With the prediction $x_0$ held constant over a step, the probability-flow ODE has the solution
 
-$$x_+ = \frac{\sigma_+}{\sigma} x + \Big(s_+ - s\frac{\sigma_+}{\sigma}\Big) x_0 = s_+ x_0 + \sigma_+ \varepsilon,$$
+$$x_+ = \frac{\sigma_+}{\sigma} x + \Big(s_+ - s\frac{\sigma_+}{\sigma}\Big) x_0
+= s_+ x_0 + \sigma_+ \varepsilon,$$
 
 which is DDIM. With $\varepsilon$ held constant it is the same map. With the prediction at stages
 within the step, the same integral gives exponential Runge-Kutta methods

@@ -5,7 +5,8 @@ With the scaled state $z = x/s$ the probability-flow ODE is $dz = \varepsilon\,d
 $\rho = \sigma/s$ is the noise-to-signal ratio (`nsr`). A step replaces $\varepsilon$ by the
 polynomial through its last `p` values:
 
-$$x_+ = \frac{s_+}{s}\,x + \sum_{j<p} b_j\,\varepsilon_j, \qquad b_j = s_+ \int_\rho^{\rho_+} \ell_j\,d\rho .$$
+$$x_+ = \frac{s_+}{s}\,x + \sum_{j<p} b_j\,\varepsilon_j,
+\qquad b_j = s_+ \int_\rho^{\rho_+} \ell_j\,d\rho .$$
 
 The methods differ only in the variable of the polynomial, their clock. LMS is the method in $\rho$
 with `p = 4`. All belong to the family of `sdeflow.solvers.ode.adams` (`predicts="eps"`, started by

@@ -214,7 +214,7 @@ class DPMSolverPP(Multistep):
     With `r0 = (lam - lam_1)/h` and `r1 = (lam_1 - lam_2)/h` of the nodes before,
     `a = (F - F_1)/r0`, `b = (F_1 - F_2)/r1`:
 
-        2M   x_next = P + M_0/2 a                                                                    (or M_1 a: "heun")
+        2M   x_next = P + M_0/2 a    (or M_1 a: "heun")
         3M   x_next = P + M_1 (a + r0 c) + kappa M_2 c,    c = (a - b)/(r0 + r1)
 
     - `p`: predictions, 1 (DDIM), 2 or 3.

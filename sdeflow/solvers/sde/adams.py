@@ -4,7 +4,8 @@ the published one.
 Over nodes $t_j$ with the predictions $D_j$ and their Lagrange polynomials $\ell_j$ in a clock $u$,
 and with $\eta$ the rate of noise, the step of `sdeflow.solvers.sde.exponential` has the weights
 
-$$b_j = s_+\, (1 + \eta) \int_\lambda^{\lambda_+} e^{-(1 + \eta)(\lambda_+ - l)}\, \ell_j(u(l))\, dl.$$
+$$b_j = s_+\, (1 + \eta) \int_\lambda^{\lambda_+}
+e^{-(1 + \eta)(\lambda_+ - l)}\, \ell_j(u(l))\, dl.$$
 
 The nodes up to $t$ make a predictor. A corrector takes the same step again over the next prediction
 too, see `sdeflow.solvers.ode.multistep`.
@@ -36,7 +37,8 @@ class StochasticAdams(RateSolver, Multistep):
     r"""Stochastic exponential Adams: the last `p` predictions interpolated in any clock, with exact
     weights and any noise.
 
-        x_next = (sigma_next / sigma) e^{-eta h} x + sum_j b_j D_j + sigma_next sqrt(1 - e^{-2 eta h}) z
+        x_next = (sigma_next / sigma) e^{-eta h} x + sum_j b_j D_j
+                 + sigma_next sqrt(1 - e^{-2 eta h}) z
 
     with the weights of the module.
 

@@ -81,8 +81,8 @@ class AnnealedLangevin(GridSolver):
     Between levels the state is rescaled by the ratio of `s`. NCSN's `a_i = e sigma_i^2 / sigma_L^2`
     is `step_size = e / sigma_L^2` (0.2 in the paper, with 100 steps a level; the default of 5 mixes
     far modes poorly). It samples each level's distribution up to the bias of the moves. The bias
-    falls with `step_size` and not with the number of levels: the method has no order. Levels must be
-    close together, since the moves cannot remove the noise of a distant level: use hundreds.
+    falls with `step_size` and not with the number of levels: the method has no order. Levels must
+    be close together, since the moves cannot remove the noise of a distant level: use hundreds.
 
     Cost: `steps` calls a level, and 1. Order: 0. Source: Song & Ermon, "NCSN" (2019), algorithm 1.
     """

@@ -79,7 +79,8 @@ class ERSDE(Multistep):
     With `r = phi_next / phi` and the differences of the predictions
     `D' = (D - D_1) / (nsr - nsr_1)` and `D'' = 2 (D' - D'_1) / (nsr - nsr_2)`:
 
-        x_next = (s_next / s) r x + s_next ((1 - r) D + k_1 D' + k_2 D'') + s_next sqrt(nsr_next^2 - r^2 nsr^2) z
+        x_next = (s_next / s) r x + s_next ((1 - r) D + k_1 D' + k_2 D'')
+                 + s_next sqrt(nsr_next^2 - r^2 nsr^2) z
         k_1    = nsr_next - nsr + phi_next int dn / phi(n)                from nsr_next to nsr
         k_2    = (nsr_next - nsr)^2 / 2 + phi_next int (n - nsr) / phi(n) dn
 
@@ -88,9 +89,9 @@ class ERSDE(Multistep):
       paper: `"ode"`, `"sde"`, `"sde_1"`: `n (e^{-1/n} + 10)`, `"sde_2"`: `n^1.5`, `"sde_3"`:
       `n^2.5`, `"sde_4"`: `n^0.9 log10(1 + 100 n^1.5)`, or its choice `"sde_5"`:
       `n (e^{n^0.3} + 10)`.
-    - `exact_weights`: with three predictions, take as `D'` the parabola's slope at the step's start,
-      `D' + (nsr - nsr_1) D'' / 2`, in place of the published difference, which is its slope half a
-      step before; `p=3` then is the exact polynomial.
+    - `exact_weights`: with three predictions, take as `D'` the parabola's slope at the step's
+      start, `D' + (nsr - nsr_1) D'' / 2`, in place of the published difference, which is its slope
+      half a step before; `p=3` then is the exact polynomial.
 
     The integrals are taken by a Gauss-Legendre rule; the published code sums 100 points, to about
     one percent.

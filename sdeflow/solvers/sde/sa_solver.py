@@ -23,7 +23,8 @@ class SASolver(Multistep):
     With `T = 1 + tau^2`, nodes and Lagrange polynomials in `lam`, the newest prediction among the
     corrector's:
 
-        x_next = (sigma_next / sigma) e^{-tau^2 h} x + sum_j b_j D_j + sigma_next sqrt(1 - e^{-2 tau^2 h}) z
+        x_next = (sigma_next / sigma) e^{-tau^2 h} x + sum_j b_j D_j
+                 + sigma_next sqrt(1 - e^{-2 tau^2 h}) z
         b_j    = s_next T int e^{-T (lam_next - l)} l_j(l) dl  over the step
 
     - `p`, `c`: predictions that the predictor and the corrector interpolate; `c=0` for no

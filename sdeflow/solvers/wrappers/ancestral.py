@@ -23,7 +23,8 @@ class Ancestral(Stepwise):
     r"""Ancestral sampling around any solver of the ODE: step down past the next level, then add
     noise up to it.
 
-        nsr_down = nsr_next sqrt(1 - eta^2 (1 - nsr_next^2 / nsr^2)),  nsr_up^2 = nsr_next^2 - nsr_down^2
+        nsr_down = nsr_next sqrt(1 - eta^2 (1 - nsr_next^2 / nsr^2))
+        nsr_up^2 = nsr_next^2 - nsr_down^2
         x_next = s_next / s_down (step of `solver` from nsr to nsr_down) + s_next s_noise nsr_up z
 
     Around `DDIM()` (Euler's method in the clock nsr) this is `DDIM(eta)`, and `DDPM` at `eta=1`.
