@@ -296,7 +296,8 @@ class BrownianNoise(Noise):
         """`W(tau)` given `W` at both ends of an interval, with the normal of node `number`."""
         # The tree's lower end stands for zero, where W is zero.
         tau_low, tau_high = 4.0**low if low > -self._TOP else 0.0, 4.0**high
-        below, above, whole = max(tau - tau_low, 0.0), max(tau_high - tau, 0.0), tau_high - tau_low
+        whole = tau_high - tau_low
+        below, above = max(tau - tau_low, 0.0), max(tau_high - tau, 0.0)
         noise = self._keyed(self._keys(_NODES, number)).mul_(math.sqrt(below * (above / whole)))
         # One rounding an operation: a fused multiply-add may round otherwise at the end of a
         # vectorised loop, and a row's bits would depend on its place in the batch.

@@ -72,7 +72,8 @@ class Wrapper(Denoiser):
                 f"{name} wraps denoisers of one shape; got {' and '.join(map(str, shapes))}"
             )
         self.shape = next(iter(shapes), None)
-        low, high = max(d.nsr_range[0] for d in self.held), min(d.nsr_range[1] for d in self.held)
+        low = max(d.nsr_range[0] for d in self.held)
+        high = min(d.nsr_range[1] for d in self.held)
         if not low < high:
             raise ValueError(
                 f"{name} wraps denoisers that are trusted at common noise levels; their nsr_range"

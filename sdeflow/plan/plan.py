@@ -317,11 +317,8 @@ class Plan:
             instructions = tuple(map(_instruction, data["instructions"]))
             grid = tuple((float(t), float(s), float(sigma)) for t, s, sigma in data["grid"])
             registers, result = int(data["registers"]), int(data["result"])
-            finished, solver, process = (
-                bool(data["finished"]),
-                str(data["solver"]),
-                str(data["process"]),
-            )
+            finished = bool(data["finished"])
+            solver, process = str(data["solver"]), str(data["process"])
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"this is not a plan saved by sdeflow, or damaged: {type(error).__name__} {error}"

@@ -68,7 +68,7 @@ class Clock:
 
     def readings(self, process: Process, times: Tensor) -> Tensor:
         """The clock's value at each of some times."""
-        s, sigma = (torch.broadcast_to(c, times.shape) for c in process.kernel(times))
+        s, sigma = process.kernel(times)
         shown: Tensor = self.reading(Level(times, s, sigma, math.nan, math.nan))
         return shown
 
@@ -176,7 +176,7 @@ class ClockRange:
 
         def numbers(reading: Tensor) -> Tensor:
             t = self.time(reading)
-            s, sigma = (torch.broadcast_to(c, t.shape) for c in self.process.kernel(t))
+            s, sigma = self.process.kernel(t)
             return torch.stack(what(reading, t, s, sigma))
 
         return tuple(batch_invariant(numbers, reading))

@@ -156,7 +156,8 @@ class Empirical(Target):
 
     def covariance(self) -> Tensor:
         """Covariance matrix of the flattened data, the kernel's included, `[dim, dim]`, float64."""
-        centre, total = self.mean.reshape(-1), torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        centre = self.mean.reshape(-1)
+        total = torch.zeros(self.dim, self.dim, dtype=torch.float64)
         for part in self.data.reshape(len(self.data), -1).split(self.chunk):
             centred = part.cpu().double() - centre
             total += centred.mT @ centred

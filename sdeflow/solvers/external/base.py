@@ -50,10 +50,8 @@ class External(Solver):
 
     def _solve(self, task: Task) -> Solution:
         reverse, dtype = Watched(task.reverse, task.on_call), task.x.dtype
-        levels, before = (
-            check_levels(reverse.prepare(task.times), reverse.process),
-            reverse.forwards,
-        )
+        levels = check_levels(reverse.prepare(task.times), reverse.process)
+        before = reverse.forwards
         task = task._replace(x=task.x.to(torch.promote_types(dtype, torch.float32)))
         states = self.states(task, reverse, levels) if len(levels) > 1 else [task.x]
         if task.finish:
@@ -107,5 +105,5 @@ def levels_at(
     t = clock.times(process, values).clamp(min(t_first, t_last), max(t_first, t_last))
     if clock.name == "t":
         return process.levels(t)
-    s, sigma = (torch.broadcast_to(c, t.shape).tolist() for c in process.kernel(t))
-    return [Level(*row, math.nan, math.nan) for row in zip(t.tolist(), s, sigma, strict=True)]
+    columns = (c.tolist() for c in (t, *process.kernel(t)))
+    return [Level(*row, math.nan, math.nan) for row in zip(*columns, strict=True)]

@@ -126,7 +126,8 @@ class _ReverseSDE:
     noise_type = "additive"
 
     def __init__(self, solver: TorchSDE, reverse: Watched, shape: torch.Size):
-        self.method, self.sign = _SDE_METHODS[solver.method], 1.0 if solver.clock == "lam" else -1.0
+        self.method = _SDE_METHODS[solver.method]
+        self.sign = 1.0 if solver.clock == "lam" else -1.0
         self.name, self.sde_type = solver.method, self.method.kind
         self.reverse, self.shape = reverse, shape
         self.clock = Clock(solver.clock)
