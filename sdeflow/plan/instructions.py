@@ -24,8 +24,9 @@ class Draw:
     @property
     def interval(self) -> tuple[float, float]:
         """The two ratios, both infinite for an independent draw."""
-        independent = self.nsr is None or self.nsr_next is None
-        return (math.inf, math.inf) if independent else (self.nsr, self.nsr_next)
+        if self.nsr is None or self.nsr_next is None:
+            return math.inf, math.inf
+        return self.nsr, self.nsr_next
 
 
 @dataclass(frozen=True, slots=True)
