@@ -180,7 +180,8 @@ class Network(Denoiser):
             x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
         )
         if not isinstance(output, Tensor) or output.shape != x.shape:
-            hint, size = "", getattr(output, "shape", ())
+            hint = ""
+            size: tuple[int, ...] = getattr(output, "shape", ())
             if x.ndim > 1 and len(size) == x.ndim and size[1] == 2 * x.shape[1]:
                 hint = (
                     "; twice the channels is a learned variance: wrap the network so that it"
