@@ -105,5 +105,5 @@ def levels_at(
     t = clock.times(process, values).clamp(min(t_first, t_last), max(t_first, t_last))
     if clock.name == "t":
         return process.levels(t)
-    columns = (c.tolist() for c in (t, *process.kernel(t)))
-    return [Level(*row, math.nan, math.nan) for row in zip(*columns, strict=True)]
+    s, sigma = (c.tolist() for c in process.kernel(t))
+    return [Level(*row, math.nan, math.nan) for row in zip(t.tolist(), s, sigma, strict=True)]
