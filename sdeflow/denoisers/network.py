@@ -13,7 +13,9 @@ $$x_0 = \mathrm{skip}\; x + \mathrm{out}\; F(\mathrm{scale}\; x,\; \mathrm{time}
 | `score` | 1/s | sigma^2/s |
 | `v` = (s eps - sigma x0)/r, r^2 = s^2 + sigma^2 | s/r^2 | -sigma/r |
 | `velocity` = s' x0 + sigma' eps | sigma'/w | -sigma/w, w = s sigma' - s' sigma |
-| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), with scale 1/sqrt(n^2 + d^2), time log(n)/4 |
+| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), * |
+
+(*) with scale 1/sqrt(n^2 + d^2) and time log(n)/4.
 
 A solve computes the four for all its times at once, in float64, before its loop (`Denoiser.at`).
 """
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow._utils.math import Scalar, as_time, expand
-from sdeflow.denoisers.base import Denoiser, match_noise_level, trained_range
+from sdeflow.denoisers.base import Denoiser, match_noise_level, trained_range, what_came
 from sdeflow.errors import unknown
 from sdeflow.process import EDM, FromBetas, Process
 
@@ -178,25 +180,16 @@ class Network(Denoiser):
             x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
         )
         if not isinstance(output, Tensor) or output.shape != x.shape:
-            got = (
-                f"shape {tuple(output.shape)}"
-                if isinstance(output, Tensor)
-                else type(output).__name__
-            )
             hint = ""
-            if (
-                isinstance(output, Tensor)
-                and x.ndim > 1
-                and output.ndim == x.ndim
-                and output.shape[1] == 2 * x.shape[1]
-            ):
+            size: tuple[int, ...] = getattr(output, "shape", ())
+            if x.ndim > 1 and len(size) == x.ndim and size[1] == 2 * x.shape[1]:
                 hint = (
                     "; twice the channels is a learned variance: wrap the network so that it"
                     " returns the first half"
                 )
             raise ValueError(
-                f"the network returned {got} for a state of shape {tuple(x.shape)}; it must return"
-                f" the same shape{hint}"
+                f"the network returned {what_came(output)} for a state of shape"
+                f" {tuple(x.shape)}; it must return the same shape{hint}"
             )
         return output.to(x.dtype)
 

@@ -1,5 +1,6 @@
-r"""Time grids: the levels of a solver. Float64 on the CPU, decreasing, `n` levels from `t_max` to
-`t_min`.
+r"""Time grids: the levels of a solver.
+
+Float64 on the CPU, decreasing, `n` levels from `t_max` to `t_min`.
 
 Every grid is a function `grid(process, n, *, t_min=None, t_max=None, ...)`. `grid=` takes any
 function of that form, and any strictly monotone vector of times, and uses it exactly. The step from

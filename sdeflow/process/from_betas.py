@@ -39,15 +39,13 @@ class FromBetas(Process):
     def __post_init__(self) -> None:
         betas = torch.tensor(self.betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(
-                "a table of betas is a vector with every entry inside (0, 1)"
-                + (
+            hint = ""
+            if len(betas) and float(betas.max()) >= 1:
+                hint = (
                     "; a last beta of 1 means zero-terminal SNR: drop it, or use a continuous"
                     " process"
-                    if len(betas) and float(betas.max()) >= 1
-                    else ""
                 )
-            )
+            raise ValueError(f"a table of betas is a vector with every entry inside (0, 1){hint}")
         n = len(betas)
         nodes = torch.cat(
             [torch.zeros(1, dtype=torch.float64), -0.5 * torch.log1p(-betas).cumsum(0)]
