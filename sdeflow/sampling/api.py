@@ -23,22 +23,10 @@ from sdeflow.process import Process
 from sdeflow.sampling.batch_size import BatchSize
 from sdeflow.sampling.batches import Loop, ProgressBar
 from sdeflow.sampling.cuda_graphs import GraphCache, refusal
-from sdeflow.sampling.inputs import Conditions, Inputs, check_device, device_of
+from sdeflow.sampling.inputs import Conditions, Inputs
 from sdeflow.sampling.request import CallInfo, GraphMode, Request
-from sdeflow.sampling.times import DEFAULT_NFE, default_levels, grid_for, make_times, times_of
+from sdeflow.sampling.times import default_levels, grid_for, make_times, times_of
 from sdeflow.solvers.base import GridSolver, Provenance, Solution, Solver, check_times
-
-__all__ = [
-    "DEFAULT_NFE",
-    "DEFAULT_SOLVER",
-    "Step",
-    "check_device",
-    "device_of",
-    "encode",
-    "run",
-    "sample",
-    "solve",
-]
 
 Step = CallInfo
 """What a callback gets: the name of `CallInfo` at the top of the package."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -106,9 +107,17 @@ class Loop:
         except (SolverError, NonFiniteError) as error:
             with contextlib.suppress(NonFiniteError):
                 self._settle()
-            error.finished = self._finished()
+            error.finished = self._joined()[0] if self.parts else None
             raise
-        whole = self._whole()
+        whole, fits = self._joined()
+        if not fits:
+            spent = OutOfMemoryError(
+                f"all {self.inputs.n} samples are done, but do not fit twice on {device}, as"
+                " joining the batches takes: ask for fewer at a time. They are in this error's"
+                " `finished`, on the CPU"
+            )
+            spent.finished = whole
+            raise spent
         return dataclasses.replace(
             whole, statistics={**whole.statistics, **self.graphs.statistics(), **self._memory()}
         )
@@ -147,16 +156,14 @@ class Loop:
     def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
         inputs = self.inputs
         source = noise_of(self.request.noise, inputs, rows)
-        return source, inputs.state(
-            self.denoiser.process, float(self.times[0].detach()), rows, source
-        )
+        start = float(self.times[0].detach())
+        return source, inputs.state(self.denoiser.process, start, rows, source)
 
     def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
         reverse = self._reverse(rows)
         collected: list[Tensor] = []
-        part = self._integrate(
-            reverse, state, source, self._watcher(collected if self.request.x0s else None, rows)
-        )
+        watch = self._watcher(collected if self.request.x0s else None, rows)
+        part = self._integrate(reverse, state, source, watch)
         if not torch.isfinite(part.x).all():
             self._refuse(rows, part)
         part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
@@ -252,33 +259,16 @@ class Loop:
         error.partial = part
         raise error
 
-    def _finished(self) -> Solution | None:
-        """The finished batches; on the CPU if the device has no memory to join them."""
-        if not self.parts:
-            return None
-        try:
-            return join(self.parts)
-        except (MemoryError, RuntimeError) as error:
-            if not _memory.out_of_memory(error):
-                raise
-        return join([_on_cpu(part) for part in self.parts])
-
-    def _whole(self) -> Solution:
-        """All batches as one; `OutOfMemoryError`, with all of them, if the device has no memory to
-        join them.
+    def _joined(self) -> tuple[Solution, bool]:
+        """The finished batches as one, and True; on the CPU, and False, if the device has no memory
+        to join them.
         """
         try:
-            return join(self.parts)
+            return join(self.parts), True
         except (MemoryError, RuntimeError) as error:
             if not _memory.out_of_memory(error):
                 raise
-            spent = OutOfMemoryError(
-                f"all {self.inputs.n} samples are done, but do not fit twice on"
-                f" {self.inputs.device}, as joining the batches takes: ask for fewer at a time. They are in this error's"
-                " `finished`, on the CPU"
-            )
-        spent.finished = join([_on_cpu(part) for part in self.parts])
-        raise spent
+        return join([_on_cpu(part) for part in self.parts]), False
 
     # --------------------------------------------------------------------------------------- memory
 
@@ -291,10 +281,7 @@ class Loop:
     @property
     def _entries(self) -> int:
         """Entries of one sample's state."""
-        entries = 1
-        for size in self.inputs.shape:
-            entries *= size
-        return entries
+        return math.prod(self.inputs.shape)
 
     def _bytes_a_row(self, rows: int) -> int:
         """The bytes that a row of a batch takes on CUDA: the network's are measured by one call
@@ -312,20 +299,15 @@ class Loop:
         states = 16  # of an adaptive solver
         if isinstance(self.method, Plan) or cuda_graphs.is_planned(self.method):
             plan = self._plan
-            kept = (len(plan.grid) + 1 if self.request.trajectory else 0) + (
-                plan.nfe if self.request.x0s else 0
-            )
+            kept = len(plan.grid) + 1 if self.request.trajectory else 0
+            kept += plan.nfe if self.request.x0s else 0
             states = 4 + plan.buffers + 2 * kept + (plan.draws if self.graphs else 0)
         return -(-(peak - before) // rows) + states * self._entries * self.inputs.dtype.itemsize
 
     def _memory(self) -> dict[str, Memory]:
         """The entry of `Solution.statistics` about memory."""
         first = self.parts[0]
-        buffers = (
-            None
-            if first.plan is None
-            else first.plan.buffers * first.x.numel() * first.x.element_size()
-        )
+        buffers = None if first.plan is None else first.plan.buffers * first.x.nbytes
         peak = _memory.peak(self.inputs.device)
         took = Memory(peak, buffers, self.graphs.bytes if self.graphs else None)
         return {} if took == Memory() else {"memory": took}
@@ -379,12 +361,9 @@ def join(parts: list[Solution]) -> Solution:
         return parts[0]
     first = parts[0]
 
-    def cat(tensors: list[Tensor | None], dim: int) -> Tensor | None:
-        return (
-            torch.cat([tensor for tensor in tensors if tensor is not None], dim)
-            if tensors[0] is not None
-            else None
-        )
+    def stacked(name: str) -> Tensor | None:
+        kept = [getattr(part, name) for part in parts]
+        return None if kept[0] is None else torch.cat(kept, 1)
 
     statistics = {
         key: (
@@ -401,7 +380,7 @@ def join(parts: list[Solution]) -> Solution:
         network_calls=sum(part.network_calls for part in parts),
         network_gradients=sum(part.network_gradients for part in parts),
         statistics=statistics,
-        trajectory=cat([part.trajectory for part in parts], 1),
-        x0s=cat([part.x0s for part in parts], 1),
+        trajectory=stacked("trajectory"),
+        x0s=stacked("x0s"),
         interpolant=None,
     )

@@ -22,7 +22,7 @@ from sdeflow.noise import Noise
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.reverse import Spent
-from sdeflow.sampling.capture import CapturedSolve, Replay
+from sdeflow.sampling.capture import CapturedSolve
 from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import GridSolver, Solution, Solver
 
@@ -105,7 +105,17 @@ class GraphCache:
         self.bytes = max(self.bytes, captured.bytes)
         replay = captured.replay(x, noise, condition)
         spent = Spent().add(self._denoiser, condition, plan.times)
-        return _solution(plan, replay, spent), replay.finite
+        solution = Solution(
+            replay.x,
+            plan.nfe,
+            spent.forwards,
+            spent.gradients,
+            plan=plan,
+            trajectory=replay.trajectory,
+            x0s=replay.x0s,
+            statistics={"draws": plan.draws, "buffers": plan.buffers},
+        )
+        return solution, replay.finite
 
     def _graph(self, plan: Plan, x: Tensor, condition: Mapping[str, Any]) -> CapturedSolve | str:
         if self._known is None:
@@ -170,19 +180,6 @@ def is_planned(method: Solver) -> bool:
     return isinstance(method, GridSolver) and type(method).integrate is GridSolver.integrate
 
 
-def _solution(plan: Plan, replay: Replay, spent: Spent) -> Solution:
-    return Solution(
-        replay.x,
-        plan.nfe,
-        spent.forwards,
-        spent.gradients,
-        plan=plan,
-        trajectory=replay.trajectory,
-        x0s=replay.x0s,
-        statistics={"draws": plan.draws, "buffers": plan.buffers},
-    )
-
-
 # ----------------------------------------------------------------------- what is fixed at a capture
 
 
@@ -196,12 +193,8 @@ def capture_key(value: Any) -> Hashable:
         case None | bool() | int() | float() | str():
             return type(value), value
         case Tensor():
-            return (
-                "tensor",
-                value.data_ptr(),
-                0 if value.is_inference() else value._version,
-                *_layout(value),
-            )
+            version = 0 if value.is_inference() else value._version
+            return "tensor", value.data_ptr(), version, *_layout(value)
         case nn.Module():
             return "module", id(value), *_places(value)
         case Denoiser():
@@ -223,19 +216,13 @@ def _places(network: nn.Module) -> Iterator[int]:
     """The places of a network's tensors in memory, which modules are in training, and which are
     compiled; faster than `parameters()`.
     """
-    left, seen = [network], {id(network)}
-    while left:
-        module = left.pop()
+    for module in network.modules():
         yield module.training
         yield id(module._compiled_call_impl)  # of Module.compile()
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
                     yield tensor.data_ptr()
-        for inner in module._modules.values():
-            if inner is not None and id(inner) not in seen:
-                seen.add(id(inner))
-                left.append(inner)
 
 
 def _layout(x: Tensor) -> tuple[Hashable, ...]:
