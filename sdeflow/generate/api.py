@@ -150,8 +150,8 @@ def generate(
     stop = Stop(max_seconds)
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
     place = rank.device(device_of(denoiser) if device is None else check_device(device))
-    image_shape, names = _image_shape(denoiser, shape), _class_names(denoiser)
-    shards = Shards(Path(out), format, n, shard_size, image_shape, names)
+    names = tuple(getattr(denoiser, "class_names", ()))
+    shards = Shards(Path(out), format, n, shard_size, _image_shape(denoiser, shape), names)
     labels = Labels.of(denoiser, classes)
     SeededNoise((seed, seed + n - 1), (1,))  # refuses seeds out of range
     batch = _batch_size(batch_size, place)
@@ -219,16 +219,15 @@ class Maker:
     def make(self, shards: Sequence[int]) -> None:
         """Make these, until it is asked to stop. What was finished is written in any case."""
         with ThreadPoolExecutor(1) as writer:
-            writing: Future[None] | None = None
+            writing: Future[None] = Future()
+            writing.set_result(None)  # there is nothing to wait for yet
             for k in shards:
                 images = self.images(k)
                 if images is None:
                     break
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(self.write, k, images)
-            if writing is not None:
                 writing.result()
+                writing = writer.submit(self.write, k, images)
+            writing.result()
 
     def images(self, k: int) -> Tensor | None:
         """The images of a shard, uint8 [k, H, W, C] on the CPU; None if it is asked to stop."""
@@ -309,19 +308,14 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} is of {stored['n']} images, and n={asked['n']} is fewer: n may grow but"
             " not shrink; choose another folder"
         )
-    names = [
-        name
-        for name in asked
-        if name not in GROWS | INFORMATIVE and stored.get(name) != asked[name]
-    ]
+    fixed = [name for name in asked if name not in GROWS | INFORMATIVE]
+    names = [name for name in fixed if stored.get(name) != asked[name]]
     if len(names) > 1:
         # Another budget or solver has other times, another dtype another hash: those say more.
         follows = {"times", *(["model_sha256"] if "dtype" in names else [])}
         names = [name for name in names if name not in follows]
     if names:
-        old, new = (
-            ", ".join(f"{name}={_short(of.get(name))}" for name in names) for of in (stored, asked)
-        )
+        old, new = (", ".join(f"{n}={_short(of.get(n))}" for n in names) for of in (stored, asked))
         raise ValueError(
             f"{folder} was made with {old}, not with {new}: continuing would mix two sets of"
             " images. Take the same settings, or another folder"
@@ -375,13 +369,11 @@ def sentence(request: Request) -> dict[str, Any]:
     free = _StandIn(as_denoiser(request.score_fn, None))
     asked = {f: getattr(request, f) for f in ("solver", "nfe", "grid", "noise")}
     how = run(Request(score_fn=free, **asked, shape=(1,), n=1, seeds=0))
-    method, plan = how.solver, request.solver
+    method, plan, name = how.solver, request.solver, repr(how.solver)
+    if isinstance(plan, Plan):
+        name = f"plan {hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()}"
     return {
-        "solver": (
-            f"plan {_sha256(json.dumps(plan.to_dict()))}"
-            if isinstance(plan, Plan)
-            else repr(method)
-        ),
+        "solver": name,
         "process": repr(how.process),
         "nfe": None if method is not None and method.adaptive else how.nfe,
         "grid": how.grid,
@@ -390,19 +382,11 @@ def sentence(request: Request) -> dict[str, Any]:
     }
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def dtype_of(denoiser: Denoiser) -> str:
     """The dtype of the network's parameters, or of the states."""
     parameters = (p for network in denoiser.networks for p in network.parameters())
     first = next(parameters, None)
     return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
-
-
-def _class_names(denoiser: Denoiser) -> tuple[str, ...]:
-    return tuple(getattr(denoiser, "class_names", ()))
 
 
 def _image_shape(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,8 @@ class Images(ABC):
     def decoded(self, progress: bool = True) -> Decoded:
         """All of it in memory."""
         pixels, labels, done = None, [], 0
-        hidden = not progress
-        with tqdm(
-            total=self.count, desc="decoding", unit="img", leave=False, disable=hidden
-        ) as bar:
+        shown = {"desc": "decoding", "unit": "img", "leave": False, "disable": not progress}
+        with tqdm(total=self.count, **shown) as bar:
             for part, label in self.batches(256):
                 pixels = part.new_empty(self.count, *part.shape[1:]) if pixels is None else pixels
                 pixels[done : done + len(part)] = part
@@ -252,15 +250,13 @@ def load_images(
     if isinstance(source, Images):
         return source
     images: Images
-    if not isinstance(source, str | Path):
-        images = _from_dataset(source, size)
-    elif (found := _open_path(Path(source), split, size)) is not None:
-        images = found
+    if isinstance(source, str | Path):
+        images = _open_path(Path(source), split, size) or _from_hub(str(source), split, size)
     else:
-        images = _from_hub(str(source), split, size)
+        images = _from_dataset(source, size)
+    if (memory_gb or size) and not isinstance(images, Encoded):
+        images = _resized(images, size or images.size)  # to train: square, of three channels
     small = images.count * 3 * images.size**2 <= memory_gb * 1e9
-    if memory_gb and not isinstance(images, Encoded):  # to train: square, of three channels
-        images = _resized(images, size or images.size)
     if memory_gb and not small and isinstance(images, Generated):  # read one by one, not by shard
         plain = _open_files(Path(str(source)), split, size)
         images = replace(plain, labels=images.labels, class_names=images.class_names)
@@ -299,10 +295,7 @@ def _numbered(images: Images, batch: int) -> Iterator[Batch]:
 
 def _open_path(path: Path, split: str, size: int | None, crop: bool = True) -> Images | None:
     """The images in a folder or a file; None for what is neither."""
-    if (path / RUN).is_file():
-        images = Generated(path)
-        return images if size is None else _resized(images, size)
-    return _open_files(path, split, size, crop)
+    return Generated(path) if (path / RUN).is_file() else _open_files(path, split, size, crop)
 
 
 def _open_files(path: Path, split: str, size: int | None, crop: bool = True) -> Any:
@@ -326,8 +319,8 @@ def _resized(images: Images, size: int) -> Images:
     def read(index: int) -> Tensor:
         return images.get(torch.tensor([index]))[0]
 
-    labels, names, how = images.labels, images.class_names, images.how
-    return Encoded(read, images.count, size, labels, names, images.name, how=how)
+    about = {name: getattr(images, name) for name in ("labels", "class_names", "name", "how")}
+    return Encoded(read, images.count, size, **about)
 
 
 def _opened(source: Path | io.BytesIO, name: object) -> Image.Image:
@@ -384,8 +377,7 @@ def _from_npz(files: list[Path], name: str, size: int | None, crop: bool) -> Ima
         parts.append(array)
         labelled.append(labels.astype(np.int64))
     pixels = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
-    images = Decoded(pixels, _known(torch.from_numpy(np.concatenate(labelled))), name=name)
-    return images if size is None else _resized(images, size)
+    return Decoded(pixels, _known(torch.from_numpy(np.concatenate(labelled))), name=name)
 
 
 def _from_parquet(files: list[Path], name: str, size: int | None, crop: bool) -> Encoded:
@@ -440,26 +432,24 @@ def _from_hub(name: str, split: str, size: int | None) -> Encoded:
             f"the data set {name!r} (split {split!r}) could not be loaded: {error}. Check the name"
             " and the connection, or give a parquet file or a folder of images"
         ) from error
-    column = next(
-        (c for c, kind in table.features.items() if isinstance(kind, datasets.Image)), None
-    )
+
+    def first(kind: type) -> str | None:
+        return next((c for c, found in table.features.items() if isinstance(found, kind)), None)
+
+    column, label = first(datasets.Image), first(datasets.ClassLabel)
     if column is None:
         raise ValueError(
             f"the data set {name!r} has no column of images; it has {', '.join(table.features)}"
         )
-    label = next(
-        (c for c, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)), None
-    )
     names = tuple(table.features[label].names) if label else ()
     labels = torch.tensor(table[label][:]) if label else None
 
     def read(index: int) -> Image.Image:
         return table[index][column]
 
+    size = size or min(read(0).size)
     # The library's readers are not made for threads that share one table.
-    return Encoded(
-        read, len(table), size or min(read(0).size), labels, names, f"{name} [{split}]", workers=1
-    )
+    return Encoded(read, len(table), size, labels, names, f"{name} [{split}]", workers=1)
 
 
 def _from_dataset(dataset: Any, size: int | None) -> Encoded:
@@ -475,21 +465,18 @@ def _from_dataset(dataset: Any, size: int | None) -> Encoded:
     side = min(image.shape[-2:]) if isinstance(image, Tensor) else min(getattr(image, "size", (0,)))
     labels = None
     if paired and len(first) > 1:
-        targets = getattr(
-            dataset, "targets", None
-        )  # torchvision's list, which spares decoding every image for its label
-        labels = torch.as_tensor(
-            targets if targets is not None else [int(dataset[i][1]) for i in range(len(dataset))]
-        )
+        # torchvision's list spares decoding every image for its label.
+        targets = getattr(dataset, "targets", None)
+        if targets is None:
+            targets = [int(dataset[i][1]) for i in range(len(dataset))]
+        labels = torch.as_tensor(targets)
 
     def read(index: int) -> Any:
         item = dataset[index]
         return item[0] if paired else item
 
-    names = tuple(getattr(dataset, "classes", ()))
-    return Encoded(
-        read, len(dataset), size or int(side), labels, names, type(dataset).__name__, workers=1
-    )
+    size, names, name = size or int(side), getattr(dataset, "classes", ()), type(dataset).__name__
+    return Encoded(read, len(dataset), size, labels, tuple(names), name, workers=1)
 
 
 def mix(*numbers: int) -> int:
@@ -527,7 +514,7 @@ class Stream:
         self.device = torch.device(device)
         if isinstance(images, Decoded):
             self.images = images.to(self.device)
-        self._orders: dict[int, Tensor] = {}
+        self._order = lru_cache(maxsize=2)(self._permutation)  # a batch may span two passes
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._pool = ThreadPoolExecutor(1) if isinstance(images, Encoded) else None
 
@@ -543,15 +530,10 @@ class Stream:
             place += taken
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(mix(self.seed, 1, epoch))
-            order = torch.randperm(self.images.count, generator=generator)
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = (
-                order.to(self.device) if isinstance(self.images, Decoded) else order
-            )
-        return self._orders[epoch]
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(mix(self.seed, 1, epoch))
+        order = torch.randperm(self.images.count, generator=generator)
+        return order.to(self.device) if isinstance(self.images, Decoded) else order
 
     def pixels(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The images (uint8) and labels of `step`, on the device."""

@@ -119,16 +119,14 @@ def _tiles(images: Tensor, zoom: int | None, resample: Resample) -> list[Image.I
         raise ValueError(
             f"images have shape [B, C, H, W] with C = 1 or 3 and B >= 1; got {tuple(images.shape)}"
         )
-    one_of("resample", resample, ("lanczos", "nearest"))
+    method = Image.Resampling[one_of("resample", resample, ("lanczos", "nearest")).upper()]
     height, width = images.shape[2:]
     zoom = max(1, round(CELL / width)) if zoom is None else zoom
     whole_number("zoom", zoom, of="pixels")
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     arrays = pixels.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-    method = Image.Resampling.LANCZOS if resample == "lanczos" else Image.Resampling.NEAREST
-    return [
-        Image.fromarray(array).resize((width * zoom, height * zoom), method) for array in arrays
-    ]
+    size = (width * zoom, height * zoom)
+    return [Image.fromarray(array).resize(size, method) for array in arrays]
 
 
 def _font() -> Font:
@@ -163,12 +161,17 @@ def save_png(
     before stays as it was.
     """
     image = image if isinstance(image, Image.Image) else grid(image)
+    return write_atomically(path, encode_png(image, facts), "image")
+
+
+def encode_png(image: Image.Image, facts: Mapping[str, Any] | None = None) -> bytes:
+    """The PNG of an image, with its `facts`."""
     text = PngImagePlugin.PngInfo()
     if facts is not None:
         text.add_text(FACTS, json.dumps(dict(facts)))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=text)
-    return write_atomically(path, buffer.getvalue(), "image")
+    return buffer.getvalue()
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -198,9 +201,8 @@ def save_gif(
     if not frames or len({frame.size for frame in frames}) > 1:
         sizes = sorted({frame.size for frame in frames})
         raise ValueError(f"an animation has at least one frame, all of one size; got sizes {sizes}")
-    first, *rest = [
-        frame.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT) for frame in frames
-    ]
+    colours = (frame.convert("RGB") for frame in frames)
+    first, *rest = [frame.quantize(256, Image.Quantize.MEDIANCUT) for frame in colours]
     times = [round(1000 * seconds)] * len(rest) + [round(1000 * hold)]
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0)

@@ -148,11 +148,6 @@ def save_model(
     Raises `CheckpointError` if a parameter is not finite in `dtype` or the file cannot be written.
     """
     source = dict(network.named_parameters()) if parameters is None else parameters
-    tensors = {name: value.detach().to("cpu", dtype) for name, value in source.items()}
-    if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
-        raise CheckpointError(
-            f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
-        )
     facts = {
         "format": FORMAT,
         "config": network.config.to_dict(),
@@ -161,7 +156,19 @@ def save_model(
         "class_names": list(class_names),
         "card": dict(card or {}),
     }
-    write_tensors(path, tensors, facts)
+    write_tensors(path, finite(source, dtype, path), facts)
+
+
+def finite(tensors: Mapping[str, Tensor], dtype: torch.dtype, path: object) -> dict[str, Tensor]:
+    """`tensors` in `dtype` on the CPU, to be saved to `path`; `CheckpointError` if one is not
+    finite there.
+    """
+    cast = {name: value.detach().to("cpu", dtype) for name, value in tensors.items()}
+    if bad := [name for name, value in cast.items() if not bool(value.isfinite().all())]:
+        raise CheckpointError(
+            f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
+        )
+    return cast
 
 
 def network_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object) -> UNet:
@@ -176,6 +183,12 @@ def network_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], path: ob
             f"{path} does not fit the configuration in its own header: {error}"
         ) from error
     return network.eval().requires_grad_(False)
+
+
+def about(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Pretrained` and `save_model` take beside the network, from the facts in a header."""
+    kept = {name: facts[name] for name in ("sigma_data", "class_names", "card")}
+    return kept | {"nsr_range": tuple(facts["nsr_range"])}
 
 
 def load_model(
@@ -197,10 +210,7 @@ def load_model(
         )
     place = torch.get_default_device() if device is None else torch.device(device)
     network = network_of(facts, tensors, path).to(device=place, dtype=dtype)
-    low, high = facts["nsr_range"]
-    return Pretrained(
-        network, facts["sigma_data"], (low, high), facts["class_names"], facts["card"]
-    )
+    return Pretrained(network, **about(facts))
 
 
 def load(

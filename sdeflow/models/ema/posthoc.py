@@ -30,6 +30,8 @@ from sdeflow.errors import CheckpointError
 from sdeflow.models.checkpoint import (
     HEADER,
     Pretrained,
+    about,
+    finite,
     network_of,
     read_tensors,
     save_model,
@@ -112,14 +114,8 @@ def write_snapshot(
     for average in averages:
         std = np.format_float_positional(average.std, min_digits=3)
         path = Path(folder) / f"ema-{std}-{images:09d}.safetensors"
-        tensors = {n: value.detach().to("cpu", dtype) for n, value in average.state_dict().items()}
-        if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
-            raise CheckpointError(
-                f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
-            )
-        write_tensors(
-            path, tensors, {**facts, "format": FORMAT, "std": average.std, "images": int(images)}
-        )
+        own = {"format": FORMAT, "std": average.std, "images": int(images)}
+        write_tensors(path, finite(average.state_dict(), dtype, path), {**facts, **own})
         paths.append(path)
     return paths
 
@@ -256,29 +252,19 @@ class Reconstruction:
     def _network(self) -> UNet:
         return network_of(self.facts, self.parameters, self.snapshots[-1].path)
 
+    def _about(self) -> dict[str, Any]:
+        return about({**self.facts, "card": self.card})
+
     def denoiser(self, device: str | torch.device | None = None) -> Pretrained:
         """The averaged network as a denoiser in float32; `device=None` is PyTorch's default
         device.
         """
         place = torch.get_default_device() if device is None else torch.device(device)
-        low, high = self.facts["nsr_range"]
-        names = self.facts["class_names"]
-        return Pretrained(
-            self._network().to(place), self.facts["sigma_data"], (low, high), names, self.card
-        )
+        return Pretrained(self._network().to(place), **self._about())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it for inference in half precision, as `save_model` does."""
-        low, high = self.facts["nsr_range"]
-        save_model(
-            path,
-            self._network(),
-            parameters=self.parameters,
-            sigma_data=self.facts["sigma_data"],
-            nsr_range=(low, high),
-            class_names=self.facts["class_names"],
-            card=self.card,
-        )
+        save_model(path, self._network(), parameters=self.parameters, **self._about())
 
 
 def select(
@@ -327,12 +313,12 @@ def reconstruct(
     if not error <= max_error:
         raise ValueError(_out_of_reach(chosen, std, images, error, max_error))
     total: dict[str, Tensor] = {}
-    pairs = list(zip(weights[:, 0].tolist(), chosen, strict=True))
-    for weight, snapshot in tqdm(pairs, unit="file", disable=not progress, leave=False):
+    used = tuple(weights[:, 0].tolist())
+    bar = tqdm(chosen, unit="file", disable=not progress, leave=False)
+    for weight, snapshot in zip(used, bar, strict=True):
         _add(total, snapshot, weight)
     latest = max(chosen, key=lambda s: s.images)
     parameters = {name: value.float() for name, value in total.items()}
-    used = tuple(weight for weight, _ in pairs)
     return Reconstruction(parameters, float(std), images, error, used, tuple(chosen), latest.facts)
 
 
@@ -345,9 +331,7 @@ def _add(total: dict[str, Tensor], snapshot: Snapshot, weight: float) -> None:
     except CheckpointError as fault:
         raise CheckpointError(f"{fault}; {_WITHOUT}") from fault
     if not total:
-        total.update(
-            {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in tensors.items()}
-        )
+        total.update({n: torch.zeros(v.shape, dtype=torch.float64) for n, v in tensors.items()})
     if {n: v.shape for n, v in tensors.items()} != {n: v.shape for n, v in total.items()}:
         raise CheckpointError(f"{snapshot.path} holds another network's tensors; {_WITHOUT}")
     for name, value in tensors.items():
@@ -360,17 +344,15 @@ def _out_of_reach(
     """Why the average of `std` is refused, with the nearest that is not."""
     grid = np.geomspace(0.005, WIDEST, 120)
     good = grid[fit(snapshots, grid.tolist(), images)[1] <= limit]
-    near = (
-        f"the nearest std within it is {good[np.abs(np.log(good / std)).argmin()]:.3f}"
-        if len(good)
-        else ""
-    )
-    last = max(s.images for s in snapshots)
+    near, last = "", max(s.images for s in snapshots)
     if last < images:
-        near = f"the last average before is of {last} images: ask for images={last}"
+        near = f"; the last average before is of {last} images: ask for images={last}"
+    elif len(good):
+        nearest = good[np.abs(np.log(good / std)).argmin()]
+        near = f"; the nearest std within it is {nearest:.3f}"
     stored = ", ".join(f"{v:g}" for v in sorted({s.std for s in snapshots}))
     return (
         f"std={std:g} after {images} images cannot be made of the {len(snapshots)} averages stored"
         f" by then (std {stored}): its profile would be off by {error:.1%}, the limit is"
-        f" {limit:.1%}" + (f"; {near}" if near else "")
+        f" {limit:.1%}{near}"
     )
