@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -55,6 +55,14 @@ def one_of(
     if value not in (*others, last):
         raise error(f"{name} is {', '.join(map(repr, others))} or {last!r}; got {value!r}")
     return value
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of two mappings that differ, for an error that names them; None where one lacks
+    a name.
+    """
+    names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    return {name: a.get(name) for name in names}, {name: b.get(name) for name in names}
 
 
 def check_choices(value: Any) -> None:

@@ -153,9 +153,8 @@ def _find_root(
     algorithm" (1997).
     """
     target = value.double()
-    at_low, at_high = function(
-        torch.tensor([low, high], dtype=torch.float64, device=target.device)
-    ).unbind()
+    ends = torch.tensor([low, high], dtype=torch.float64, device=target.device)
+    at_low, at_high = function(ends).unbind()
     sign = 1.0 if bool(at_high > at_low) else -1.0
     x1, f1 = torch.full_like(target, high), sign * (at_high - target)
     x2, f2 = torch.full_like(target, low), sign * (at_low - target)
@@ -173,10 +172,8 @@ def _find_root(
         x1, f1 = x, f
         least = 4e-16 * torch.maximum(x1.abs(), x2.abs()) / (x2 - x1).abs()
         found = ~done & ((f1 == 0) | (least > 0.5))
-        root, done = (
-            torch.where(found, torch.where(f1.abs() <= f2.abs(), x1, x2), root),
-            done | found,
-        )
+        nearer = torch.where(f1.abs() <= f2.abs(), x1, x2)
+        root, done = torch.where(found, nearer, root), done | found
         if bool(done.all()):
             break
         xi, phi = (x1 - x2) / (x3 - x2), (f1 - f2) / (f3 - f2)

@@ -28,10 +28,8 @@ class Memory:
     graph: int | None = None
 
     def __str__(self) -> str:
-        known = {"peak": self.peak, "buffers": self.buffers, "graph": self.graph}
-        return ", ".join(
-            f"{name} {_readable(size)}" for name, size in known.items() if size is not None
-        )
+        known = ((name, size) for name, size in vars(self).items() if size is not None)
+        return ", ".join(f"{name} {_readable(size)}" for name, size in known)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -77,11 +77,8 @@ class _Moved(MetaPathFinder, Loader):
         if (place := MOVED.get(old.removeprefix("sdeflow."))) is None:
             return
         new = importlib.import_module(f"sdeflow.{place}")
-        warnings.warn(
-            f"{old} is now {new.__name__}; the old name goes in 0.7",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        text = f"{old} is now {new.__name__}; the old name goes in 0.7"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
 
         def forward(name: str) -> Any:
             if name.startswith("__"):

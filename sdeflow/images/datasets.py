@@ -185,11 +185,8 @@ class Generated(Images):
         for k in (rank or Rank()).share(-(-total // self.shards.size)):
             indices, pixels, labels = self.shards.read(k)
             kept = int((indices < total).sum())
-            yield from zip(
-                pixels[:kept].permute(0, 3, 1, 2).split(batch),
-                labels[:kept].split(batch),
-                strict=True,
-            )
+            images = pixels[:kept].permute(0, 3, 1, 2)
+            yield from zip(images.split(batch), labels[:kept].split(batch), strict=True)
 
 
 def _known(labels: Tensor) -> Tensor | None:

@@ -192,12 +192,8 @@ class Loop:
                 )
             return self.method
         assert isinstance(self.method, GridSolver)
-        return self.method.plan(
-            self.denoiser.process,
-            self.times,
-            finish=self.request.finish,
-            record=self.request.trajectory,
-        )
+        finish, record = self.request.finish, self.request.trajectory
+        return self.method.plan(self.denoiser.process, self.times, finish=finish, record=record)
 
     def _watcher(self, x0s: list[Tensor] | None, rows: slice) -> OnCall | None:
         """What is done after each network call, or None where nothing is."""
@@ -346,13 +342,9 @@ def _last(part: Solution, rows: int) -> Solution:
 
 def _on_cpu(part: Solution) -> Solution:
     x0s, trajectory = (None if kept is None else kept.cpu() for kept in (part.x0s, part.trajectory))
-    statistics = {
-        name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in part.statistics.items()
-    }
-    return dataclasses.replace(
-        part, x=part.x.cpu(), trajectory=trajectory, x0s=x0s, statistics=statistics
-    )
+    found = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in part.statistics.items()}
+    x = part.x.cpu()
+    return dataclasses.replace(part, x=x, trajectory=trajectory, x0s=x0s, statistics=found)
 
 
 def join(parts: list[Solution]) -> Solution:
@@ -365,14 +357,10 @@ def join(parts: list[Solution]) -> Solution:
         kept = [getattr(part, name) for part in parts]
         return None if kept[0] is None else torch.cat(kept, 1)
 
-    statistics = {
-        key: (
-            torch.cat([part.statistics[key] for part in parts])
-            if isinstance(value, Tensor) and value.ndim
-            else value
-        )
-        for key, value in first.statistics.items()
-    }
+    statistics = dict(first.statistics)
+    for key, value in first.statistics.items():
+        if isinstance(value, Tensor) and value.ndim:
+            statistics[key] = torch.cat([part.statistics[key] for part in parts])
     return dataclasses.replace(
         first,
         x=torch.cat([part.x for part in parts]),

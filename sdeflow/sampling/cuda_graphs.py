@@ -237,19 +237,14 @@ def _plain(value: Any) -> bool:
 
 def _fixed(condition: Mapping[str, Any]) -> Hashable:
     """A condition but for the values of its tensors."""
-    return tuple(
-        (name, ("tensor", *_layout(value)) if isinstance(value, Tensor) else capture_key(value))
-        for name, value in sorted(condition.items())
-    )
+    key = {n: _layout(v) if isinstance(v, Tensor) else capture_key(v) for n, v in condition.items()}
+    return tuple(sorted(key.items()))
 
 
 def _buffers(condition: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of a condition's tensors, to be overwritten later, in inference mode or not."""
     with torch.inference_mode(False), torch.no_grad():
-        return {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in condition.items()
-        }
+        return {n: v.clone() if isinstance(v, Tensor) else v for n, v in condition.items()}
 
 
 def _settings() -> Iterator[Hashable]:

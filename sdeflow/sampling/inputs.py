@@ -53,10 +53,8 @@ class Inputs:
             raise TypeError(f"t is one number for all samples; got {t!r}")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
-            asked = tuple(
-                whole_number("shape", size)
-                for size in ([shape] if isinstance(shape, int) else shape)
-            )
+            sizes = [shape] if isinstance(shape, int) else shape
+            asked = tuple(whole_number("shape", size) for size in sizes)
             if known is not None and asked != known:
                 raise ValueError(
                     f"shape is that of one sample, without the batch: {known} here, not {asked}; n="

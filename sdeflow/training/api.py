@@ -167,10 +167,13 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
                 window, window_began, window_step = torch.zeros_like(window), now, trainer.step
                 account()
                 if not math.isfinite(loss) or not math.isfinite(mean_norm):
+                    kept = "no state had been saved yet."
+                    if (out / STATE).exists():
+                        kept = f"the last good state is kept in {out / STATE}."
                     raise NonFiniteError(
                         f"the loss is {loss} and the gradients' norm {mean_norm} by step"
                         f" {trainer.step} (learning rate {config.lr_at(trainer.step - 1):.3g});"
-                        f" {_kept(out)} Try a smaller --lr, or --precision float32"
+                        f" {kept} Try a smaller --lr, or --precision float32"
                     )
                 bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.0f}", refresh=False)
                 if log:
@@ -210,14 +213,6 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
             )
     distributed.barrier()
     return TrainResult(denoiser, trainer.images, trainer.seconds, loss, finished, out)
-
-
-def _kept(out: Path) -> str:
-    return (
-        f"the last good state is kept in {out / STATE}."
-        if (out / STATE).exists()
-        else "no state had been saved yet."
-    )
 
 
 def crossed(images: int, batch: int, every: int) -> bool:

@@ -67,11 +67,9 @@ class SearchedGrid:
         self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
     ) -> Tensor:
         low, high = ends(process, n, t_min, t_max)
-        times = (
-            self.times
-            if process == self.process
-            else process.t_of_nsr(self.process.nsr(self.times))
-        )
+        times = self.times
+        if process != self.process:
+            times = process.t_of_nsr(self.process.nsr(times))
         start = 0 if t_max is None else max(int((times >= high).sum()) - 1, 0)
         end = len(times) - 1 if t_min is None else min(int((times > low).sum()), len(times) - 1)
         if n > end - start + 1:
@@ -100,9 +98,8 @@ class SearchedGrid:
         total = 0.0
         for m, (j, k) in enumerate(itertools.pairwise(levels)):
             alone = m == 0 or self.double is None
-            before = self.single if alone else self.double[levels[m - 1]]  # type: ignore[index]
-            step = before[j, k]
-            total += self.coefficient**m * float(step)
+            errors = self.single if alone else self.double[levels[m - 1]]  # type: ignore[index]
+            total += self.coefficient**m * float(errors[j, k])
         return total
 
 
@@ -227,9 +224,8 @@ def _errors(
         single[j, j + 1 :] = square.sqrt().mean(-1).cpu().double() / root
         if double is None or j == 0:
             continue
-        double[:j, j, j + 1 :] = single[
-            j, j + 1 :
-        ]  # what a level without signal, which lam cannot reach, leaves
+        # What a level without signal, which lam cannot reach, leaves.
+        double[:j, j, j + 1 :] = single[j, j + 1 :]
         first = 0 if has_signal(levels[0]) else 1
         if first >= j:
             continue
@@ -238,12 +234,8 @@ def _errors(
         # level's unit.
         growth = [to.s * moment(1, to.lam - t.lam) * (to.lam - t.lam) / unit for to, unit in later]
         back = torch.tensor([t.lam - level.lam for level in levels[first:j]], dtype=torch.float64)
-        weight = (
-            (torch.tensor(growth, dtype=torch.float64) / back.unsqueeze(1))
-            .to(x.dtype)
-            .to(x.device)
-            .unsqueeze(-1)
-        )
+        slope = torch.tensor(growth, dtype=torch.float64) / back.unsqueeze(1)
+        weight = slope.to(x.dtype).to(x.device).unsqueeze(-1)
         both = torch.einsum("ibd,kbd->ikb", turn, miss)
         total = square + 2.0 * weight * both + weight.square() * turn.square().sum(-1).unsqueeze(1)
         double[first:j, j, j + 1 :] = total.clamp_min(0.0).sqrt().mean(-1).cpu().double() / root

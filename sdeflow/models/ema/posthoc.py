@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from sdeflow._utils.checks import differing
 from sdeflow.errors import CheckpointError
 from sdeflow.models.checkpoint import (
     HEADER,
@@ -185,9 +186,8 @@ def _check_one_training(snapshots: Sequence[Snapshot]) -> None:
             value = snapshot.facts[name]
             if value == expected:
                 continue
-            if isinstance(value, dict) and isinstance(expected, dict):  # name what differs
-                keys = [k for k in sorted({*value, *expected}) if value.get(k) != expected.get(k)]
-                value, expected = ({k: v.get(k) for k in keys} for v in (value, expected))
+            if isinstance(value, dict):
+                value, expected = differing(value, expected)
             raise CheckpointError(
                 f"{snapshot.path} is of another training than most averages here: its {name} has"
                 f" {value}, theirs {expected}; averages of one training only can be combined: move"
