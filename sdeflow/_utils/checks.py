@@ -58,16 +58,18 @@ def one_of(
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entries of two mappings that differ, for an error that names them; None where one lacks
-    a name.
+    """The entries of two mappings that differ, for an error that names them.
+
+    An entry is None where a mapping lacks the name.
     """
     names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
     return {name: a.get(name) for name in names}, {name: b.get(name) for name in names}
 
 
 def check_choices(value: Any) -> None:
-    """`UnknownNameError` where a field of a dataclass is of a `Literal` type and holds something
-    else.
+    """Check the fields of a dataclass that are of a `Literal` type.
+
+    `UnknownNameError` where one holds something else.
     """
     for name, known in _choices(type(value)):  # type: ignore[arg-type]
         if getattr(value, name) not in known:

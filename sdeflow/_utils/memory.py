@@ -1,5 +1,6 @@
-"""The memory of a device: whether an error says that there is none left, releasing what is cached,
-and what a solve took.
+"""The memory of a device.
+
+Whether an error says that there is none left, releasing what is cached, and what a solve took.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def release(device: torch.device) -> None:
 
 
 def available(device: torch.device) -> int | None:
-    """The bytes that could still be given out on a CUDA device, those that torch has cached
-    included; None elsewhere.
+    """The bytes that could still be given out on a CUDA device; None elsewhere.
+
+    Those that torch has cached are included.
     """
     if device.type != "cuda":
         return None

@@ -1,5 +1,6 @@
-"""Modules that moved in 0.6: their old names import for one release, with a `DeprecationWarning`
-that names the new place.
+"""Modules that moved in 0.6.
+
+Their old names import for one release, with a `DeprecationWarning` that names the new place.
 """
 
 from __future__ import annotations

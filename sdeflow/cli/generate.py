@@ -1,5 +1,6 @@
-"""The command `sdeflow generate`: many images into a folder, on as many processes as torchrun
-starts.
+"""The command `sdeflow generate`.
+
+It writes many images into a folder, on as many processes as torchrun starts.
 """
 
 from __future__ import annotations

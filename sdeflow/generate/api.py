@@ -1,5 +1,6 @@
-"""Many images into a folder, on any number of processes; it can be stopped and continued at any
-moment.
+"""Many images into a folder, on any number of processes.
+
+It can be stopped and continued at any moment.
 
 Image i has seed `seed + i` and a label that depends on i alone. So it is the same image whatever
 the batch size and the number of processes: its noise bit for bit, and all of it where the network
@@ -118,8 +119,9 @@ def generate(
     model: str = "",
     progress: bool = False,
 ) -> GenerationResult:
-    """Write `n` images of a model into the folder `out`, in shards; called again it makes what is
-    missing or damaged.
+    """Write `n` images of a model into the folder `out`, in shards.
+
+    Called again it makes what is missing or damaged.
 
         generate(sdeflow.load("cifar10"), "images", n=50_000, nfe=35)
 
@@ -281,8 +283,9 @@ class Maker:
             self.bar.update(self.bar.initial + self.coordinator.read("shown") - self.bar.n)
 
     def wait(self, wanted: int) -> None:
-        """Wait until the other processes have made their part, or have left. If a signal ends all
-        of them, wait 5 s at most.
+        """Wait until the other processes have made their part, or have left.
+
+        If a signal ends all of them, wait 5 s at most.
         """
         until, read = None, self.coordinator.read
         while read("images") < wanted and read("left") < self.coordinator.others:
@@ -325,8 +328,9 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def missing_shards(
     shards: Shards, labels: Labels, coordinator: Coordinator, progress: bool
 ) -> list[int]:
-    """The shards that are missing or damaged. Each process verifies its part; all get the same
-    answer.
+    """The shards that are missing or damaged.
+
+    Each process verifies its part; all get the same answer.
     """
     there = [k for k in range(len(shards)) if shards.path(k).exists()]
     mine = [k for k in there if k % coordinator.rank.world == coordinator.rank.index]
@@ -340,8 +344,9 @@ def missing_shards(
 
 
 class _StandIn(Wrapper):
-    """Stands for a denoiser where only the sentence around it is asked for: process, grid and
-    budget. It takes samples of any shape and calls no network.
+    """Stands for a denoiser where only process, grid and budget are asked for.
+
+    It takes samples of any shape and calls no network.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -361,8 +366,9 @@ class _StandIn(Wrapper):
 
 
 def sentence(request: Request) -> dict[str, Any]:
-    """Solver, process, times and budget of a request, from a solve that costs no network call;
-    raises what `sample` raises.
+    """Solver, process, times and budget of a request.
+
+    They are those of a solve that costs no network call. Raises what `sample` raises.
     """
     if not isinstance(request.noise, str):
         raise TypeError("noise is 'seeded' or 'brownian': a noise of your own serves one batch")

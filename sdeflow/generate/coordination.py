@@ -61,8 +61,9 @@ class Coordinator:
 
     @contextmanager
     def leaving_announced(self) -> Iterator[None]:
-        """Within the block; at its end, even by an error, the first process learns that this one
-        has left, and waits for it no longer.
+        """Tell the first process at the end of the block that this one has left.
+
+        The first process then waits for it no longer. An error ends the block too.
         """
         try:
             yield

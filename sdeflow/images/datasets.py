@@ -200,8 +200,9 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def to_pixels(image: Image.Image | Tensor | np.ndarray, size: int) -> Tensor:
-    """An image as uint8 [3, size, size]: RGB, centre-cropped to a square and resized if it has
-    another size.
+    """An image as uint8 [3, size, size], RGB.
+
+    It is cropped to a square at its centre and resized if it has another size.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
@@ -227,8 +228,9 @@ def load_images(
     memory_gb: float = 4.0,
     progress: bool = True,
 ) -> Images:
-    """The images that `source` means, of `size` x `size` pixels (by default the first image's
-    shorter side).
+    """The images that `source` means, of `size` x `size` pixels.
+
+    By default `size` is the first image's shorter side.
 
     `source` is one of
 
@@ -261,8 +263,9 @@ def load_images(
 
 
 def read_images(path: str | os.PathLike[str], *, batch: int = 256) -> Iterator[Batch]:
-    """The images at `path`, at most `batch` at a time: (indices int64 [k], uint8 [k, H, W, C],
-    labels int64 [k]).
+    """The images at `path`, at most `batch` at a time.
+
+    Each batch is (indices int64 [k], uint8 [k, H, W, C], labels int64 [k]).
 
     `path` is a folder or a file that `load_images` takes. Nothing is cropped or resized: all images
     must have one size. The shards of a folder that `sdeflow generate` wrote are verified as they

@@ -1,5 +1,6 @@
-"""Samples side by side in one image, with labels; PNG files that say how they were made; GIFs. With
-Pillow alone.
+"""Samples side by side in one image, PNG files with facts, GIFs.
+
+Pillow alone is needed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Pixels of images in [-1, 1]: `round(127.5 (x + 1))`, cut off at 0 and 255, of the same shape,
-    on the same device.
+    """Pixels of images in [-1, 1]: `round(127.5 (x + 1))`, cut off at 0 and 255.
+
+    The result has the same shape and is on the same device.
 
     Errors: `TypeError` unless `x` is floating-point, `NonFiniteError` where it holds NaN or
     infinity.
@@ -61,8 +63,9 @@ def grid(
     resample: Resample = "lanczos",
     gap: int = 4,
 ) -> Image.Image:
-    """One image of many: `images` (`[B, C, H, W]`, float in [-1, 1] or uint8, C = 1 or 3) in rows
-    of `columns`.
+    """One image of many, in rows of `columns`.
+
+    `images` has shape `[B, C, H, W]`, float in [-1, 1] or uint8, with C = 1 or 3.
 
     - `columns`: by default as many as make the grid square.
     - `labels`: a text for each image, written above it; above the first row only, where all rows

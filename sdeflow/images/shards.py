@@ -1,5 +1,6 @@
-"""Folders of many images, in shards that are fixed by index: shard k holds the images k*size to
-(k+1)*size - 1.
+"""Folders of many images, in shards that are fixed by index.
+
+Shard k holds the images k*size to (k+1)*size - 1.
 
 Each shard is written completely or not at all, and is verified when it is read: it holds all of its
 images, in order, and every one can be decoded. So a folder itself says what is still to be made.
@@ -57,8 +58,9 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class Shards:
-    """`n` images of `shape` (H, W, C) in `folder`, `size` to a shard. A shard is missing,
-    damaged or sound.
+    """`n` images of `shape` (H, W, C) in `folder`, `size` to a shard.
+
+    A shard is missing, damaged or sound.
 
     Errors: `ValueError` for an unknown format and numbers below 1, `MissingExtraError` for parquet
     without pyarrow.
@@ -96,8 +98,9 @@ class Shards:
         return self.folder / (f"shard-{k:05d}" + ("" if self.kind == "png" else f".{self.kind}"))
 
     def write(self, k: int, images: Tensor, labels: Tensor) -> Path:
-        """Write shard `k`, completely or not at all: `images` uint8 [k, H, W, C] and `labels` int64
-        [k], on the CPU.
+        """Write shard `k`, completely or not at all.
+
+        `images` is uint8 [k, H, W, C] and `labels` int64 [k], both on the CPU.
 
         Errors: `SdeflowError` where it cannot be written (a full disk, say); what was there is then
         unchanged.
@@ -120,8 +123,9 @@ class Shards:
         return write_atomically(path, buffer.getvalue(), "shard")
 
     def read(self, k: int) -> Batch:
-        """Shard `k`, verified. Errors: `SdeflowError` where it is missing, damaged, or not what it
-        should be.
+        """Shard `k`, verified.
+
+        Errors: `SdeflowError` where it is missing, damaged, or not what it should be.
         """
         path, indices = self.path(k), self.indices(k)
         try:
@@ -172,8 +176,9 @@ class Shards:
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the images of a folder that `sdeflow generate` wrote were made; `SdeflowError` if it
-    does not say.
+    """How the images of a folder that `sdeflow generate` wrote were made.
+
+    Errors: `SdeflowError` if it does not say.
     """
     path = Path(folder) / RUN
     try:
@@ -232,8 +237,9 @@ def _decode(content: bytes) -> tuple[np.ndarray, dict[Any, Any]]:
 
 
 def _write_images(path: Path, indices: range, pixels: np.ndarray, labels: list[int]) -> Path:
-    """A folder of images, made beside its place and moved there; where there is one already, file
-    by file.
+    """A folder of images, made beside its place and moved there.
+
+    Where there is one already, the images are moved file by file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

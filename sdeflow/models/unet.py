@@ -156,8 +156,9 @@ class AdaptiveNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, with queries and keys of unit size so that its logits stay
-    bounded in bf16.
+    """Self-attention over pixels.
+
+    Queries and keys have unit size, so that the logits stay bounded in bf16.
     """
 
     def __init__(self, channels: int, head_channels: int, group_size: int) -> None:
@@ -227,8 +228,9 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """A UNet for images: `unet(x, time, label=None)` with `x` [B, C, H, W], `time` 0-d or [B],
-    `label` int64 [B].
+    """A UNet for images: `unet(x, time, label=None)`.
+
+    `x` is [B, C, H, W], `time` 0-d or [B], and `label` int64 [B].
 
     `time` is any number of order one that gives the noise level, such as `log(nsr) / 4` (see
     `Preconditioned`); `label=None` means the null class everywhere. The output has the shape of
@@ -300,8 +302,9 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(x)))
 
     def _embed(self, time: Tensor, label: Tensor | int | None) -> Tensor:
-        """The embedding of noise level and class, a row a sample, or one row where all share
-        them.
+        """The embedding of noise level and class.
+
+        It has a row a sample, or one row where all share them.
         """
         if time.ndim and time.stride(0) == 0:  # expanded: one level for all
             time = time[:1]

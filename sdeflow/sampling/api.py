@@ -148,8 +148,9 @@ def encode(
     progress: bool = False,
     requires_grad: bool = False,
 ) -> Tensor:
-    """Data taken to noise along the probability-flow ODE: the state at `t_max`, from which
-    `sample(x=..., t=t_max)` returns.
+    """Data taken to noise along the probability-flow ODE: the state at `t_max`.
+
+    `sample(x=..., t=t_max)` takes it back to data.
 
     `x0` is taken for the state at `t_min`. `nfe` counts network calls; a grid of given times must
     increase.
@@ -258,8 +259,9 @@ def _warn_training(denoiser: Denoiser) -> None:
 
 
 def _check_start(process: Process, times: Tensor) -> None:
-    """Refuse a solve from pure noise that runs towards noise; warn of one that begins where much
-    signal should be left.
+    """Refuse a solve from pure noise that runs towards noise.
+
+    Warn of one that begins where much signal should be left.
     """
     if len(times) > 1 and times[-1] > times[0]:
         raise GridError(

@@ -63,8 +63,9 @@ class BatchSize:
         return -(-self.n // self.now)
 
     def find(self, device: torch.device, entries: int, bytes_a_row: Callable[[int], int]) -> None:
-        """Choose where `"auto"` begins: what worked before, or what should fit. `bytes_a_row(rows)`
-        measures that, on CUDA alone.
+        """Choose where `"auto"` begins: what worked before, or what should fit.
+
+        `bytes_a_row(rows)` measures that, on CUDA alone.
         """
         if not self.auto:
             return
@@ -83,8 +84,9 @@ class BatchSize:
                 _WORKED.put(self._owner, self._key, self.limit)
 
     def shrink(self, error: BaseException, rows: slice) -> None:
-        """Halve the size after an out-of-memory `error` for some rows, or raise one that says what
-        to do.
+        """Halve the size after an out-of-memory `error` for some rows.
+
+        Where that is not possible, raise an error that says what to do.
         """
         tried = rows.stop - rows.start
         if self.auto and tried > 1:
@@ -111,8 +113,10 @@ class BatchSize:
 
 
 def in_batches(size: BatchSize, run: Callable[[slice], None], release: Callable[[], None]) -> None:
-    """Call `run` with the rows of one batch after the other. If a batch does not fit, call
-    `release()` and take its rows in smaller batches; other errors are raised.
+    """Call `run` with the rows of one batch after the other.
+
+    If a batch does not fit, call `release()` and take its rows in smaller batches; other errors are
+    raised.
     """
     first = 0
     while first < size.n:
@@ -149,8 +153,9 @@ def fitting(device: torch.device, bytes_a_row: Callable[[int], int]) -> int:
 
 
 def window(rows: slice, size: int) -> slice:
-    """The batch of `size` rows that ends where `rows` do: a captured solve pads a last, smaller
-    batch with the rows before it.
+    """The batch of `size` rows that ends where `rows` do.
+
+    A captured solve pads a last, smaller batch with the rows before it.
     """
     return slice(max(min(rows.start, rows.stop - size), 0), rows.stop)
 

@@ -1,5 +1,6 @@
-"""The loop over the batches of a solve: each is integrated or replayed, checked, and joined to the
-others.
+"""The loop over the batches of a solve.
+
+Each batch is integrated or replayed, checked, and joined to the others.
 """
 
 from __future__ import annotations
@@ -227,8 +228,9 @@ class Loop:
         self.bar.end()
 
     def _refuse(self, rows: slice, part: Solution) -> None:
-        """Raise the error for a result that is not finite, after running the batch again to find
-        the first call at fault.
+        """Raise the error for a result that is not finite.
+
+        The batch is run again to find the first call at fault.
         """
         bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
         names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
@@ -256,8 +258,9 @@ class Loop:
         raise error
 
     def _joined(self) -> tuple[Solution, bool]:
-        """The finished batches as one, and True; on the CPU, and False, if the device has no memory
-        to join them.
+        """The finished batches as one, and whether they fit on the device.
+
+        If the device has no memory to join them, they are on the CPU.
         """
         try:
             return join(self.parts), True
@@ -280,8 +283,9 @@ class Loop:
         return math.prod(self.inputs.shape)
 
     def _bytes_a_row(self, rows: int) -> int:
-        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call
-        with a few rows, the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA.
+
+        One call with a few rows measures the network's; the plan's states are counted.
         """
         device = self.inputs.device
         some = slice(0, rows)

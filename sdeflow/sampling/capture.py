@@ -1,5 +1,6 @@
-"""A complete solve as one CUDA graph: network and solver are captured once, then replayed without
-Python between the calls.
+"""A complete solve as one CUDA graph.
+
+Network and solver are captured once, then replayed without Python between the calls.
 """
 
 from __future__ import annotations
@@ -150,8 +151,9 @@ class CapturedSolve:
     def replay(
         self, x: Tensor, noise: Noise | None = None, condition: Mapping[str, Any] | None = None
     ) -> Replay:
-        """The results of a replay from `x`; the tensors of `condition` are copied into those of the
-        capture.
+        """The results of a replay from `x`.
+
+        The tensors of `condition` are copied into those of the capture.
         """
         if x.shape != self._x.shape:
             raise ValueError(

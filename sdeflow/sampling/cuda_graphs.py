@@ -1,5 +1,6 @@
-"""`compile=True`: batches run as replays of captured CUDA graphs, which are kept between calls; or
-the reason why not.
+"""`compile=True`: batches run as replays of captured CUDA graphs.
+
+Graphs are kept between calls. Where there can be none, a warning says why.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ class GraphCache:
         return self.asked and self.reason is None
 
     def refuse(self, reason: str | None) -> None:
-        """Run without graphs from here on, with one warning that gives the reason; or raise, if
-        graphs are required.
+        """Run without graphs from here on, with one warning that gives the reason.
+
+        If graphs are required, that is an error.
         """
         if not self or reason is None:
             return
@@ -93,8 +95,9 @@ class GraphCache:
     def solve(
         self, plan: Plan, x: Tensor, condition: Mapping[str, Any], noise: Noise
     ) -> tuple[Solution, Tensor] | None:
-        """The solution of a batch and, on the device, whether it is finite; None if it cannot be
-        captured.
+        """The solution of a batch; None if it cannot be captured.
+
+        Beside it, on the device, whether it is finite.
         """
         reason = CapturedSolve.refusal(x.device, plan)
         captured = reason if reason is not None else self._graph(plan, x, condition)
@@ -213,8 +216,9 @@ def capture_key(value: Any) -> Hashable:
 
 
 def _places(network: nn.Module) -> Iterator[int]:
-    """The places of a network's tensors in memory, which modules are in training, and which are
-    compiled; faster than `parameters()`.
+    """What of a network's modules a graph depends on.
+
+    The places of their tensors in memory, which are in training, and which are compiled.
     """
     for module in network.modules():
         yield module.training
@@ -259,8 +263,9 @@ def _settings() -> Iterator[Hashable]:
 
 
 def _twin(score_fn: Any) -> Any:
-    """A shallow copy for a graph to hold, so that the original can be freed, and the graph with it;
-    None where there is none.
+    """A shallow copy for a graph to hold; None where there is none.
+
+    The original can then be freed, and the graph with it.
     """
     if isinstance(score_fn, FunctionType):
         f = score_fn

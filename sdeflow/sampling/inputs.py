@@ -150,8 +150,9 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one. `ValueError` for one that is not on
-    this machine.
+    """The device of a name; "auto" is a GPU where there is one.
+
+    `ValueError` for one that is not on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

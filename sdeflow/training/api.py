@@ -60,8 +60,9 @@ def train(
     resume: bool = False,
     export: str | Path | None = None,
 ) -> TrainResult:
-    """Train a UNet on `dataset` (anything that `load_images` takes; by default `config.data`) into
-    the folder `config.out`.
+    """Train a UNet on images, into the folder `config.out`.
+
+    `dataset` is anything that `load_images` takes; by default `config.data`.
 
     The folder gets the state, the log, grids of samples and, at the end of each call, the
     averaged network for inference (`model.safetensors`, copied to `export` too). With `resume` it
@@ -107,8 +108,9 @@ def train(
 
 
 def fit_to_data(config: TrainConfig, images: Images, init: Pretrained | None = None) -> TrainConfig:
-    """The configuration with the model's size and classes taken from the data, and all but its
-    dropout from `init`.
+    """The configuration with the model's size and classes taken from the data.
+
+    With `init` the model is like that one in all but its dropout.
     """
     if init is None:
         model = replace(config.model, size=images.size, num_classes=images.num_classes)
@@ -255,8 +257,9 @@ def store_averages(trainer: Trainer, images: Images) -> None:
 
 
 def export_model(trainer: Trainer, denoiser: Pretrained, paths: list[Path]) -> None:
-    """Write the averaged network in half precision to each of `paths`, with a model card in
-    Markdown beside it.
+    """Write the averaged network in half precision to each of `paths`.
+
+    A model card in Markdown is written beside each.
     """
     for path in paths:
         save_model(

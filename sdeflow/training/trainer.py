@@ -30,8 +30,9 @@ FIXED = (
 
 
 class Gradients:
-    """All gradients in one flat buffer, laid out as their parameters are: one all-reduce, one norm,
-    one scaling.
+    """All gradients in one flat buffer, laid out as their parameters are.
+
+    One all-reduce, one norm and one scaling serve for all of them.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -44,8 +45,9 @@ class Gradients:
 
     @torch.no_grad()
     def collect(self, clip: float) -> Tensor:
-        """Average the gradients over processes, scale them down to norm `clip` if they are larger;
-        their norm before that.
+        """Average the gradients over processes and clip them to norm `clip`.
+
+        Returns their norm before the clipping.
         """
         for parameter in self.parameters:
             if parameter.grad is None:  # a part of the network that this batch did not use
@@ -60,8 +62,9 @@ class Gradients:
 
 
 class Trainer:
-    """The state of a training and its step: network, average, optimizer and the number of steps
-    done.
+    """The state of a training, and its step.
+
+    It holds network, averages, optimizer and the number of steps done.
     """
 
     def __init__(
@@ -128,8 +131,9 @@ class Trainer:
 
     @property
     def seen(self) -> int:
-        """How many images the weights have seen, before this training too: the time of the
-        averages' profiles.
+        """How many images the weights have seen, before this training too.
+
+        This is the time of the averages' profiles.
         """
         return self.before + self.images
 
@@ -156,8 +160,9 @@ class Trainer:
         self.work = self._work
 
     def _work(self, pixels: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a step does on the device, and nothing else: once captured, this code does not run
-        again.
+        """What a step does on the device, and nothing else.
+
+        Once captured, this code does not run again.
         """
         x0 = prepared(pixels, self.generator if self.config.flip else None)
         with self.autocast():
@@ -179,8 +184,9 @@ class Trainer:
         return parts
 
     def save(self, path: Path) -> None:
-        """Write all of it, atomically; refuses (`NonFiniteError`) to replace a good state by one
-        that is not finite.
+        """Write all of it, atomically.
+
+        Refuses (`NonFiniteError`) to replace a good state by one that is not finite.
         """
         weights = [p.detach() for p in self.network.parameters()]
         norm = torch.stack(torch._foreach_norm(weights)).sum()
@@ -201,8 +207,9 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Continue from what `save` wrote; raises `CheckpointError` if it is damaged or of another
-        training.
+        """Continue from what `save` wrote.
+
+        Raises `CheckpointError` if it is damaged or of another training.
         """
         tensors, facts = read_state(path)
         stored = TrainConfig.from_dict(facts["config"])
@@ -245,8 +252,9 @@ def _without_averages(names: Iterable[str]) -> set[str]:
 
 
 def describe_start(name: str, init: Pretrained) -> str:
-    """The checkpoint that a training begins with, in words: what it had seen, and where its own
-    training began.
+    """The checkpoint that a training begins with, in words.
+
+    It says what that one had seen, and where its own training began.
     """
     card = init.card
     before = f", begun from {card['begun_from']}" if card.get("begun_from") else ""

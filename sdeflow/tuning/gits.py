@@ -1,5 +1,6 @@
-r"""Grids computed from a model's own trajectories: dynamic programming over the local errors that
-the steps would make.
+r"""Grids computed from a model's own trajectories.
+
+Dynamic programming finds the grid with the least local errors of its steps.
 
 Fine trajectories of a teacher visit `nodes` levels. From each of them, `x_j`, one step of the
 student to a later level k makes the error
@@ -38,8 +39,9 @@ from sdeflow.solvers.ode.weights import has_signal, moment
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchedGrid:
-    """A grid that takes, for every number of levels, the best of the levels at which a model's
-    trajectories are known.
+    """A grid made of the best levels among those of a model's trajectories.
+
+    It takes the best ones for every number of levels.
 
     `times` are these levels, `single[j, k]` the error of a step by itself from level j to level k,
     `double[i, j, k]` that of a step of two points whose one before came from level i, or None where
@@ -122,8 +124,9 @@ def gits(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> SearchedGrid:
-    """A grid for this model, from its own trajectories: `grid=gits(model)` serves for every number
-    of levels up to `nodes`.
+    """A grid for this model, from its own trajectories.
+
+    `grid=gits(model)` serves for every number of levels up to `nodes`.
 
         best = gits(model, shape=(3, 32, 32))
         sample(model, solver="ddim", nfe=6, grid=best)
@@ -206,8 +209,9 @@ def _fine(fine: str | GridFunction | Tensor | Sequence[float], nodes: int) -> Gr
 def _errors(
     levels: Sequence[Level], x: Tensor, x0: Tensor, units: Sequence[float], order: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The mean errors of single steps `[M, M]`, and of steps of two points `[M, M, M]`; infinite
-    where there is no step.
+    """The mean errors of steps of one point `[M, M]` and of two `[M, M, M]`.
+
+    They are infinite where there is no step.
 
     `x` is `[M, B, D]` and `x0` `[M - 1, B, D]`.
     """
@@ -247,8 +251,9 @@ def _column(numbers: Sequence[float], x: Tensor) -> Tensor:
 
 
 def _shortest(cost: Tensor, start: int, end: int, steps: int, g: float) -> list[int]:
-    """The path of so many steps from `start` to `end` with the least discounted cost; `cost[j, k]`
-    is infinite for `k <= j`.
+    """The path of so many steps from `start` to `end` with the least discounted cost.
+
+    `cost[j, k]` is infinite for `k <= j`.
     """
     value, choices = cost[:, end], []
     for _ in range(steps - 1):
@@ -263,8 +268,9 @@ def _shortest(cost: Tensor, start: int, end: int, steps: int, g: float) -> list[
 def _shortest_of_pairs(
     single: Tensor, double: Tensor, start: int, end: int, steps: int, g: float
 ) -> list[int]:
-    """The same where the cost of a step depends on the level before it too: a path through pairs of
-    levels.
+    """The same where the cost of a step depends on the level before it too.
+
+    It is a path through pairs of levels.
     """
     value, choices = double[:, :, end], []
     for _ in range(steps - 2):

@@ -58,8 +58,10 @@ MAX_ERROR = 0.1
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored average: the file, its relative width, how many images the training had seen, and
-    the facts in its header.
+    """A stored average.
+
+    It holds the file, its relative width, how many images the training had seen, and the facts in
+    its header.
     """
 
     path: Path
@@ -77,8 +79,9 @@ def model_facts(
     class_names: Sequence[str] = (),
     card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a stored average must say so that a model can be made of it: the arguments of
-    `save_model`, JSON-ready.
+    """What a stored average must say so that a model can be made of it.
+
+    These are the arguments of `save_model`, JSON-ready.
 
     `training` tells this training from any other (its seed, batch size, ...): averages whose
     `training` differs are never combined, so it must not change during a training.
@@ -101,8 +104,9 @@ def write_snapshot(
     facts: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
-    """Store each of `averages`, which have seen `images` images, in a file of its own in `folder`;
-    their paths.
+    """Store each of `averages` in a file of its own in `folder`; their paths.
+
+    The averages have seen `images` images.
 
     `facts` is what `model_facts` gives. Each file is written completely or not at all. float16
     takes half the space and suffices where the model made of it is kept in half precision too.
@@ -122,8 +126,9 @@ def write_snapshot(
 
 
 def drop_snapshots(folder: str | os.PathLike[str], after: int) -> int:
-    """Remove the averages in `folder` that were stored after image number `after`, and return how
-    many there were.
+    """Remove the averages that were stored after image number `after`.
+
+    Returns how many there were.
 
     For a training that continues from a state older than they are: it may take another path.
     """
@@ -135,8 +140,9 @@ def drop_snapshots(folder: str | os.PathLike[str], after: int) -> int:
 
 
 def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
-    """The averages of a training that are stored in `folder`, by image and width; only their
-    headers are read.
+    """The averages of a training that are stored in `folder`.
+
+    They are sorted by image and width; only their headers are read.
 
     Raises `CheckpointError` if there is no such folder, none in it, one that is damaged, or
     averages of several trainings.
@@ -196,8 +202,10 @@ def _check_one_training(snapshots: Sequence[Snapshot]) -> None:
 
 
 def fit(snapshots: Sequence[Snapshot], stds: Sequence[float], images: int) -> tuple[Floats, Floats]:
-    r"""The weights [n, m] of n snapshots for the profiles of m `stds` up to `images`, and the
-    profiles' relative errors [m].
+    r"""The weights of snapshots for the profiles of other lengths.
+
+    For n snapshots and m `stds` up to `images`: the weights [n, m], and the profiles' relative
+    errors [m].
 
     Minimises $\lVert p - \sum_i w_i p_i\rVert^2 + \lambda\,|w|^2$ under $\sum_i w_i = 1$, with time
     in units of `images` and $\lambda$ = `RIDGE`, in float64. The ridge keeps weights of opposite
@@ -256,8 +264,9 @@ class Reconstruction:
         return about({**self.facts, "card": self.card})
 
     def denoiser(self, device: str | torch.device | None = None) -> Pretrained:
-        """The averaged network as a denoiser in float32; `device=None` is PyTorch's default
-        device.
+        """The averaged network as a denoiser in float32.
+
+        `device=None` is PyTorch's default device.
         """
         place = torch.get_default_device() if device is None else torch.device(device)
         return Pretrained(self._network().to(place), **self._about())
@@ -270,8 +279,9 @@ class Reconstruction:
 def select(
     snapshots: str | os.PathLike[str] | Sequence[Snapshot], images: int | None = None
 ) -> tuple[list[Snapshot], int]:
-    """The snapshots (in a folder, or given) up to `images`, and `images`: by default that of the
-    last one.
+    """The snapshots up to `images`, and `images`.
+
+    `snapshots` are in a folder, or given; by default `images` is that of the last one.
     """
     if isinstance(snapshots, str | os.PathLike):
         snapshots = find_snapshots(snapshots)
@@ -298,8 +308,9 @@ def reconstruct(
     max_error: float = MAX_ERROR,
     progress: bool = False,
 ) -> Reconstruction:
-    """The average of relative width `std` over a training up to `images`, made of its stored
-    averages.
+    """The average of relative width `std` over a training up to `images`.
+
+    It is made of the training's stored averages.
 
     `snapshots` is the training's folder, or what `find_snapshots` gave. By default `images` is that
     of the last snapshot; later ones are left out. The files are read one at a time. Raises
@@ -323,8 +334,9 @@ def reconstruct(
 
 
 def _add(total: dict[str, Tensor], snapshot: Snapshot, weight: float) -> None:
-    """Add `weight` times a snapshot to `total`, in float64; the file's tensors are gone when this
-    returns.
+    """Add `weight` times a snapshot to `total`, in float64.
+
+    The file's tensors are gone when this returns.
     """
     try:
         tensors, _ = read_tensors(snapshot.path)
