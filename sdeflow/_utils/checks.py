@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -55,6 +55,11 @@ def one_of(
     if value not in (*others, last):
         raise error(f"{name} is {', '.join(map(repr, others))} or {last!r}; got {value!r}")
     return value
+
+
+def listed(values: Sequence[Any], most: int = 5) -> str:
+    """The first of `values` for a message, with commas, and "..." if there are more."""
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

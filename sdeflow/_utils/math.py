@@ -47,6 +47,11 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(device=x.device, dtype=x.dtype)
 
 
+def not_finite(x: Tensor) -> list[int]:
+    """The rows of `x` that hold NaN or infinity."""
+    return (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
+
+
 def with_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     """`function(t)` and `d function / dt` at every entry of `t`, by automatic differentiation.
 

@@ -17,6 +17,14 @@ from sdeflow.solvers.base import Solver
 HOW, MACHINE = "How", "Machine and files"
 how, machine = (partial(typer.Option, rich_help_panel=panel) for panel in (HOW, MACHINE))
 
+ClassesOption = Annotated[
+    str,
+    typer.Option(
+        help="Names or numbers of classes, with commas; image i takes its turn. 'all' of them, or"
+        " 'none' for no label."
+    ),
+]
+SeedOption = Annotated[int, how(help="Seed of image 0; image i has seed + i.")]
 SolverOption = Annotated[str, how(help="A name from 'sdeflow info solvers'.")]
 NfeOption = Annotated[
     int | None, how(help="Network calls, exactly (default: 35; not for adaptive solvers).")

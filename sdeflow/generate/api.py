@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from sdeflow import registry
 from sdeflow._utils import distributed
-from sdeflow._utils.checks import whole_number
+from sdeflow._utils.checks import listed, whole_number
+from sdeflow._utils.math import not_finite
 from sdeflow._utils.run_control import Stop
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
@@ -419,13 +420,10 @@ def _named(error: NonFiniteError | SolverError, rows: range, seed: int, shard: i
     """The error of a batch, with the numbers of the images."""
     bad: Sequence[int] = rows
     if error.partial is not None:
-        x = error.partial.x
-        wrong = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
         before = rows.start if error.finished is None else rows.start + len(error.finished.x)
-        bad = [before + i for i in wrong] or rows
-    which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        bad = [before + i for i in not_finite(error.partial.x)] or rows
     named = type(error)(
-        f"{'image' if len(bad) == 1 else 'images'} {which} (seed {seed} + number) failed, and"
+        f"{'image' if len(bad) == 1 else 'images'} {listed(bad)} (seed {seed} + number) failed, and"
         f" nothing was written of shard {shard}; the shards that are finished stay. In the batch"
         f" that begins with image {rows.start}: {error}"
     )

@@ -520,15 +520,11 @@ class Stream:
 
     def indices(self, step: int) -> Tensor:
         """Which images this rank sees at `step`."""
-        share = self.rank.share(self.batch)
-        place, stop = step * self.batch + share.start, step * self.batch + share.stop
-        parts = []
-        while place < stop:
-            epoch, offset = divmod(place, self.images.count)
-            taken = min(stop - place, self.images.count - offset)
-            parts.append(self._order(epoch)[offset : offset + taken])
-            place += taken
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        share, count = self.rank.share(self.batch), self.images.count
+        start, stop = (step * self.batch + place for place in (share.start, share.stop))
+        passes = range(start // count, (stop - 1) // count + 1)
+        places = [slice(max(start - k * count, 0), stop - k * count) for k in passes]
+        return torch.cat([self._order(k)[part] for k, part in zip(passes, places, strict=True)])
 
     def _permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(mix(self.seed, 1, epoch))

@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from sdeflow._utils.checks import one_of, whole_number
+from sdeflow._utils.checks import listed, one_of, whole_number
 from sdeflow._utils.files import write_atomically
+from sdeflow._utils.math import not_finite
 from sdeflow.errors import NonFiniteError, SdeflowError
 
 CELL = 128
@@ -43,11 +44,10 @@ def to_uint8(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"to_uint8 takes floating-point images in [-1, 1]; got {x.dtype}")
     if not bool(torch.isfinite(x).all()):
-        rows = (~torch.isfinite(x)).reshape(len(x) if x.ndim > 3 else 1, -1).any(1)
-        bad = rows.nonzero().flatten().tolist()
-        which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        bad = not_finite(x if x.ndim > 3 else x[None])
         raise NonFiniteError(
-            f"NaN or infinity in {len(bad)} of the images (number {which}): they have no pixels"
+            f"NaN or infinity in {len(bad)} of the images (number {listed(bad)}): they have no"
+            " pixels"
         )
     return ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 

@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdeflow._utils.checks import whole_number
+from sdeflow._utils.checks import listed, whole_number
 from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow.errors import SdeflowError, missing_extra
 from sdeflow.images.render import FACTS, encode_png
@@ -211,10 +211,9 @@ def open_finished(folder: Path) -> tuple[Shards, dict[str, Any]]:
     settings = read_settings(folder)
     shards = opened(folder, settings)
     if missing := [k for k in range(len(shards)) if not shards.path(k).exists()]:
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise SdeflowError(
             f"{folder} is not finished: {len(missing)} of its {len(shards)} shards are missing"
-            f" (number {shown}); run sdeflow generate with the same options again"
+            f" (number {listed(missing)}); run sdeflow generate with the same options again"
         )
     return shards, settings
 
@@ -338,6 +337,5 @@ def check_folder(folder: Path) -> None:
     if there:
         raise ValueError(
             f"{folder} holds other things already"
-            f" ({', '.join(there[:3])}{', ...' if len(there) > 3 else ''}) and no {RUN}; choose an"
-            " empty or a new folder"
+            f" ({listed(there, 3)}) and no {RUN}; choose an empty or a new folder"
         )

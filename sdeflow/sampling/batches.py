@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow._utils import memory as _memory
+from sdeflow._utils.checks import listed
+from sdeflow._utils.math import not_finite
 from sdeflow._utils.memory import Memory
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
@@ -33,17 +35,12 @@ from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
 
 
 class ProgressBar:
-    """The progress bar of a solve, one step a network call; or none."""
+    """The progress bar of a solve, one step a network call; or none, where not `shown`."""
 
     def __init__(self, shown: bool, n: int, calls: int | None):
-        self._calls, self._at = calls, 0
+        self.shown, self._calls, self._at = shown, calls, 0
         self.title = f"sampling {n}"
         self._bar = tqdm(unit="call", desc=self.title, dynamic_ncols=True) if shown else None
-
-    @property
-    def shown(self) -> bool:
-        """Whether there is one."""
-        return self._bar is not None
 
     def begin(self, batches: int) -> None:
         """A batch begins, of so many that are left. The count of an abandoned batch is undone."""
@@ -232,8 +229,7 @@ class Loop:
 
         The batch is run again to find the first call at fault.
         """
-        bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
-        names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        bad = [rows.start + i for i in not_finite(part.x)]
         where = ""
         if isinstance(self.request.noise, str):  # the same seeds make the same solve
 
@@ -250,9 +246,9 @@ class Loop:
             except _Found as found:
                 where = str(found)
         error = NonFiniteError(
-            f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number {names}).{where} The"
-            " usual causes: half precision overflows, an eps-prediction far outside its training"
-            " range, a score of the wrong scale."
+            f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number"
+            f" {listed(bad)}).{where} The usual causes: half precision overflows, an eps-prediction"
+            " far outside its training range, a score of the wrong scale."
         )
         error.partial = part
         raise error
