@@ -101,11 +101,8 @@ def sample(
     images.save_png(out, sheet(solution.x.cpu(), caption=_caption(solution)), facts=facts)
     if gif is not None:
         assert solution.x0s is not None
-        calls = len(solution.x0s)
-        frames = [
-            sheet(x0.float().cpu(), caption=f"call {k} of {calls}")
-            for k, x0 in enumerate(solution.x0s, 1)
-        ]
+        x0s, calls = solution.x0s.cpu().float(), len(solution.x0s)
+        frames = [sheet(x0, caption=f"call {k} of {calls}") for k, x0 in enumerate(x0s, 1)]
         images.save_gif(gif, frames)
     if not quiet:
         typer.echo(str(solution))

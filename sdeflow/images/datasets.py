@@ -546,8 +546,9 @@ class Stream:
     def __call__(
         self, step: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The batch of `step`: `x0` float32 [b, 3, S, S] in [-1, 1] and labels; `generator` flips
-        half of it left to right.
+        """The batch of `step`: `x0` float32 [b, 3, S, S] in [-1, 1] and labels.
+
+        `generator` flips half of it left to right.
         """
         pixels, labels = self.pixels(step)
         return prepared(pixels, generator), labels

@@ -165,12 +165,9 @@ class CapturedSolve:
             for name, value in (condition or {}).items():
                 self._set_condition(name, value)
             self._replay()
-            return Replay(
-                self._result.clone(),
-                torch.stack(self._states) if self._states else None,
-                torch.stack(self._x0s) if self._x0s else None,
-                self._finite.clone(),
-            )
+            trajectory = torch.stack(self._states) if self._states else None
+            x0s = torch.stack(self._x0s) if self._x0s else None
+            return Replay(self._result.clone(), trajectory, x0s, self._finite.clone())
 
     def _set_condition(self, name: str, value: Any) -> None:
         held = self.condition.get(name)

@@ -87,12 +87,8 @@ def train(
         torch.random.fork_rng(devices=devices),
         torch.backends.cudnn.flags(enabled=True, benchmark=device.type == "cuda", allow_tf32=True),
     ):
-        images = load_images(
-            config.data if dataset is None else dataset,
-            split=config.split,
-            size=config.size,
-            progress=rank.first,
-        )
+        source = config.data if dataset is None else dataset
+        images = load_images(source, split=config.split, size=config.size, progress=rank.first)
         going_on = resume and (out / STATE).exists()
         init = None if going_on or config.init is None else load(config.init, "cpu")
         config = fit_to_data(config, images, init)
