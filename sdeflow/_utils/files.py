@@ -11,8 +11,9 @@ from sdeflow.errors import SdeflowError
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes, what: str = "file") -> Path:
-    """Write `content` to `path` so that afterwards the file is the old one or the new one, whatever
-    happens between.
+    """Write `content` to `path`, completely or not at all.
+
+    Afterwards the file is the old one or the new one, whatever happens between.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
     missing folders are made. If that fails (a full disk, say), the old file is unchanged, the
@@ -44,8 +45,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, what: str = "
 
 
 def check_writable(path: str | os.PathLike[str], what: str = "file") -> Path:
-    """`path`, if a file can be written there; else an `SdeflowError`. To be called before long work
-    whose result the file is to hold.
+    """`path`, if a file can be written there; else an `SdeflowError`.
+
+    To be called before long work whose result the file is to hold.
     """
     path = Path(path)
     folder = path.parent

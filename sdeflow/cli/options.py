@@ -17,6 +17,14 @@ from sdeflow.solvers.base import Solver
 HOW, MACHINE = "How", "Machine and files"
 how, machine = (partial(typer.Option, rich_help_panel=panel) for panel in (HOW, MACHINE))
 
+ClassesOption = Annotated[
+    str,
+    typer.Option(
+        help="Names or numbers of classes, with commas; image i takes its turn. 'all' of them, or"
+        " 'none' for no label."
+    ),
+]
+SeedOption = Annotated[int, how(help="Seed of image 0; image i has seed + i.")]
 SolverOption = Annotated[str, how(help="A name from 'sdeflow info solvers'.")]
 NfeOption = Annotated[
     int | None, how(help="Network calls, exactly (default: 35; not for adaptive solvers).")
@@ -47,8 +55,9 @@ QuietOption = Annotated[bool, machine("--quiet", help="No progress bar, no summa
 
 
 def pick_solver(name: str, rtol: float | None) -> Solver:
-    """The solver of a name, with a tolerance where one is given; `ValueError` for one that takes
-    none.
+    """The solver of a name, with a tolerance where one is given.
+
+    `ValueError` for a tolerance of a solver that takes none.
     """
     method = registry.solver(name)
     if rtol is None:
@@ -80,8 +89,9 @@ def pick_classes(text: str) -> Literal["all", "none"] | list[str]:
 
 
 def open_model(name: str, device: torch.device, half: bool, compile: bool) -> Pretrained:
-    """The model of a name or a file, in float32 or bfloat16; compiled where that serves: on a
-    GPU.
+    """The model of a name or a file, in float32 or bfloat16.
+
+    It is compiled where that serves: on a GPU.
     """
     dtype = torch.bfloat16 if half else torch.float32
     return load(name, device, dtype, compile=compile and device.type == "cuda")

@@ -16,8 +16,9 @@ from sdeflow.evaluation.metrics import ENOUGH
 from sdeflow.generate.api import dtype_of, sentence
 from sdeflow.images.labels import Labels
 from sdeflow.images.render import to_uint8
-from sdeflow.sampling.api import device_of, solve
+from sdeflow.sampling.api import solve
 from sdeflow.sampling.batch_size import window
+from sdeflow.sampling.inputs import device_of
 from sdeflow.sampling.request import GraphMode, Request
 from sdeflow.solvers.base import Solver
 

@@ -1,11 +1,13 @@
-"""The loop over the batches of a solve: each is integrated or replayed, checked, and joined to the
-others.
+"""The loop over the batches of a solve.
+
+Each batch is integrated or replayed, checked, and joined to the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow._utils import memory as _memory
+from sdeflow._utils.checks import listed
+from sdeflow._utils.math import not_finite
 from sdeflow._utils.memory import Memory
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
@@ -31,17 +35,12 @@ from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
 
 
 class ProgressBar:
-    """The progress bar of a solve, one step a network call; or none."""
+    """The progress bar of a solve, one step a network call; or none, where not `shown`."""
 
     def __init__(self, shown: bool, n: int, calls: int | None):
-        self._calls, self._at = calls, 0
+        self.shown, self._calls, self._at = shown, calls, 0
         self.title = f"sampling {n}"
         self._bar = tqdm(unit="call", desc=self.title, dynamic_ncols=True) if shown else None
-
-    @property
-    def shown(self) -> bool:
-        """Whether there is one."""
-        return self._bar is not None
 
     def begin(self, batches: int) -> None:
         """A batch begins, of so many that are left. The count of an abandoned batch is undone."""
@@ -106,9 +105,17 @@ class Loop:
         except (SolverError, NonFiniteError) as error:
             with contextlib.suppress(NonFiniteError):
                 self._settle()
-            error.finished = self._finished()
+            error.finished = self._joined()[0] if self.parts else None
             raise
-        whole = self._whole()
+        whole, fits = self._joined()
+        if not fits:
+            spent = OutOfMemoryError(
+                f"all {self.inputs.n} samples are done, but do not fit twice on {device}, as"
+                " joining the batches takes: ask for fewer at a time. They are in this error's"
+                " `finished`, on the CPU"
+            )
+            spent.finished = whole
+            raise spent
         return dataclasses.replace(
             whole, statistics={**whole.statistics, **self.graphs.statistics(), **self._memory()}
         )
@@ -147,16 +154,14 @@ class Loop:
     def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
         inputs = self.inputs
         source = noise_of(self.request.noise, inputs, rows)
-        return source, inputs.state(
-            self.denoiser.process, float(self.times[0].detach()), rows, source
-        )
+        start = float(self.times[0].detach())
+        return source, inputs.state(self.denoiser.process, start, rows, source)
 
     def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
         reverse = self._reverse(rows)
         collected: list[Tensor] = []
-        part = self._integrate(
-            reverse, state, source, self._watcher(collected if self.request.x0s else None, rows)
-        )
+        watch = self._watcher(collected if self.request.x0s else None, rows)
+        part = self._integrate(reverse, state, source, watch)
         if not torch.isfinite(part.x).all():
             self._refuse(rows, part)
         part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
@@ -185,12 +190,8 @@ class Loop:
                 )
             return self.method
         assert isinstance(self.method, GridSolver)
-        return self.method.plan(
-            self.denoiser.process,
-            self.times,
-            finish=self.request.finish,
-            record=self.request.trajectory,
-        )
+        finish, record = self.request.finish, self.request.trajectory
+        return self.method.plan(self.denoiser.process, self.times, finish=finish, record=record)
 
     def _watcher(self, x0s: list[Tensor] | None, rows: slice) -> OnCall | None:
         """What is done after each network call, or None where nothing is."""
@@ -224,11 +225,11 @@ class Loop:
         self.bar.end()
 
     def _refuse(self, rows: slice, part: Solution) -> None:
-        """Raise the error for a result that is not finite, after running the batch again to find
-        the first call at fault.
+        """Raise the error for a result that is not finite.
+
+        The batch is run again to find the first call at fault.
         """
-        bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
-        names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        bad = [rows.start + i for i in not_finite(part.x)]
         where = ""
         if isinstance(self.request.noise, str):  # the same seeds make the same solve
 
@@ -245,40 +246,24 @@ class Loop:
             except _Found as found:
                 where = str(found)
         error = NonFiniteError(
-            f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number {names}).{where} The"
-            " usual causes: half precision overflows, an eps-prediction far outside its training"
-            " range, a score of the wrong scale."
+            f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number"
+            f" {listed(bad)}).{where} The usual causes: half precision overflows, an eps-prediction"
+            " far outside its training range, a score of the wrong scale."
         )
         error.partial = part
         raise error
 
-    def _finished(self) -> Solution | None:
-        """The finished batches; on the CPU if the device has no memory to join them."""
-        if not self.parts:
-            return None
-        try:
-            return join(self.parts)
-        except (MemoryError, RuntimeError) as error:
-            if not _memory.out_of_memory(error):
-                raise
-        return join([_on_cpu(part) for part in self.parts])
+    def _joined(self) -> tuple[Solution, bool]:
+        """The finished batches as one, and whether they fit on the device.
 
-    def _whole(self) -> Solution:
-        """All batches as one; `OutOfMemoryError`, with all of them, if the device has no memory to
-        join them.
+        If the device has no memory to join them, they are on the CPU.
         """
         try:
-            return join(self.parts)
+            return join(self.parts), True
         except (MemoryError, RuntimeError) as error:
             if not _memory.out_of_memory(error):
                 raise
-            spent = OutOfMemoryError(
-                f"all {self.inputs.n} samples are done, but do not fit twice on"
-                f" {self.inputs.device}, as joining the batches takes: ask for fewer at a time. They are in this error's"
-                " `finished`, on the CPU"
-            )
-        spent.finished = join([_on_cpu(part) for part in self.parts])
-        raise spent
+        return join([_on_cpu(part) for part in self.parts]), False
 
     # --------------------------------------------------------------------------------------- memory
 
@@ -291,14 +276,12 @@ class Loop:
     @property
     def _entries(self) -> int:
         """Entries of one sample's state."""
-        entries = 1
-        for size in self.inputs.shape:
-            entries *= size
-        return entries
+        return math.prod(self.inputs.shape)
 
     def _bytes_a_row(self, rows: int) -> int:
-        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call
-        with a few rows, the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA.
+
+        One call with a few rows measures the network's; the plan's states are counted.
         """
         device = self.inputs.device
         some = slice(0, rows)
@@ -312,20 +295,15 @@ class Loop:
         states = 16  # of an adaptive solver
         if isinstance(self.method, Plan) or cuda_graphs.is_planned(self.method):
             plan = self._plan
-            kept = (len(plan.grid) + 1 if self.request.trajectory else 0) + (
-                plan.nfe if self.request.x0s else 0
-            )
+            kept = len(plan.grid) + 1 if self.request.trajectory else 0
+            kept += plan.nfe if self.request.x0s else 0
             states = 4 + plan.buffers + 2 * kept + (plan.draws if self.graphs else 0)
         return -(-(peak - before) // rows) + states * self._entries * self.inputs.dtype.itemsize
 
     def _memory(self) -> dict[str, Memory]:
         """The entry of `Solution.statistics` about memory."""
         first = self.parts[0]
-        buffers = (
-            None
-            if first.plan is None
-            else first.plan.buffers * first.x.numel() * first.x.element_size()
-        )
+        buffers = None if first.plan is None else first.plan.buffers * first.x.nbytes
         peak = _memory.peak(self.inputs.device)
         took = Memory(peak, buffers, self.graphs.bytes if self.graphs else None)
         return {} if took == Memory() else {"memory": took}
@@ -364,13 +342,9 @@ def _last(part: Solution, rows: int) -> Solution:
 
 def _on_cpu(part: Solution) -> Solution:
     x0s, trajectory = (None if kept is None else kept.cpu() for kept in (part.x0s, part.trajectory))
-    statistics = {
-        name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in part.statistics.items()
-    }
-    return dataclasses.replace(
-        part, x=part.x.cpu(), trajectory=trajectory, x0s=x0s, statistics=statistics
-    )
+    found = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in part.statistics.items()}
+    x = part.x.cpu()
+    return dataclasses.replace(part, x=x, trajectory=trajectory, x0s=x0s, statistics=found)
 
 
 def join(parts: list[Solution]) -> Solution:
@@ -379,21 +353,14 @@ def join(parts: list[Solution]) -> Solution:
         return parts[0]
     first = parts[0]
 
-    def cat(tensors: list[Tensor | None], dim: int) -> Tensor | None:
-        return (
-            torch.cat([tensor for tensor in tensors if tensor is not None], dim)
-            if tensors[0] is not None
-            else None
-        )
+    def stacked(name: str) -> Tensor | None:
+        kept = [getattr(part, name) for part in parts]
+        return None if kept[0] is None else torch.cat(kept, 1)
 
-    statistics = {
-        key: (
-            torch.cat([part.statistics[key] for part in parts])
-            if isinstance(value, Tensor) and value.ndim
-            else value
-        )
-        for key, value in first.statistics.items()
-    }
+    statistics = dict(first.statistics)
+    for key, value in first.statistics.items():
+        if isinstance(value, Tensor) and value.ndim:
+            statistics[key] = torch.cat([part.statistics[key] for part in parts])
     return dataclasses.replace(
         first,
         x=torch.cat([part.x for part in parts]),
@@ -401,7 +368,7 @@ def join(parts: list[Solution]) -> Solution:
         network_calls=sum(part.network_calls for part in parts),
         network_gradients=sum(part.network_gradients for part in parts),
         statistics=statistics,
-        trajectory=cat([part.trajectory for part in parts], 1),
-        x0s=cat([part.x0s for part in parts], 1),
+        trajectory=stacked("trajectory"),
+        x0s=stacked("x0s"),
         interpolant=None,
     )

@@ -53,10 +53,8 @@ class Inputs:
             raise TypeError(f"t is one number for all samples; got {t!r}")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
-            asked = tuple(
-                whole_number("shape", size)
-                for size in ([shape] if isinstance(shape, int) else shape)
-            )
+            sizes = [shape] if isinstance(shape, int) else shape
+            asked = tuple(whole_number("shape", size) for size in sizes)
             if known is not None and asked != known:
                 raise ValueError(
                     f"shape is that of one sample, without the batch: {known} here, not {asked}; n="
@@ -152,8 +150,9 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one. `ValueError` for one that is not on
-    this machine.
+    """The device of a name; "auto" is a GPU where there is one.
+
+    `ValueError` for one that is not on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
