@@ -47,7 +47,7 @@ def test_the_default_solver_is_closer(under: str, std: float) -> None:
 def test_the_defaults_are_these() -> None:
     assert (DEFAULT_SOLVER, DEFAULT_NFE) == ("auto", 35)
     solution = solve(GaussianData(PROCESSES["vp"]), shape=(1,), seeds=0)
-    assert (solution.solver, solution.grid) == (Auto(exact=True), "auto")
+    assert (solution.solver, solution.grid) == (Auto(table="density"), "auto")
     assert solution.nfe == 35
     assert solution.times is not None
     assert len(solution.times) == 35

@@ -34,17 +34,17 @@ from sdeflow._utils.distributed import Rank
 from sdeflow.cli import main
 from sdeflow.errors import CheckpointError, MissingExtraError, SdeflowError, UnknownNameError
 from sdeflow.evaluation.api import compare, evaluate
-from sdeflow.evaluation.features import cifar, imagenet
-from sdeflow.evaluation.features import inception as features
 from sdeflow.evaluation.features import (
     CifarFeatures,
     CifarNet,
     CifarNetConfig,
     Inception,
+    cifar,
     extractor,
     file_sha256,
     save_cifar_net,
 )
+from sdeflow.evaluation.features import inception as features
 from sdeflow.evaluation.measure import FeatureStatistics, measure, open_images
 from sdeflow.evaluation.metrics import Statistics, frechet_distance, precision_recall
 from sdeflow.evaluation.result import Evaluation

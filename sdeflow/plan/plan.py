@@ -79,6 +79,16 @@ class Plan:
         """The calls whose outputs are read after the next call."""
         return outliving(self.instructions)
 
+    @property
+    def finish(self) -> str:
+        """The step to zero noise: `"prediction"`, where the result is the last prediction as it is,
+        `"integrated"`, where it is a combination of more, or `"none"`.
+        """
+        if not self.finished:
+            return "none"
+        last = next(i for i in reversed(self.instructions) if not isinstance(i, Record))
+        return "prediction" if isinstance(last, Call) else "integrated"
+
     @cached_property
     def draws(self) -> int:
         """Noise draws that an execution makes."""
@@ -238,7 +248,12 @@ class Plan:
             f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} ->"
             f" {self.grid[-1][0]:g}"
         )
-        return head + (" -> zero noise" if self.finished else "")
+        ends = {
+            "none": "",
+            "prediction": " -> zero noise",
+            "integrated": " -> zero noise, integrated",
+        }
+        return head + ends[self.finish]
 
     def plot(self, path: str | os.PathLike[str] | None = None, predicts: str = "x0") -> Any:
         """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as

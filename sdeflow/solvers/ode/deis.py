@@ -20,7 +20,7 @@ the prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from sdeflow._utils.renamed import renamed
@@ -30,6 +30,7 @@ from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.runge_kutta import RK4, Heun, Midpoint, RungeKutta
 from sdeflow.solvers.ode.tableaus import Tableau
+from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import adams, has_signal
 
 DEISClock = Literal["t", "nsr", "lam"]
@@ -44,9 +45,11 @@ class EpsMultistep(Multistep):
     `x_next = (s_next / s) x + sum_j b_j eps_j`.
 
     The weights are those of the polynomial in the method's clock; subclasses may have others.
+    `to_zero` is the step to zero noise, see `sdeflow.solvers.ode.to_zero`.
     """
 
     p: int = 4
+    to_zero: ToZero = field(default="prediction", kw_only=True)
 
     predicts = "eps"
     most: ClassVar[int] = 4

@@ -186,7 +186,7 @@ class PNDM(IPNDM):
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
-        left, history, _ = state
+        left, history, _, seen = state
         if len(history) >= self._first[0]:
             return super().step(reverse, x, t, t_next, noise, state)
         predicts = "eps" if has_signal(t, t_next) else "x0"
@@ -204,4 +204,4 @@ class PNDM(IPNDM):
             e3 = slope(carried(x, e2, t, middle, predicts), middle)
             e4 = slope(carried(x, e3, t, t_next, predicts), t_next)
             mean = (1 / 6) * (e1 + 2.0 * e2 + 2.0 * e3 + e4)
-        return carried(x, mean, t, t_next, predicts), (left - 1, ((t, eps), *history), None)
+        return carried(x, mean, t, t_next, predicts), (left - 1, ((t, eps), *history), None, seen)

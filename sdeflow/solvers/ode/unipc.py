@@ -5,13 +5,14 @@ coefficients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sdeflow._utils.math import expm1
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
+from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import adams
 
 
@@ -34,6 +35,7 @@ class UniPC(Multistep):
     - `corrector`: without it, this is UniP. The corrector of a step uses as many predictions as its
       predictor, and one more.
     - `lower_final`: the last steps use fewer predictions, `min(p, steps left + 1)`.
+    - `to_zero`: the step to zero noise, see `sdeflow.solvers.ode.to_zero`.
 
     The prediction at the predicted state serves the corrector and the next step. It is not
     evaluated again (PEC).
@@ -48,6 +50,7 @@ class UniPC(Multistep):
     predicts: Literal["x0", "eps"] = "x0"
     corrector: bool = True
     lower_final: bool = True
+    to_zero: ToZero = field(default="prediction", kw_only=True)
 
     source: ClassVar[str] = "Zhao et al. 2023"
 
