@@ -27,7 +27,8 @@ class SolverError(SdeflowError, RuntimeError):
     """A solve that could not go on; says at which time, which step size and which sample.
 
     `partial` is the `Solution` of the batch as far as it was reached, where there is one;
-    `finished` that of the batches before it.
+    `finished` that of the batches before it. Every other exception that ends a solve between its
+    batches, `KeyboardInterrupt` too, is given a `finished` of this kind, and a note that says so.
     """
 
     partial: Any = None
@@ -35,7 +36,11 @@ class SolverError(SdeflowError, RuntimeError):
 
 
 class NonFiniteError(SdeflowError, ArithmeticError):
-    """A network returned NaN or infinity; `partial` and `finished` are those of `SolverError`."""
+    """A network returned NaN or infinity; `partial` and `finished` are those of `SolverError`.
+
+    A batch goes on while one of its samples is finite, so that `partial` holds the sound samples,
+    and stops at the call that spoils the last of them.
+    """
 
     partial: Any = None
     finished: Any = None
