@@ -40,6 +40,17 @@ from sdeflow.process import EDM, FromBetas, Process
 Parametrisation = Literal["eps", "x0", "score", "v", "velocity"]
 """What a network predicts."""
 
+_ALSO = {
+    "epsilon": "eps",
+    "noise": "eps",
+    "sample": "x0",
+    "x_start": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "velocity",
+    "flow": "velocity",
+}
+"""Other libraries' words for them."""
+
 
 class Affine(NamedTuple):
     """The four numbers of a parametrisation at each time:
@@ -233,7 +244,9 @@ class Network(Denoiser):
 class Prediction(Network):
     """A network `network(x, t, **condition)` that predicts eps, x0, the score, v or the velocity.
 
-    `process` is the one it was trained under. `time` says what the network is given:
+    `predicts` takes other libraries' words too: `"epsilon"` and `"noise"` for eps, `"sample"` and
+    `"x_start"` for x0, `"v_prediction"` for v, `"flow_prediction"` for the velocity. `process` is
+    the one it was trained under. `time` says what the network is given:
     `"continuous"`, the process's own time, of shape `[B]`, float32; `"index"`, the nearest entry of
     the process's table (`Process.from_betas`), counted from 0, int64; or a function of `t`, such as
     `lambda t: 999 * t`. `nsr_range` is the range it was trained on, by default that of the process;
@@ -256,8 +269,9 @@ class Prediction(Network):
         nsr_range: tuple[float, float] | None = None,
         shape: Sequence[int] | None = None,
     ):
+        predicts = _ALSO.get(predicts, predicts)  # type: ignore[assignment]
         if predicts not in get_args(Parametrisation):
-            raise unknown("prediction", predicts, get_args(Parametrisation))
+            raise unknown("prediction", predicts, get_args(Parametrisation), _ALSO)
         if not isinstance(process, Process):
             raise TypeError(
                 f"Prediction needs the process that the network was trained under; got {process!r}"

@@ -186,30 +186,39 @@ def run(request: Request) -> Solution:
         _check_start(denoiser.process, times)
     _warn_training(denoiser)
 
+    def how(solution: Solution) -> Solution:
+        """The solution, of all samples or of the first ones, that says how it was made."""
+        noise = request.noise
+        seeds = tuple(noise.seeds) if isinstance(noise, Noise) else inputs.seeds
+        provenance = Provenance(
+            times=times,
+            solver=None if isinstance(method, Plan) else method,
+            process=denoiser.process,
+            grid=grid_name,
+            seeds=seeds[: len(solution.x)],
+            noise=type(noise).__name__ if isinstance(noise, Noise) else noise,
+            condition=dict(request.condition or {}),
+            device=str(inputs.device),
+            dtype=str(solution.x.dtype).removeprefix("torch."),
+            seconds=clock.perf_counter() - began,
+            version=__version__,
+        )
+        return replace(solution, provenance=provenance)
+
     bar = ProgressBar(request.progress, inputs.n, _calls(method, times, request.finish))
     try:
         graphs = GraphCache(request, denoiser, chosen, bar.saying)
         graphs.refuse(refusal(method, inputs.device, request, conditions.values))
         loop = Loop(request, method, denoiser, inputs, times, conditions, size, graphs, bar)
         with torch.enable_grad() if request.requires_grad else torch.no_grad():
-            solution = loop.run()
+            return how(loop.run())
+    except BaseException as error:
+        finished = getattr(error, "finished", None)
+        if isinstance(finished, Solution):
+            error.finished = how(finished)  # type: ignore[attr-defined]
+        raise
     finally:
         bar.close()
-    noise = request.noise
-    provenance = Provenance(
-        times=times,
-        solver=None if isinstance(method, Plan) else method,
-        process=denoiser.process,
-        grid=grid_name,
-        seeds=tuple(noise.seeds) if isinstance(noise, Noise) else inputs.seeds,
-        noise=type(noise).__name__ if isinstance(noise, Noise) else noise,
-        condition=dict(request.condition or {}),
-        device=str(inputs.device),
-        dtype=str(solution.x.dtype).removeprefix("torch."),
-        seconds=clock.perf_counter() - began,
-        version=__version__,
-    )
-    return replace(solution, provenance=provenance)
 
 
 def _batch_size(request: Request, inputs: Inputs, method: Solver | Plan) -> BatchSize:

@@ -11,24 +11,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow._utils import memory as _memory
-from sdeflow._utils.checks import listed
-from sdeflow._utils.math import not_finite
 from sdeflow._utils.memory import Memory
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
+from sdeflow.plan.execute import version
 from sdeflow.plan.instructions import Call, Record
 from sdeflow.plan.plan import Plan
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import cuda_graphs
 from sdeflow.sampling.batch_size import BatchSize, in_batches, window
 from sdeflow.sampling.cuda_graphs import GraphCache
+from sdeflow.sampling.faults import Faults, Stopped
 from sdeflow.sampling.inputs import Conditions, Inputs
 from sdeflow.sampling.request import CallInfo, Request
 from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
@@ -102,10 +103,10 @@ class Loop:
         try:
             in_batches(self.size, self._batch, self._release)
             self._settle()
-        except (SolverError, NonFiniteError) as error:
+        except BaseException as error:  # Ctrl-C and errors of the network too
             with contextlib.suppress(NonFiniteError):
                 self._settle()
-            error.finished = self._joined()[0] if self.parts else None
+            self._keep_finished(error)
             raise
         whole, fits = self._joined()
         if not fits:
@@ -160,10 +161,21 @@ class Loop:
     def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
         reverse = self._reverse(rows)
         collected: list[Tensor] = []
-        watch = self._watcher(collected if self.request.x0s else None, rows)
-        part = self._integrate(reverse, state, source, watch)
+        # Adaptive solvers refuse steps that are not finite, and say so themselves.
+        faults = None if getattr(self.method, "adaptive", False) else Faults(state.device)
+        watch = self._watcher(collected if self.request.x0s else None, rows, faults)
+        try:
+            part = self._integrate(reverse, state, source, watch)
+        except Stopped as stopped:
+            assert faults is not None
+            part = Solution(stopped.x, stopped.nfe)
+            self._refuse(rows, part, faults, reverse)
+        except (SolverError, NonFiniteError) as error:
+            if rows.start:
+                error.add_note(f"Sample 0 of this batch is number {rows.start} of all samples.")
+            raise
         if not torch.isfinite(part.x).all():
-            self._refuse(rows, part)
+            self._refuse(rows, part, faults or Faults(state.device), reverse)
         part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
         part.x0s = torch.stack(collected) if collected else None
         return part
@@ -193,19 +205,31 @@ class Loop:
         finish, record = self.request.finish, self.request.trajectory
         return self.method.plan(self.denoiser.process, self.times, finish=finish, record=record)
 
-    def _watcher(self, x0s: list[Tensor] | None, rows: slice) -> OnCall | None:
+    def _watcher(
+        self, x0s: list[Tensor] | None, rows: slice, faults: Faults | None
+    ) -> OnCall | None:
         """What is done after each network call, or None where nothing is."""
         callback = self.request.callback
         if not self.bar.shown and callback is None and x0s is None:
-            return None
+            return None if faults is None else faults.see
 
         def watch(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
+            if faults is not None:
+                faults.see(index, call, x, x0)
+            if x0s is not None or callback is not None:
+                # A network may write into its output at its next call.
+                x0 = x0.clone()
             if x0s is not None:
-                x0s.append(x0.clone())
+                x0s.append(x0)
             if callback is not None:
                 s = float(call.s)
                 nsr = float(call.sigma) / s if s else float("inf")
+                before = version(x), version(x0)
                 callback(CallInfo(index, index + 1, float(call.t), nsr, x, x0, rows))
+                if (version(x), version(x0)) != before:
+                    raise SolverError(
+                        "a callback changed the state in place: let it work on a clone"
+                    )
             self.bar.update()
 
         return watch
@@ -219,39 +243,45 @@ class Loop:
         (rows, part, finite), self._pending = self._pending, None
         # Rows that only filled the batch up do not matter.
         if not bool(finite) and not bool(torch.isfinite(part.x).all()):
-            self._refuse(rows, part)
+            self._refuse_replayed(rows, part)
         self.parts.append(part)
         self.bar.update(part.nfe)
         self.bar.end()
 
-    def _refuse(self, rows: slice, part: Solution) -> None:
-        """Raise the error for a result that is not finite.
-
-        The batch is run again to find the first call at fault.
-        """
-        bad = [rows.start + i for i in not_finite(part.x)]
-        where = ""
-        if isinstance(self.request.noise, str):  # the same seeds make the same solve
-
-            def check(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
-                if not bool(torch.isfinite(x0).all()):
-                    sound = bool(torch.isfinite(x).all())
-                    why = "the network returned it" if sound else "its input was not finite"
-                    raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {why}.")
-
-            source, state = self._begin(rows)
-            reverse = self._reverse(rows)
-            try:
-                self._integrate(reverse, state, source, check, plain=True)
-            except _Found as found:
-                where = str(found)
-        error = NonFiniteError(
-            f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number"
-            f" {listed(bad)}).{where} The usual causes: half precision overflows, an eps-prediction"
-            " far outside its training range, a score of the wrong scale."
-        )
+    def _refuse(self, rows: slice, part: Solution, faults: Faults, reverse: Reverse) -> NoReturn:
+        """Raise the error for a result that is not finite."""
+        part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
+        error = faults.error(part.x, rows.start)
         error.partial = part
         raise error
+
+    def _refuse_replayed(self, rows: slice, part: Solution) -> NoReturn:
+        """Raise the error for a replayed batch that is not finite. A graph shows no call, so that
+        the batch is solved again without one, to find the first call at fault.
+        """
+        faults = Faults(part.x.device)
+        if isinstance(self.request.noise, str):  # the same seeds make the same solve
+            source, state = self._begin(rows)
+            reverse = self._reverse(rows)
+            with contextlib.suppress(Stopped):
+                self._integrate(reverse, state, source, faults.see, plain=True)
+        error = faults.error(part.x, rows.start)
+        error.partial = part
+        raise error
+
+    def _keep_finished(self, error: BaseException) -> None:
+        """Give an error the finished batches, as its `finished`, and a note that says so."""
+        finished = self._joined()[0] if self.parts else None
+        own = isinstance(error, SolverError | NonFiniteError)
+        if own or finished is not None:
+            with contextlib.suppress(AttributeError, TypeError):  # it takes no attributes
+                error.finished = finished  # type: ignore[attr-defined]
+        if finished is not None and not own:
+            error.add_note(
+                f"{len(finished.x)} of {self.inputs.n} samples were finished before. They are not"
+                " lost: this exception's `finished` is their Solution (after an error in a"
+                " notebook or at the prompt, sys.last_value.finished)."
+            )
 
     def _joined(self) -> tuple[Solution, bool]:
         """The finished batches as one, and whether they fit on the device.
@@ -309,10 +339,6 @@ class Loop:
         return {} if took == Memory() else {"memory": took}
 
 
-class _Found(Exception):
-    pass
-
-
 def noise_of(noise: str | Noise, inputs: Inputs, rows: slice) -> Noise:
     """The source of noise for some rows: of a kind, or the one given if it fits."""
     seeds, shape = inputs.seeds[rows], inputs.shape
@@ -348,13 +374,20 @@ def _on_cpu(part: Solution) -> Solution:
 
 
 def join(parts: list[Solution]) -> Solution:
-    """The solutions of consecutive batches as one."""
+    """The solutions of consecutive batches as one.
+
+    Batches of an adaptive solver differ in their number of calls: the last prediction of a shorter
+    one stands for the calls that it did not make, as it does for a sample that has finished.
+    """
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
+    calls = max(0 if part.x0s is None else len(part.x0s) for part in parts)
 
     def stacked(name: str) -> Tensor | None:
         kept = [getattr(part, name) for part in parts]
+        if name == "x0s":
+            kept = [_padded(x0s, calls) for x0s in kept]
         return None if kept[0] is None else torch.cat(kept, 1)
 
     statistics = dict(first.statistics)
@@ -372,3 +405,10 @@ def join(parts: list[Solution]) -> Solution:
         x0s=stacked("x0s"),
         interpolant=None,
     )
+
+
+def _padded(x0s: Tensor | None, calls: int) -> Tensor | None:
+    """Predictions `[nfe, ...]` as those of so many calls, the last one repeated."""
+    if x0s is None or len(x0s) == calls:
+        return x0s
+    return torch.cat([x0s, x0s[-1:].expand(calls - len(x0s), *x0s.shape[1:])])

@@ -311,8 +311,12 @@ class PerSampleSolve(ABC):
         if self.seen is None:
             self.seen = (x.detach().clone(), x0.detach().clone())
         rows = self.rows.to(x.device)
-        for whole, part in zip(self.seen, (x, x0), strict=True):
-            whole.index_copy_(0, rows, part.detach())
+        # New tensors, which `on_call` may keep.
+        seen_x, seen_x0 = self.seen
+        self.seen = (
+            seen_x.index_copy(0, rows, x.detach()),
+            seen_x0.index_copy(0, rows, x0.detach()),
+        )
         behind = int((self.sign * self.a).argmin())
         level = self.reverse.process.level(float(t[behind]))
         self.on_call(self.calls - 1, Call(1, 0, level.t, level.s, level.sigma), *self.seen)
