@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.denoisers import Denoiser
-from sdeflow.denoisers.condition import PerSample, cut, plain
+from sdeflow.denoisers.condition import PerSample, Shared, cut, plain
 from sdeflow.process import Level, Process
 
 
@@ -177,10 +177,12 @@ def eps_of(x: Any, x0: Any, t: Level) -> Any:
 
 def _marked(value: Any, size: int) -> Any:
     """A condition that was given as it is: per sample where it is a tensor or a list of `size`
-    rows.
+    rows, else shared.
     """
-    rows = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
-    return PerSample(value) if rows and len(value) == size else value
+    if not isinstance(value, Tensor | list | tuple):
+        return value
+    scalar = isinstance(value, Tensor) and not value.ndim
+    return PerSample(value) if not scalar and len(value) == size else Shared(value)
 
 
 def _first(entry: tuple[float, Level]) -> float:

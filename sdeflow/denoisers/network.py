@@ -71,7 +71,6 @@ class Network(Denoiser):
             )
         if nsr_range is not None and not 0 <= nsr_range[0] < nsr_range[1]:
             raise ValueError(f"nsr_range is (low, high) with 0 <= low < high; got {nsr_range}")
-        native.check()
         _check_signature(network)
         self.network = network
         self.native = self.process = native
@@ -332,6 +331,7 @@ class Prediction(Network):
             raise TypeError(
                 f"Prediction needs the process that the network was trained under; got {process!r}"
             )
+        process.check()
         if time is None and isinstance(process, Tabulated):
             raise ValueError(
                 f"is this network given an entry of the table of {process!r}, or its time? Say"

@@ -107,15 +107,10 @@ class FromTable(Tabulated):
         u = position - i
         nodes, slopes = self._nodes.to(t.device, t.dtype), self._slopes.to(t.device, t.dtype)
         inside = cubic(
-            u.clamp_min(0.0),
-            nodes[:, i],
-            nodes[:, i + 1],
-            slopes[:, i],
-            slopes[:, i + 1],
-            1.0 / self.size,
+            u, nodes[:, i], nodes[:, i + 1], slopes[:, i], slopes[:, i + 1], 1.0 / self.size
         )
-        below = u.clamp_max(0.0) / self.size * slopes[:, :1].reshape(2, *[1] * t.ndim)
-        clock, log_size = inside + below
+        first, slope = (c[:, :1].reshape(2, *[1] * t.ndim) for c in (nodes, slopes))
+        clock, log_size = torch.where(position < 0, first + u / self.size * slope, inside)
         return clock, log_size
 
     def s(self, t: Tensor) -> Tensor:

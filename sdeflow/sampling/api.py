@@ -287,7 +287,7 @@ def _check_start(denoiser: Denoiser, times: Tensor) -> None:
     last = min(process.t_min, float(times[-1].detach()))
     levels = process.levels([float(times[0].detach()), last])
     nsr, end = (float(level.nsr) for level in levels)
-    if 0.0 <= nsr < 5.0:
+    if 0.0 <= nsr < 5.0 * min(1.0, std or 1.0):
         warnings.warn(
             f"the grid starts at t={levels[0].t:g}, where the noise is only {nsr:.3g} times the"
             " signal, from noise alone: pass x= (or x0= and t=) to start from a state there",
@@ -298,7 +298,7 @@ def _check_start(denoiser: Denoiser, times: Tensor) -> None:
             f"the data have a standard deviation of {std:.3g} (data_std), which does not suit the"
             f" noise of {type(process).__name__}: sigma / s runs from {nsr:.3g} down to {end:.3g},"
             f" and should reach from {5.0 * std:.3g} or more to {0.2 * std:.3g} or less. Scale the"
-            " data to a standard deviation near 1, or sample under"
-            f" process=EDM(t_min={0.004 * std:.3g}, t_max={160.0 * std:.3g})",
+            f" data to a standard deviation near 1, or sample with solver=Auto(data_std={std:.3g})"
+            f" under process=EDM(t_min={0.004 * std:.3g}, t_max={160.0 * std:.3g})",
             stacklevel=4,
         )
