@@ -54,6 +54,10 @@ class Denoiser(ABC):
     `solver="auto"` then takes higher orders.
     """
     exact = _Renamed("known_density")
+    data_std: float | None = None
+    """The root mean square of the data's entries, where it is known: their standard deviation, if
+    their mean is 0. Samplers warn where the ends of the process do not suit it.
+    """
     outputs: tuple[str, ...] = ("x0",)
     """The names of what `predict` returns."""
 

@@ -65,7 +65,7 @@ class Wrapper(Denoiser):
         self.held: tuple[Denoiser, ...] = tuple(
             d if d.process == self.process else d.under(self.process) for d in denoisers
         )
-        self.default_grid = self.inner.default_grid
+        self.default_grid, self.data_std = self.inner.default_grid, self.inner.data_std
         shapes = {d.shape for d in self.held} - {None}
         if len(shapes) > 1:
             raise ValueError(

@@ -64,14 +64,25 @@ class Pretrained(Preconditioned):
         # Reading a label on the GPU would wait for the device.
         if label is None or (isinstance(label, Tensor) and label.is_cuda):
             return
-        labels = torch.as_tensor(label) if isinstance(label, int) else label
-        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+        labels = torch.as_tensor(label) if type(label) is int else label
+        whole = isinstance(labels, Tensor) and not (
+            labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1
+        )
         if not whole or bool(((labels < 0) | (labels > self.num_classes)).any()):
             names = f" ({', '.join(self.class_names)})" if self.class_names else ""
             raise ValueError(
                 "label is a whole number, or one a sample, from 0 to"
-                f" {self.num_classes - 1}{names}, or {self.num_classes} for no label; got {label!r}"
+                f" {self.num_classes - 1}{names}, or {self.num_classes} for no label (integers of"
+                f" shape [B]); got {_shown(label)}"
             )
+
+
+def _shown(label: Any) -> str:
+    """A label, in an error."""
+    if isinstance(label, Tensor) and label.ndim != 0:
+        flat = ", label.flatten() would do" if label.ndim > 1 else ""
+        return f"a {label.dtype} tensor of shape {tuple(label.shape)}{flat}"
+    return repr(label)
 
 
 def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:

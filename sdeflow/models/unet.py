@@ -320,6 +320,11 @@ class UNet(nn.Module):
             # A 0-d time gives one row, which broadcasts over the labels.
             label = self.config.num_classes if label is None else label
             index = torch.full((1,), label, device=time.device) if isinstance(label, int) else label
+            if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+                raise ValueError(
+                    f"labels are integers of shape [B]; got {index.dtype} of shape"
+                    f" {tuple(index.shape)}"
+                )
             embedding = embedding + self.label(index)
         elif label is not None:
             raise ValueError(

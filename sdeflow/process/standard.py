@@ -62,6 +62,8 @@ class VP(_LinearBeta):
     Source: Song et al. (2021), equation 11; the continuous form of DDPM (Ho et al., 2020).
     """
 
+    _one_law: ClassVar[bool] = True  # sigma comes from the same function as s
+
     def variance(self, t: Tensor) -> Tensor:
         """`1 - s^2`, without cancellation."""
         return -torch.expm1(-2.0 * self._decay(t))
@@ -82,6 +84,8 @@ class SubVP(_LinearBeta):
 
     Source: Song et al. (2021), equation 12.
     """
+
+    _one_law: ClassVar[bool] = True  # sigma comes from the same function as s
 
     def sigma(self, t: Tensor) -> Tensor:
         """`1 - s^2`, without cancellation."""
@@ -105,6 +109,7 @@ class Cosine(Process):
     offset: float = 0.008
     t_min: float = 1e-3
     t_max: float = 1.0 - 1.008 * 2.0 / math.pi * 1e-3
+    _one_law: ClassVar[bool] = True  # sigma comes from the same function as s
 
     def __post_init__(self) -> None:
         check_span(self)

@@ -75,8 +75,9 @@ def sample(
     - `seeds`: one a sample, or the first of `n` consecutive ones; by default fresh ones, kept in
       `Solution.seeds`. Row i depends on its own seed alone, not on `n`, `batch_size`, the device or
       the dtype.
-    - `condition`: keyword arguments for the network; tensors with one row a sample are cut along
-      with the batch.
+    - `condition`: keyword arguments for the network. Tensors, arrays and lists have one row a
+      sample (or one for all) and are cut along with the batch; `Shared(value)` is handed on whole,
+      `PerSample(values)` is cut.
     - `x`, `t`: start from the state `x` at time `t`; or `x0`, `t`: from the data `x0` noised to `t`
       (the higher, the less is left of it).
     - `finish`: whether to end with the step to zero noise; without it the state at the last level
@@ -168,10 +169,15 @@ def encode(
 
 def run(request: Request) -> Solution:
     """The solution of a request: what `sample` and `solve` call."""
+    if torch.is_inference_mode_enabled():
+        # A network that differentiates could not in inference mode, whatever it asks for.
+        with torch.inference_mode(False), torch.no_grad():
+            return run(request)
     began = clock.perf_counter()
     one_of("compile", request.compile, (True, False, "require"))
     chosen = None if request.process is None else registry.process(request.process)
     denoiser = as_denoiser(request.score_fn, chosen)
+    denoiser.process.check()
     method = request.solver
     if not isinstance(method, Plan):
         method = registry.solver(DEFAULT_SOLVER if method is None else method)
@@ -183,7 +189,7 @@ def run(request: Request) -> Solution:
     if request.callback is not None and not callable(request.callback):
         raise TypeError(f"a callback is a function of a Step; got {request.callback!r}")
     if request.x is None and request.x0 is None:
-        _check_start(denoiser.process, times)
+        _check_start(denoiser, times)
     _warn_training(denoiser)
 
     def how(solution: Solution) -> Solution:
@@ -260,20 +266,30 @@ def _warn_training(denoiser: Denoiser) -> None:
         )
 
 
-def _check_start(process: Process, times: Tensor) -> None:
-    """Refuse a solve from pure noise that runs towards noise.
-
-    Warn of one that begins where much signal should be left.
+def _check_start(denoiser: Denoiser, times: Tensor) -> None:
+    """Refuse a solve from pure noise that runs towards noise; warn of one that begins where much
+    signal should be left, or ends where data of this scale are still covered by noise.
     """
+    process, std = denoiser.process, denoiser.data_std
     if len(times) > 1 and times[-1] > times[0]:
         raise GridError(
             "a solve towards noise starts from a state: pass x= and finish=False, or use encode"
         )
-    nsr = process.level(float(times[0].detach())).nsr
-    if 0.0 <= nsr < 5.0:
+    last = min(process.t_min, float(times[-1].detach()))
+    levels = process.levels([float(times[0].detach()), last])
+    nsr, end = (float(level.nsr) for level in levels)
+    if 0.0 <= nsr < 5.0 * min(1.0, std or 1.0):
         warnings.warn(
-            f"the grid starts at t={float(times[0].detach()):g}, where the noise is only {nsr:.3g}"
-            " times the signal, from noise alone: pass x= (or x0= and t=) to start from a state"
-            " there",
+            f"the grid starts at t={levels[0].t:g}, where the noise is only {nsr:.3g} times the"
+            " signal, from noise alone: pass x= (or x0= and t=) to start from a state there",
+            stacklevel=4,
+        )
+    elif std and not (nsr >= 5.0 * std and end <= 0.2 * std):
+        warnings.warn(
+            f"the data have a standard deviation of {std:.3g} (data_std), which does not suit the"
+            f" noise of {type(process).__name__}: sigma / s runs from {nsr:.3g} down to {end:.3g},"
+            f" and should reach from {5.0 * std:.3g} or more to {0.2 * std:.3g} or less. Scale the"
+            f" data to a standard deviation near 1, or sample with solver=Auto(data_std={std:.3g})"
+            f" under process=EDM(t_min={0.004 * std:.3g}, t_max={160.0 * std:.3g})",
             stacklevel=4,
         )

@@ -150,7 +150,7 @@ class Loop:
         return self.denoiser.rows(torch.arange(rows.start, rows.stop))
 
     def _reverse(self, rows: slice) -> Reverse:
-        return Reverse(self._denoiser(rows), self.conditions.rows(rows))
+        return Reverse(self._denoiser(rows), self.conditions.cut(rows))
 
     def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
         inputs = self.inputs

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdeflow._utils.checks import check_choices, whole_number
 from sdeflow._utils.math import value_of
+from sdeflow._utils.weak_cache import WeakTable
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
 from sdeflow.grid.base import GridFunction
@@ -251,8 +252,10 @@ class GridSolver(Solver):
     def _planned(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
         """The plan, traced or known from before."""
         # Only plain values can be keys: others may have changed since.
-        if times.requires_grad or not (_plain(self) and _plain(process)):
+        if times.requires_grad or not _plain(self):
             return self._trace(process, times, finish, record)
+        if not _plain(process):
+            return self._plan_of_users(process, times, finish, record)
         key = (self, process, tuple(times.tolist()), finish, record)
         with _PLANS_LOCK:
             if (known := _PLANS.get(key)) is not None:
@@ -263,6 +266,24 @@ class GridSolver(Solver):
             _PLANS[key] = plan
             if len(_PLANS) > 128:
                 _PLANS.popitem(last=False)
+        return plan
+
+    def _plan_of_users(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
+        """The plan for a user's process, which may read anything, such as a global in a notebook: a
+        plan is used again only for the same object, with the same numbers at all levels.
+        """
+        process.check()
+        levels = process.levels(times)
+        if not all(isinstance(level.s, float) for level in levels):
+            return self._trace(process, times, finish, record)
+        key = (self, tuple(levels), finish, record)
+        try:
+            plan = _USERS_PLANS.get(process, key)
+            if plan is None:
+                plan = self._trace(process, times, finish, record)
+                _USERS_PLANS.put(process, key, plan)
+        except TypeError:  # no weak references to it
+            plan = self._trace(process, times, finish, record)
         return plan
 
     def _trace(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
@@ -368,14 +389,14 @@ def run_plan(
 
 _PLANS: OrderedDict[Any, Plan] = OrderedDict()
 _PLANS_LOCK = threading.Lock()
+_USERS_PLANS: WeakTable[Plan] = WeakTable(32)
 
 
 def _plain(value: Any) -> bool:
     """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen
     dataclasses of them.
 
-    A user's own class may read anything, such as a global in a notebook. It is traced again each
-    time.
+    A user's own class may read anything, such as a global in a notebook: see `_plan_of_users`.
     """
     if value is None or isinstance(value, int | float | str):
         return True

@@ -70,6 +70,9 @@ class Empirical(Target):
         if not bool(torch.isfinite(self.data).all()):
             raise ValueError("data has entries that are not finite")
         self.bandwidth = float(bandwidth)
+        with torch.no_grad():
+            norm = float(torch.linalg.vector_norm(self.data.flatten(), dtype=torch.float32))
+        self.data_std = math.hypot(norm / math.sqrt(self.data.numel()), self.bandwidth)
         self.chunk = max(1, 2**22 // self.dim) if chunk is None else int(chunk)
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 

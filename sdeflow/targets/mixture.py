@@ -150,6 +150,15 @@ class GaussianMixture(Target):
             assert factor is not None
             self._factor = self._check_factor(finite_float64("factor", factor))
             self._variances = self._per_component("diag", 0.0 if diag is None else diag)
+        self.data_std = self._root_mean_square()
+
+    def _root_mean_square(self) -> float:
+        """Of the entries of the data."""
+        with torch.no_grad():
+            squares = self._centres.square().mean(-1) + self._variances.mean(-1)
+            if self._factor is not None:
+                squares = squares + self._factor.square().sum((-2, -1)) / self.dim
+            return math.sqrt(float((self.weights * squares).sum()))
 
     def __repr__(self) -> str:
         return (
