@@ -14,7 +14,14 @@ import typer
 
 from sdeflow._utils.distributed import this_rank
 from sdeflow.cli import options
-from sdeflow.cli.options import machine, open_model, pick_batch_size, pick_classes, pick_solver
+from sdeflow.cli.options import (
+    leave,
+    machine,
+    open_model,
+    pick_batch_size,
+    pick_classes,
+    pick_solver,
+)
 from sdeflow.generate.api import SHARD_SIZE
 from sdeflow.generate.api import generate as run
 from sdeflow.sampling.cuda_graphs import CompileWarning
@@ -94,7 +101,7 @@ def generate(
     """Write many images into a folder: the same ones on one process or on many. It can be stopped
     and continued at any moment.
     """
-    method, at_once = pick_solver(solver, rtol), pick_batch_size(batch_size)
+    method, at_once = pick_solver(solver, rtol, nfe), pick_batch_size(batch_size)
     rank = this_rank()
     place = check_device(rank.device(named_device(device)))
     denoiser = open_model(model, place, half, compile)
@@ -122,3 +129,4 @@ def generate(
         )
     if rank.first and not quiet:
         typer.echo(str(made))
+    leave(made.reason)

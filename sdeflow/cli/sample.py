@@ -70,7 +70,7 @@ def sample(
                     f" {path.with_suffix(suffix)}, not {path}"
                 )
             check_writable(path, "image")
-    method, at_once = pick_solver(solver, rtol), pick_batch_size(batch_size)
+    method, at_once = pick_solver(solver, rtol, nfe), pick_batch_size(batch_size)
     place = named_device(device)
     denoiser = open_model(model, place, half, compile)
     labels = Labels.of(denoiser, pick_classes(classes))
@@ -118,9 +118,16 @@ def _names(labels: Labels, n: int, denoiser: Pretrained) -> list[str] | None:
 
 
 def _caption(solution: Solution) -> str:
-    name, process = type(solution.solver).__name__, type(solution.process).__name__
+    name, process = _solver(solution).partition("(")[0], type(solution.process).__name__
     first, last = solution.seeds[0], solution.seeds[-1]
     return f"{name}, {process}, NFE {solution.nfe}, seeds {first} to {last}"
+
+
+def _solver(solution: Solution) -> str:
+    """The solver in words, whether it came by name or as a saved plan."""
+    if solution.solver is None and solution.plan is not None:
+        return solution.plan.solver
+    return repr(solution.solver)
 
 
 def _facts(solution: Solution, model: str, denoiser: Pretrained, half: bool) -> dict[str, Any]:
@@ -128,7 +135,7 @@ def _facts(solution: Solution, model: str, denoiser: Pretrained, half: bool) -> 
     how = solution.provenance
     return {
         "model": model,
-        "solver": repr(how.solver),
+        "solver": _solver(solution),
         "process": repr(how.process),
         "grid": how.grid,
         "nfe": solution.nfe,

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from sdeflow import registry
 from sdeflow._utils import distributed
 from sdeflow._utils.checks import listed, whole_number
+from sdeflow._utils.lock import locked
 from sdeflow._utils.math import not_finite
 from sdeflow._utils.run_control import Stop
 from sdeflow._version import __version__
@@ -146,7 +147,8 @@ def generate(
 
     Errors: `ValueError` for a folder made with other settings (it names them) or holding other
     things; those of `sample`; `SdeflowError` where a shard cannot be written, `NonFiniteError` for
-    NaN: both name the images. Finished shards stay.
+    NaN: both name the images; `SdeflowError` where another run is writing into `out` (the lock ends
+    with its process). Finished shards stay.
     """
     began = time.perf_counter()
     rank = distributed.this_rank()
@@ -185,20 +187,22 @@ def generate(
     }
     check_settings(shards.folder, settings)
     coordinator = Coordinator(rank)
-    if rank.first:
-        shards.sweep()
-        write_settings(shards.folder, settings)
     shown = progress and rank.first
-    missing = missing_shards(shards, labels, coordinator, shown)
-    there = n - sum(len(shards.indices(k)) for k in missing)
-    title = f"generating {n}"
-    bar = tqdm(total=n, initial=there, unit="img", desc=title, smoothing=0.1, disable=not shown)
     current = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
-    with bar, current, stop.listening(), coordinator.leaving_announced():
-        maker = Maker(request, shards, labels, index(seed), stop, coordinator, bar)
-        maker.make(missing[rank.index :: rank.world])
+    with locked(shards.folder, "sdeflow generate", rank.first), current, stop.listening():
         if rank.first:
-            maker.wait(n - there)
+            check_settings(shards.folder, settings)  # of a run that held the lock until now
+            shards.sweep()
+            write_settings(shards.folder, settings)
+        missing = missing_shards(shards, labels, coordinator, shown)
+        there = n - sum(len(shards.indices(k)) for k in missing)
+        title = f"generating {n}"
+        bar = tqdm(total=n, initial=there, unit="img", desc=title, smoothing=0.1, disable=not shown)
+        with bar, coordinator.leaving_announced():
+            maker = Maker(request, shards, labels, index(seed), stop, coordinator, bar)
+            maker.make(missing[rank.index :: rank.world])
+            if rank.first:
+                maker.wait(n - there)
     made, calls = coordinator.read("images"), coordinator.read("calls")
     seconds = time.perf_counter() - began
     return GenerationResult(

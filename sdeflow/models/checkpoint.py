@@ -30,6 +30,11 @@ BUNDLED = {"cifar10": Path(__file__).parent / "checkpoints" / "cifar10.safetenso
 
 FORMAT = "sdeflow-unet-1"
 HEADER = "sdeflow"
+FOREIGN = (
+    "load the network with its own code, and tell sdeflow what it predicts, as in"
+    " Prediction(network, 'eps', process)"
+)
+"""What to do with the weights of another project."""
 
 
 class Pretrained(Preconditioned):
@@ -99,11 +104,13 @@ def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: Path | None = None,
 ) -> None:
-    """Write `tensors` and the JSON-ready `facts` to `path`, atomically.
-
-    Afterwards the file is the old one or the new one.
+    """Write `tensors` and the JSON-ready `facts` to `path`, atomically: afterwards the file is the
+    old one or the new one. The old one stays as `keep`, if that is given.
 
     Raises `CheckpointError` if it cannot be written (a full disk, say); the old file is then
     unchanged.
@@ -113,15 +120,16 @@ def write_tensors(
     # the same file.
     header = {HEADER: json.dumps({**facts, "sha256": digest(plain, dict(facts))})}
     try:
-        write_atomically(path, serialise(plain, header), "checkpoint")
+        write_atomically(path, serialise(plain, header), "checkpoint", keep)
     except SdeflowError as error:
         raise CheckpointError(str(error)) from error
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and facts that `write_tensors` wrote.
-
-    Raises `CheckpointError` if the file is missing or damaged.
+def read_tensors(
+    path: str | os.PathLike[str], remedy: str = "fetch or train it again"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and facts that `write_tensors` wrote; raises `CheckpointError` if
+    the file is missing or damaged, and then says the `remedy`.
     """
     path = Path(path)
     if not path.is_file():
@@ -132,19 +140,34 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(header[HEADER]) if HEADER in header else {}
     except (SafetensorError, OSError, ValueError) as error:
+        if _is_pickle(path):
+            raise CheckpointError(
+                f"{path} is a file of torch.save, and not one of sdeflow, which opens no pickles:"
+                f" {FOREIGN}"
+            ) from error
         raise CheckpointError(
-            f"{path} is damaged or not a safetensors file of sdeflow ({error}); fetch or train it"
-            " again"
+            f"{path} is damaged or not a safetensors file of sdeflow ({error}); {remedy}"
         ) from error
     stated = facts.pop("sha256", None)
     if stated is None:
-        raise CheckpointError(f"{path} is a safetensors file, but not one that sdeflow wrote")
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not one that sdeflow wrote: {FOREIGN}"
+        )
     if (found := digest(tensors, facts)) != stated:
         raise CheckpointError(
             f"{path} is damaged: its content has SHA-256 {found[:12]}..., its header says"
-            f" {stated[:12]}...; fetch or train it again"
+            f" {stated[:12]}...; {remedy}"
         )
     return tensors, facts
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file looks like one of `torch.save`: a zip archive or a bare pickle."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4)[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+    except OSError:
+        return False
 
 
 def save_model(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,12 +34,18 @@ from sdeflow.errors import CheckpointError, SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan.check import PlanReport, check
 from sdeflow.plan.execute import OnCall, execute, outliving
-from sdeflow.plan.files import FORMAT, read_plan, write_plan
+from sdeflow.plan.files import DAMAGE, FORMAT, read_plan, verified, write_plan
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.plan.plot import plot_unrolled
 from sdeflow.plan.unroll import Difference, Unrolled, as_vector, difference, unroll
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
+
+KEYS = (
+    *("format", "version", "registers", "result", "grid", "finished", "solver", "process"),
+    "instructions",
+)
+"""The entries of a plan's dictionary."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +320,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain numbers and strings; floats survive JSON exactly."""
-        keys = ("registers", "result", "grid", "finished", "solver", "process")
+        keys = KEYS[2:-1]
         facts = {
             "format": FORMAT,
             "version": __version__,
@@ -323,24 +330,42 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` described; `ValueError` for anything else."""
+        """The plan that `to_dict` described; `ValueError` for anything else: another format, a
+        number that is not finite, a register that is out of bounds or read before it is written.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
+            stated = data.get("format") if isinstance(data, dict) else None
+            if str(stated).startswith(FORMAT.rstrip("0123456789")):
+                raise ValueError(
+                    f"its format is {stated!r} (written by sdeflow {data.get('version')}), and"
+                    f" sdeflow {__version__} reads {FORMAT!r}: install a version that reads it"
+                )
             raise ValueError(
                 f"this is not a plan saved by sdeflow (its format should be {FORMAT!r})"
             )
+        data = verified(data)
+        if unknown := sorted(map(str, data.keys() - set(KEYS))):
+            raise ValueError(
+                f"a plan saved by sdeflow has no entry {unknown[0]!r}: the file is damaged"
+            )
         try:
             instructions = tuple(map(_instruction, data["instructions"]))
-            grid = tuple((float(t), float(s), float(sigma)) for t, s, sigma in data["grid"])
-            registers, result = int(data["registers"]), int(data["result"])
-            finished = bool(data["finished"])
-            solver, process = str(data["solver"]), str(data["process"])
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            grid = tuple((_real(t), _real(s), _real(sigma)) for t, s, sigma in data["grid"])
+            registers, result = _whole(data["registers"]), _whole(data["result"])
+            finished, solver, process = data["finished"], data["solver"], data["process"]
+            if (type(finished), type(solver), type(process)) != (bool, str, str):
+                raise TypeError("finished is a truth value, solver and process are text")
+            if not re.fullmatch(r"\d+\.\d+[\w.+-]*", data["version"]):
+                raise ValueError(f"{data['version']!r} is no version of sdeflow")
+        except (AttributeError, *DAMAGE) as error:
             raise ValueError(
                 f"this is not a plan saved by sdeflow, or damaged: {type(error).__name__} {error}"
             ) from error
         _check_registers(instructions, registers, result)
         if not grid:
             raise ValueError("a damaged plan: it has no grid")
+        if any(isinstance(i, Record) and i.index >= len(grid) for i in instructions):
+            raise ValueError("a damaged plan: it records levels that its grid does not have")
         return cls(instructions, registers, result, grid, finished, solver, process)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -413,31 +438,58 @@ def _instruction(row: Any) -> Instruction:
         out, terms = numbers
         if not terms:
             raise ValueError("a damaged plan: it combines nothing")
-        return Combine(int(out), tuple((int(r), float(c)) for r, c in terms))
+        return Combine(_whole(out), tuple((_whole(r), _real(c)) for r, c in terms))
     if kind == "draw":
         out, nsr, nsr_next = numbers
-        return Draw(
-            int(out),
-            None if nsr is None else float(nsr),
-            None if nsr_next is None else float(nsr_next),
-        )
+        if (nsr is None) != (nsr_next is None):
+            raise ValueError("a damaged plan: a draw has one level")
+        return Draw(_whole(out), _ratio(nsr), _ratio(nsr_next))
     if kind == "call":
         out, given, t, s, sigma = numbers
-        return Call(int(out), int(given), float(t), float(s), float(sigma))
+        return Call(_whole(out), _whole(given), _real(t), _real(s), _real(sigma))
     if kind == "record":
         index, given = numbers
-        return Record(int(index), int(given))
+        return Record(_whole(index), _whole(given))
     raise ValueError(f"a damaged plan: it has an instruction {kind!r}")
 
 
+def _whole(number: Any) -> int:
+    """A register or a count as it was written: a whole number that is not negative."""
+    if type(number) is not int or number < 0:
+        raise ValueError(f"a damaged plan: {number!r} is no whole number from 0 on")
+    return number
+
+
+def _real(number: Any) -> float:
+    """A coefficient, a time or a level as it was written: a finite number."""
+    if type(number) not in (int, float) or not math.isfinite(number):
+        raise ValueError(f"a damaged plan: {number!r} is no finite number")
+    return float(number)
+
+
+def _ratio(number: Any) -> float | None:
+    """A draw's noise-to-signal ratio: None, or a number from 0 to infinity."""
+    if number is None:
+        return None
+    if type(number) not in (int, float) or not number >= 0.0:
+        raise ValueError(f"a damaged plan: {number!r} is no noise-to-signal ratio")
+    return float(number)
+
+
 def _check_registers(instructions: Sequence[Instruction], registers: int, result: int) -> None:
-    """Raise `ValueError` unless every register exists and is written before it is read."""
+    """Raise `ValueError` unless every register exists and is written before it is read, and each
+    has a use, so that no number in a file asks for memory.
+    """
     written = {0}
     for i in instructions:
         if not set(reads(i)) <= written:
             raise ValueError("a damaged plan: it reads a register that nothing wrote")
         if not isinstance(i, Record):
             written.add(i.out)
+    if registers > 1 + len(instructions):
+        raise ValueError(
+            f"a damaged plan: it has {registers} registers for {len(instructions)} instructions"
+        )
     if result not in written or not all(0 <= register < registers for register in written):
         raise ValueError(f"a damaged plan: it has {registers} registers and uses others")
 

@@ -90,7 +90,7 @@ class Solution:
         lines = [
             f"{tuple(self.x.shape)} {how.dtype} on {how.device} in {how.seconds:.2f} s,"
             f" sdeflow {how.version}",
-            f"solver   {how.solver}",
+            f"solver   {how.solver or (self.plan and f'plan of {self.plan.solver}')}",
             f"process  {how.process}",
             f"NFE      {self.nfe} ({self.network_calls} network calls)",
         ]

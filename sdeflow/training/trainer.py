@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,7 @@ class Trainer:
         self.config, self.device, self.rank = config, device, rank
         self.step, self.seconds = 0, 0.0
         self.runs: list[dict[str, Any]] = []
+        self.keeps = True
         self.begun_from = "" if init is None else describe_start(config.init or "", init)
         self.before = 0 if init is None else seen_by(init)
         torch.manual_seed(mix(config.seed, 0))  # the same network on every rank
@@ -184,9 +186,8 @@ class Trainer:
         return parts
 
     def save(self, path: Path) -> None:
-        """Write all of it, atomically.
-
-        Refuses (`NonFiniteError`) to replace a good state by one that is not finite.
+        """Write all of it, atomically; the state before it stays as `previous(path)`. Refuses
+        (`NonFiniteError`) to replace a good state by one that is not finite.
         """
         weights = [p.detach() for p in self.network.parameters()]
         norm = torch.stack(torch._foreach_norm(weights)).sum()
@@ -203,15 +204,24 @@ class Trainer:
             "begun_from": self.begun_from,
             "before": self.before,
         }
-        write_tensors(path, self._tensors(), facts)
+        # A damaged state, which `load` has passed over, takes no sound one's place.
+        write_tensors(path, self._tensors(), facts, previous(path) if self.keeps else None)
+        self.keeps = True
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Continue from what `save` wrote.
-
-        Raises `CheckpointError` if it is damaged or of another training.
+        """Continue from what `save` wrote, or from what it wrote before where that is damaged (with
+        a warning); raises `CheckpointError` if both are damaged, or it is another training.
         """
-        tensors, facts = read_state(path)
+        tensors, facts, passed_over = latest_state(path)
+        if passed_over and self.rank.first:
+            warnings.warn(
+                f"{passed_over}. The training goes on from the state before it, in"
+                f" {previous(path).name}, at {facts['step'] * self.config.batch_size} images",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self.keeps = not passed_over
         stored = TrainConfig.from_dict(facts["config"])
         for name in FIXED:
             old, new = getattr(stored, name), getattr(self.config, name)
@@ -269,9 +279,33 @@ def seen_by(init: Pretrained) -> int:
     return int(init.card.get("images", 0)) + int(init.card.get("images_before", 0))
 
 
+def previous(path: Path) -> Path:
+    """Where the state before the one in `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def latest_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The tensors and facts of the newest sound state, and what is wrong with the one that was
+    passed over, if any. `CheckpointError` where neither `path` nor the one before it is sound.
+    """
+    try:
+        return *read_state(path), ""
+    except CheckpointError as error:
+        if not previous(path).is_file():
+            raise
+        try:
+            return *read_state(previous(path)), str(error)
+        except CheckpointError as other:
+            raise CheckpointError(f"{error}. So is the state before it: {other}") from error
+
+
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts of a training's state; raises `CheckpointError` if it is not one."""
-    tensors, facts = read_tensors(path)
+    remedy = (
+        "begin a new training in another folder; its averaged network, where model.safetensors is"
+        " there, is a beginning: --init FOLDER/model.safetensors"
+    )
+    tensors, facts = read_tensors(path, remedy)
     if facts.get("format") != STATE_FORMAT:
         raise CheckpointError(
             f"{path} is not the state of a training, but {facts.get('format', 'something else')!r}"
