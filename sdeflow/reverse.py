@@ -151,8 +151,9 @@ class Reverse:
         return self.denoiser.at(times, x, **self.condition)
 
     def materialise(self, state: Any) -> Any:
-        """`state` itself. A trace then holds its operands in values of their own: call it between
-        steps within a step.
+        """`state` itself.
+
+        A trace then holds its operands in values of their own: call it between steps within a step.
         """
         return state
 

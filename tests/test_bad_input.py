@@ -70,7 +70,7 @@ SHAPELESS = Prediction(Untouched(), "x0", VP())
         ({"grid": []}, GridError, "at least one time"),
         ({"grid": [[1.0, 0.5]]}, GridError, r"vector.*shape \(1, 2\)"),
         ({"grid": [0.1, 1.0]}, GridError, "finish=False"),
-        ({"grid": [1.0, 0.5, 0.0]}, GridError, "no noise is left there"),
+        ({"grid": [1.0, 0.5, 0.0], "finish": False}, GridError, "no noise is left there"),
         ({"grid": [1.0, -0.5]}, GridError, "does not reach there"),
         ({"grid": [2.0, 0.5], "process": RectifiedFlow()}, GridError, "does not reach there"),
         ({"grid": "trailing"}, GridError, "table of betas"),
@@ -140,9 +140,9 @@ def test_what_a_model_predicts_is_not_guessed(
     ("make", "error", "match"),
     [
         (
-            lambda: Prediction(Untouched(), "noise", VP()),
+            lambda: Prediction(Untouched(), "nois", VP()),
             UnknownNameError,
-            "unknown prediction 'noise'.*eps",
+            "unknown prediction 'nois'.*'noise'.*eps",
         ),
         (lambda: Prediction(Untouched(), "eps", "vp"), TypeError, "process"),
         (lambda: Prediction(Untouched(), "eps", VP(), time="index"), ValueError, "from_betas"),

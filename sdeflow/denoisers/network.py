@@ -13,7 +13,9 @@ $$x_0 = \mathrm{skip}\; x + \mathrm{out}\; F(\mathrm{scale}\; x,\; \mathrm{time}
 | `score` | 1/s | sigma^2/s |
 | `v` = (s eps - sigma x0)/r, r^2 = s^2 + sigma^2 | s/r^2 | -sigma/r |
 | `velocity` = s' x0 + sigma' eps | sigma'/w | -sigma/w, w = s sigma' - s' sigma |
-| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), with scale 1/sqrt(n^2 + d^2), time log(n)/4 |
+| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), * |
+
+(*) with scale 1/sqrt(n^2 + d^2) and time log(n)/4.
 
 A solve computes the four for all its times at once, in float64, before its loop (`Denoiser.at`).
 """
@@ -38,6 +40,17 @@ from sdeflow.process import EDM, Process, Reversed, Tabulated
 
 Parametrisation = Literal["eps", "x0", "score", "v", "velocity"]
 """What a network predicts."""
+
+_ALSO = {
+    "epsilon": "eps",
+    "noise": "eps",
+    "sample": "x0",
+    "x_start": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "velocity",
+    "flow": "velocity",
+}
+"""Other libraries' words for them."""
 
 
 class Affine(NamedTuple):
@@ -297,7 +310,9 @@ def _misfit(network: Callable[..., Any], output: Any, x: Tensor) -> str:
 class Prediction(Network):
     """A network `network(x, t, **condition)` that predicts eps, x0, the score, v or the velocity.
 
-    `process` is the one it was trained under. `time` says what the network is given:
+    `predicts` takes other libraries' words too: `"epsilon"` and `"noise"` for eps, `"sample"` and
+    `"x_start"` for x0, `"v_prediction"` for v, `"flow_prediction"` for the velocity. `process` is
+    the one it was trained under. `time` says what the network is given:
     `"continuous"`, the process's own time, of shape `[B]`, float32; `"index"`, the nearest entry of
     the process's table (`Process.from_betas`), counted from 0, int64; or a function of `t`, such as
     `lambda t: 999 * t`, of tensors or of one number. It is `"continuous"` by default, but must be
@@ -325,8 +340,9 @@ class Prediction(Network):
         shape: Sequence[int] | None = None,
         data_std: float | None = None,
     ):
+        predicts = _ALSO.get(predicts, predicts)  # type: ignore[assignment]
         if predicts not in get_args(Parametrisation):
-            raise unknown("prediction", predicts, get_args(Parametrisation))
+            raise unknown("prediction", predicts, get_args(Parametrisation), _ALSO)
         if not isinstance(process, Process):
             raise TypeError(
                 f"Prediction needs the process that the network was trained under; got {process!r}"

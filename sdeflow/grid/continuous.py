@@ -1,17 +1,20 @@
 """Grids that are uniform in some function of the level: a power of time, a power or the logarithm
 of nsr, an angle, another process's time.
+
+A grid under `@grid_in_nsr()` is written as its ratios from `top` to `bottom`. It is called as
+`grid(process, n, *, parameters, last=True)`, with `nsr_min`, `nsr_max`, `t_min` and `t_max` as its
+bounds, each of which is the process's own by default.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from sdeflow.errors import GridError
-from sdeflow.grid.base import ends, in_nsr, pin, positive, ramp
+from sdeflow.grid.base import ends, grid_in_nsr, pin, positive, ramp
 from sdeflow.process import VP, Cosine, Process
 
 _FINE = 4097  # points at which a density is added up
@@ -46,8 +49,9 @@ def uniform_t(
 def uniform_sqrt_t(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """Uniform in the square root of time: finer near the data. Source: DDIM's "quadratic" grid
-    (Song et al., 2020).
+    """Uniform in the square root of time: finer near the data.
+
+    Source: DDIM's "quadratic" grid (Song et al., 2020).
     """
     return power_t(process, n, rho=2.0, t_min=t_min, t_max=t_max)
 
@@ -60,8 +64,9 @@ def cosine_t(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Half a cosine in time, fine at both ends (Chebyshev's nodes). Without `both` a quarter, fine
-    at the data only.
+    """Half a cosine in time, fine at both ends (Chebyshev's nodes).
+
+    Without `both` a quarter, fine at the data only.
 
     Source: the Chebyshev-Lobatto points of numerical quadrature.
     """
@@ -71,17 +76,8 @@ def cosine_t(
     return pin(low + (high - low) * height, low, high)
 
 
-def karras(
-    process: Process,
-    n: int,
-    *,
-    rho: float = 7.0,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
-) -> Tensor:
+@grid_in_nsr()
+def karras(top: float, bottom: float, n: int, *, rho: float = 7.0) -> Tensor:
     """Uniform in `nsr^(1/rho)`; `n` positive levels, as EDM counts them.
 
     EDM and k-diffusion take `k/(n - 1)`, `k < n`, and step from the last level to zero: the
@@ -92,46 +88,21 @@ def karras(
     Source: Karras et al. (2022), equation 5.
     """
     positive("karras", "rho", rho)
-
-    def place(top: float, bottom: float, n: int) -> Tensor:
-        a, b = top ** (1 / rho), bottom ** (1 / rho)
-        return (a + ramp(n) * (b - a)) ** rho
-
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
+    a, b = top ** (1 / rho), bottom ** (1 / rho)
+    return (a + ramp(n) * (b - a)) ** rho
 
 
-def uniform_lam(
-    process: Process,
-    n: int,
-    *,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
-) -> Tensor:
+@grid_in_nsr()
+def uniform_lam(top: float, bottom: float, n: int) -> Tensor:
     """Uniform in `log(s / sigma)`: every scale of the data gets the same share of steps.
 
     Without `last`, the first `n` of `n + 1` levels. Source: Lu et al., DPM-Solver (2022).
     """
-
-    def place(top: float, bottom: float, n: int) -> Tensor:
-        return torch.exp(math.log(top) + ramp(n) * (math.log(bottom) - math.log(top)))
-
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
+    return torch.exp(math.log(top) + ramp(n) * (math.log(bottom) - math.log(top)))
 
 
-def polyexponential(
-    process: Process,
-    n: int,
-    *,
-    rho: float = 1.0,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
-) -> Tensor:
+@grid_in_nsr()
+def polyexponential(top: float, bottom: float, n: int, *, rho: float = 1.0) -> Tensor:
     """Uniform in `(lam_end - lam)^(1/rho)`, a power of lam: the larger `rho`, the finer near the
     data.
 
@@ -140,26 +111,12 @@ def polyexponential(
     Source: k-diffusion (Crowson, 2022); SA-Solver's "logSNR order" (Xue et al., 2023).
     """
     positive("polyexponential", "rho", rho)
-
-    def place(top: float, bottom: float, n: int) -> Tensor:
-        return torch.exp(
-            (1.0 - ramp(n)) ** rho * (math.log(top) - math.log(bottom)) + math.log(bottom)
-        )
-
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
+    return torch.exp((1.0 - ramp(n)) ** rho * (math.log(top) - math.log(bottom)) + math.log(bottom))
 
 
+@grid_in_nsr()
 def dense_lam(
-    process: Process,
-    n: int,
-    *,
-    center: float = 0.0,
-    width: float = 2.0,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
+    top: float, bottom: float, n: int, *, center: float = 0.0, width: float = 2.0
 ) -> Tensor:
     """Uniform in `asinh((lam - center) / width)`: dense within `width` of `lam = center`, geometric
     gaps away from it.
@@ -175,26 +132,13 @@ def dense_lam(
             f"dense_lam needs a finite center and a width > 0, both in lam; got {center} and"
             f" {width}"
         )
-
-    def place(top: float, bottom: float, n: int) -> Tensor:
-        a, b = (math.asinh((-math.log(nsr) - center) / width) for nsr in (top, bottom))
-        return torch.exp(-center - width * torch.sinh(a + ramp(n) * (b - a)))
-
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
+    a, b = (math.asinh((-math.log(nsr) - center) / width) for nsr in (top, bottom))
+    return torch.exp(-center - width * torch.sinh(a + ramp(n) * (b - a)))
 
 
+@grid_in_nsr()
 def two_powers(
-    process: Process,
-    n: int,
-    *,
-    center: float = 0.5,
-    high: float = 1.0,
-    low: float = 0.5,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
+    top: float, bottom: float, n: int, *, center: float = 0.5, high: float = 1.0, low: float = 0.5
 ) -> Tensor:
     """Uniform in `nsr^low` at low noise and in `nsr^-high` at high noise, densest where
     `lam = center`.
@@ -209,17 +153,7 @@ def two_powers(
     positive("two_powers", "low", low)
     if not math.isfinite(center):
         raise GridError(f"two_powers needs a finite center, in lam; got {center}")
-
-    return in_nsr(
-        process,
-        n,
-        t_min,
-        t_max,
-        nsr_min,
-        nsr_max,
-        partial(place_two_powers, center, high, low),
-        last=last,
-    )
+    return place_two_powers(center, high, low, top, bottom, n)
 
 
 def place_two_powers(
@@ -251,18 +185,15 @@ def uniform_angle(
 # ------------------------------------------------------------------- in the time of another process
 
 
+@grid_in_nsr()
 def uniform_vp(
-    process: Process,
+    top: float,
+    bottom: float,
     n: int,
     *,
     rho: float = 1.0,
     beta_min: float = 0.1,
     beta_max: float = 20.0,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
 ) -> Tensor:
     """Uniform in `t^(1/rho)` with `t` the time of a `VP` at the same noise-to-signal ratio,
     whatever the process.
@@ -275,54 +206,27 @@ def uniform_vp(
     """
     positive("uniform_vp", "rho", rho)
     clock = VP(beta_min, beta_max)
-
-    def place(top: float, bottom: float, n: int) -> Tensor:
-        a, b = (float(clock.t_of_nsr(nsr)) ** (1 / rho) for nsr in (top, bottom))
-        # nsr^2 = 1/s^2 - 1, without cancellation
-        t = (a + ramp(n) * (b - a)) ** rho
-        return torch.expm1(
-            t * (clock.beta_min + 0.5 * (clock.beta_max - clock.beta_min) * t)
-        ).sqrt()
-
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
+    a, b = (float(clock.t_of_nsr(nsr)) ** (1 / rho) for nsr in (top, bottom))
+    # nsr^2 = 1/s^2 - 1, without cancellation
+    t = (a + ramp(n) * (b - a)) ** rho
+    return torch.expm1(t * (clock.beta_min + 0.5 * (clock.beta_max - clock.beta_min) * t)).sqrt()
 
 
-def uniform_cosine(
-    process: Process,
-    n: int,
-    *,
-    offset: float = 0.008,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
-) -> Tensor:
+@grid_in_nsr(endless=True)
+def uniform_cosine(top: float, bottom: float, n: int, *, offset: float = 0.008) -> Tensor:
     """Uniform in the time of a `Cosine` at the same noise-to-signal ratio, whatever the process.
 
-    It can begin at infinity. Without `last`, the first `n` of `n + 1` levels. Source: Nichol & Dhariwal, "Improved DDPM"
-    (2021), equation 17.
+    It can begin at infinity. Without `last`, the first `n` of `n + 1` levels.
+
+    Source: Nichol & Dhariwal, "Improved DDPM" (2021), equation 17.
     """
     clock = Cosine(offset=offset)
-
-    def place(top: float, bottom: float, n: int) -> Tensor:
-        a, b = (float(clock.t_of_nsr(nsr)) for nsr in (top, bottom))
-        return clock.nsr(a + ramp(n) * (b - a))
-
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last, endless=True)
+    a, b = (float(clock.t_of_nsr(nsr)) for nsr in (top, bottom))
+    return clock.nsr(a + ramp(n) * (b - a))
 
 
-def flow_shift(
-    process: Process,
-    n: int,
-    *,
-    shift: float = 3.0,
-    last: bool = True,
-    nsr_min: float | None = None,
-    nsr_max: float | None = None,
-    t_min: float | None = None,
-    t_max: float | None = None,
-) -> Tensor:
+@grid_in_nsr(endless=True)
+def flow_shift(top: float, bottom: float, n: int, *, shift: float = 3.0) -> Tensor:
     """Uniform in the flow's time `u = sigma/(s + sigma)`, with every nsr times `shift`:
     `u' = a u / (1 + (a - 1) u)`.
 
@@ -334,10 +238,6 @@ def flow_shift(
     Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23.
     """
     positive("flow_shift", "shift", shift)
-
-    def place(top: float, bottom: float, n: int) -> Tensor:
-        a, b = (1.0 / (1.0 + shift / nsr) for nsr in (top, bottom))
-        u = a + ramp(n) * (b - a)
-        return shift * u / (1.0 - u)
-
-    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last, endless=True)
+    a, b = (1.0 / (1.0 + shift / nsr) for nsr in (top, bottom))
+    u = a + ramp(n) * (b - a)
+    return shift * u / (1.0 - u)

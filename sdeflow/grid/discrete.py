@@ -108,8 +108,9 @@ def linspace(
 def quadratic(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """Entries nearest to `(N - 1) u^2`, `u` uniform from 1 to 0, no entry twice. Source: DDIM (Song
-    et al., 2020), section D.2.
+    """Entries nearest to `(N - 1) u^2`, `u` uniform from 1 to 0, no entry twice.
+
+    Source: DDIM (Song et al., 2020), section D.2.
     """
     table, size = _table_of(process, n, t_min, t_max)
     up = (
@@ -138,8 +139,9 @@ def _to_zero(
 def simple(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """`n` equal steps in time from the start to `t = 0`, `t_max (1 - j/n)`. The last one is the
-    solver's step to zero noise.
+    """`n` equal steps in time from the start to `t = 0`, `t_max (1 - j/n)`.
+
+    The last one is the solver's step to zero noise.
 
     On a table of betas the entries `N - 1 - floor(j N/n)`: `trailing` but for the rounding. With
     `t_min`, the steps end there.

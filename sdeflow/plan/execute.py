@@ -15,7 +15,9 @@ from sdeflow.plan.combine import backend
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 
 OnCall = Callable[[int, Call, Tensor, Tensor], None]
-"""`on_call(k, call, x, x0)`, after the k-th network call; what it keeps, it must clone."""
+"""`on_call(k, call, x, x0)`, after the k-th network call. Both tensors may be kept; neither may be
+changed.
+"""
 
 
 def execute(
@@ -32,8 +34,9 @@ def execute(
     recorded states.
 
     `networks` are the denoisers of the calls, in order. On a device nothing here waits for it.
-    Where gradients flow, combinations make new tensors instead of writing into buffers. `outlive`
-    are the calls whose outputs are read after the next call (`outliving`).
+    Where gradients flow, combinations make new tensors instead of writing into buffers. A tensor
+    that a network or `on_call` has seen is never written again, so that it is safe to keep.
+    `outlive` are the calls whose outputs are read after the next call (`outliving`).
     """
     calls = iter(networks)
     grad = torch.is_grad_enabled()
@@ -42,7 +45,6 @@ def execute(
     held[0] = x if grad else x.clone()
     owned: dict[int, Tensor] = {0: held[0]}
     drawn: dict[int, Tensor] = {}
-    copies: dict[int, Tensor] | None = None if grad else {}
     recorded: list[Tensor] = []
     # A network may return one tensor of its own at every call. Where an output must outlive the
     # next call, the first such tells: it is copied, and held until the next one shows whether it
@@ -55,24 +57,24 @@ def execute(
             combine(i, held, owned, x)
         elif type(i) is Call:
             given = held[i.input]
-            before = _version(given)
+            before = version(given)
             output = next(calls)(given)
-            if _version(given) != before:
+            if version(given) != before:
                 raise SolverError(
                     "the network changed its input in place, and the solver needs it: let it work"
                     " on a clone"
                 )
             if lent is not None:
                 reuses, lent = _share(lent, output), None
-            # Or it may hand back its own input; the buffer behind it will be written again.
-            if _share(given, output) or (reuses and number in outlive):
-                output = _copy(output, i.out, copies)
+            if reuses and number in outlive:
+                output = output.clone()
             elif reuses is None and number in outlive and not grad:
-                lent, output = output, _copy(output, i.out, copies)
+                lent, output = output, output.clone()
             held[i.out] = output
+            owned.pop(i.input, None)  # the network may keep it: the next state is another tensor
             if on_call is not None:
                 on_call(number, i, given, output)
-                if _version(given) != before:
+                if version(given) != before:
                     raise SolverError(
                         "a callback changed the state in place: let it work on a clone"
                     )
@@ -89,7 +91,7 @@ def execute(
             recorded.append(held[i.input].clone())
     out = held[result]
     # What a network returned may be its own; the result is the caller's.
-    return out if result in owned or grad else out.clone(), recorded
+    return out if grad or out is owned.get(result) else out.clone(), recorded
 
 
 def _in_runs(instructions: Sequence[Instruction]) -> Iterator[Instruction | tuple[Combine, ...]]:
@@ -116,22 +118,10 @@ def outliving(instructions: Sequence[Instruction]) -> frozenset[int]:
     return frozenset(kept)
 
 
-def _version(x: Tensor) -> int:
+def version(x: Tensor) -> int:
     """How often a tensor has been written to."""
     return 0 if x.is_inference() else x._version
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _copy(output: Tensor, register: int, copies: dict[int, Tensor] | None) -> Tensor:
-    """A copy of a network's output, in the register's own buffer where no gradient needs it
-    later.
-    """
-    if copies is None:
-        return output.clone()
-    held = copies.get(register)
-    if held is None or held.shape != output.shape or held.dtype != output.dtype:
-        held = copies[register] = torch.empty_like(output)
-    return held.copy_(output)

@@ -7,7 +7,8 @@ $$x(t) = s(t)\,x_0 + \sigma(t)\,\varepsilon, \qquad \varepsilon \sim N(0, I).$$
 Matching the mean and the variance of this with those of the linear SDE
 $dx = f(t)\,x\,dt + g(t)\,dw$ gives $m' = f m$ and $v' = 2 f v + g^2$, hence
 
-$$f = s'/s, \qquad g^2 = (\sigma^2)' - 2 f \sigma^2 = 2(\sigma\sigma' - f\sigma^2) = s^2\,\frac{d\,\mathrm{nsr}^2}{dt},
+$$f = s'/s, \qquad g^2 = (\sigma^2)' - 2 f \sigma^2 = 2(\sigma\sigma' - f\sigma^2)
+= s^2\,\frac{d\,\mathrm{nsr}^2}{dt},
 \qquad \mathrm{nsr} = \sigma/s,$$
 
 and back again $s = s_0 \exp\int f$, $\sigma^2 = s^2(\sigma_0^2/s_0^2 + \int g^2/s^2)$ (`from_sde`).
@@ -75,8 +76,9 @@ class Level:
 
 
 class Process(ABC):
-    """A noising process $x(t) = s(t) x_0 + \\sigma(t) \\varepsilon$. A subclass defines `s` and
-    `sigma`; the rest is derived.
+    """A noising process $x(t) = s(t) x_0 + \\sigma(t) \\varepsilon$.
+
+    A subclass defines `s` and `sigma`; the rest is derived.
 
     `s` is positive (zero is allowed at `t_max`) and `sigma / s` increases with `t`. Both are
     written in torch and are called with float64 tensors of any shape. Samplers start at `t_max` and
@@ -120,8 +122,9 @@ class Process(ABC):
         """Standard deviation of the noise in `x(t)`, of the shape of `t`."""
 
     def variance(self, t: Tensor) -> Tensor:
-        """`sigma(t)^2`. Override it where `sigma` is a square root that reaches zero: `g2` then is
-        finite there.
+        """`sigma(t)^2`.
+
+        Override it where `sigma` is a square root that reaches zero: `g2` then is finite there.
         """
         return self.sigma(t) ** 2
 

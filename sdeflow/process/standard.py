@@ -39,8 +39,9 @@ class _LinearBeta(Process):
         return t * (0.5 * self.beta_min + 0.25 * (self.beta_max - self.beta_min) * t)
 
     def _t_of_decay(self, decay: Tensor) -> Tensor:
-        """The positive root of the quadratic `-log s(t) = decay`. It is large, but finite, where no
-        signal is left.
+        """The positive root of the quadratic `-log s(t) = decay`.
+
+        It is large, but finite, where no signal is left.
         """
         decay = decay.clamp_max(torch.finfo(decay.dtype).max / 1e8)
         half = 0.5 * self.beta_min

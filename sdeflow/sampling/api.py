@@ -23,22 +23,10 @@ from sdeflow.process import Process
 from sdeflow.sampling.batch_size import BatchSize
 from sdeflow.sampling.batches import Loop, ProgressBar
 from sdeflow.sampling.cuda_graphs import GraphCache, refusal
-from sdeflow.sampling.inputs import Conditions, Inputs, check_device, device_of
+from sdeflow.sampling.inputs import Conditions, Inputs
 from sdeflow.sampling.request import CallInfo, GraphMode, Request
-from sdeflow.sampling.times import DEFAULT_NFE, default_levels, grid_for, make_times, times_of
-from sdeflow.solvers.base import GridSolver, Provenance, Solution, Solver, check_times
-
-__all__ = [
-    "DEFAULT_NFE",
-    "DEFAULT_SOLVER",
-    "Step",
-    "check_device",
-    "device_of",
-    "encode",
-    "run",
-    "sample",
-    "solve",
-]
+from sdeflow.sampling.times import times_of
+from sdeflow.solvers.base import GridSolver, Provenance, Solution, Solver
 
 Step = CallInfo
 """What a callback gets: the name of `CallInfo` at the top of the package."""
@@ -161,28 +149,22 @@ def encode(
     progress: bool = False,
     requires_grad: bool = False,
 ) -> Tensor:
-    """Data taken to noise along the probability-flow ODE: the state at `t_max`, from which
-    `sample(x=..., t=t_max)` returns.
+    """Data taken to noise along the probability-flow ODE: the state at `t_max`.
+
+    `sample(x=..., t=t_max)` takes it back to data.
 
     `x0` is taken for the state at `t_min`. `nfe` counts network calls; a grid of given times must
     increase.
     """
-    request = Request(**locals())
+    request = replace(Request(**locals()), x0=None, finish=False)
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
-    if isinstance(grid, str) or grid is None or callable(grid):
-        method = registry.solver(solver or DEFAULT_SOLVER).for_denoiser(denoiser)
-        if nfe is not None:
-            count = method.levels(nfe, finish=False)
-        else:
-            count = 2 if method.adaptive else default_levels(method, finish=False)
-        placed = grid_for(grid, method, denoiser, finish=False)
-        times, nfe = make_times(denoiser.process, placed, count, None).flip(0), None
-    else:
-        times = check_times(grid)
-        if times[-1] < times[0]:
-            raise GridError("encoding runs from data to noise: give times that increase")
-    start = float(times[0])
-    return run(replace(request, x=x0, x0=None, t=start, grid=times, nfe=nfe, finish=False)).x
+    method = registry.solver(solver or DEFAULT_SOLVER).for_denoiser(denoiser)
+    times, _ = times_of(method, denoiser, request)
+    if grid is None or isinstance(grid, str) or callable(grid):
+        times = times.flip(0)
+    elif times[-1] < times[0]:
+        raise GridError("encoding runs from data to noise: give times that increase")
+    return run(replace(request, x=x0, t=float(times[0]), grid=times, nfe=None)).x
 
 
 def run(request: Request) -> Solution:
@@ -210,30 +192,39 @@ def run(request: Request) -> Solution:
         _check_start(denoiser, times)
     _warn_training(denoiser)
 
+    def how(solution: Solution) -> Solution:
+        """The solution, of all samples or of the first ones, that says how it was made."""
+        noise = request.noise
+        seeds = tuple(noise.seeds) if isinstance(noise, Noise) else inputs.seeds
+        provenance = Provenance(
+            times=times,
+            solver=None if isinstance(method, Plan) else method,
+            process=denoiser.process,
+            grid=grid_name,
+            seeds=seeds[: len(solution.x)],
+            noise=type(noise).__name__ if isinstance(noise, Noise) else noise,
+            condition=dict(request.condition or {}),
+            device=str(inputs.device),
+            dtype=str(solution.x.dtype).removeprefix("torch."),
+            seconds=clock.perf_counter() - began,
+            version=__version__,
+        )
+        return replace(solution, provenance=provenance)
+
     bar = ProgressBar(request.progress, inputs.n, _calls(method, times, request.finish))
     try:
         graphs = GraphCache(request, denoiser, chosen, bar.saying)
         graphs.refuse(refusal(method, inputs.device, request, conditions.values))
         loop = Loop(request, method, denoiser, inputs, times, conditions, size, graphs, bar)
         with torch.enable_grad() if request.requires_grad else torch.no_grad():
-            solution = loop.run()
+            return how(loop.run())
+    except BaseException as error:
+        finished = getattr(error, "finished", None)
+        if isinstance(finished, Solution):
+            error.finished = how(finished)  # type: ignore[attr-defined]
+        raise
     finally:
         bar.close()
-    noise = request.noise
-    provenance = Provenance(
-        times=times,
-        solver=None if isinstance(method, Plan) else method,
-        process=denoiser.process,
-        grid=grid_name,
-        seeds=tuple(noise.seeds) if isinstance(noise, Noise) else inputs.seeds,
-        noise=type(noise).__name__ if isinstance(noise, Noise) else noise,
-        condition=dict(request.condition or {}),
-        device=str(inputs.device),
-        dtype=str(solution.x.dtype).removeprefix("torch."),
-        seconds=clock.perf_counter() - began,
-        version=__version__,
-    )
-    return replace(solution, provenance=provenance)
 
 
 def _batch_size(request: Request, inputs: Inputs, method: Solver | Plan) -> BatchSize:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from operator import index
 from typing import Any
 
@@ -48,15 +49,13 @@ class Inputs:
                 f"samples of this model have the shape {denoiser.shape}; x and x0 add a batch in"
                 f" front: got {tuple(given.shape)}"
             )
-        number = isinstance(t, int | float) or (isinstance(t, Tensor) and t.ndim == 0)
+        number = isinstance(t, Real) or (isinstance(t, Tensor) and t.ndim == 0)
         if t is not None and not number:
             raise TypeError(f"t is one number for all samples; got {t!r}")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
-            asked = tuple(
-                whole_number("shape", size)
-                for size in ([shape] if isinstance(shape, int) else shape)
-            )
+            sizes = [shape] if isinstance(shape, Integral) else shape
+            asked = tuple(whole_number("shape", size) for size in sizes)
             if known is not None and asked != known:
                 raise ValueError(
                     f"shape is that of one sample, without the batch: {known} here, not {asked}; n="
@@ -138,8 +137,9 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one. `ValueError` for one that is not on
-    this machine.
+    """The device of a name; "auto" is a GPU where there is one.
+
+    `ValueError` for one that is not on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
