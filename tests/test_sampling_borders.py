@@ -405,3 +405,53 @@ def test_predictions_of_batches_with_different_calls_are_joined(name: str) -> No
         assert torch.equal(found.x0s[: part.nfe, rows], part.x0s)
         assert torch.equal(found.x0s[-1, rows], part.x0s[-1])
         assert torch.equal(found.x[rows], part.x)
+
+
+# ------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", registry.SOLVERS)
+def test_half_precision_is_float32_cast_at_the_end(name: str, dtype: torch.dtype) -> None:
+    how = {"n": 3, "seeds": 1, "x0s": True, "trajectory": True, **runs_vp(name)}
+    whole, half = (solve(gaussian(), dtype=kind, **how) for kind in (torch.float32, dtype))
+    for kind in ("x", "x0s", "trajectory"):
+        assert torch.equal(getattr(half, kind), getattr(whole, kind).to(dtype)), kind
+    assert (half.dtype, half.provenance.computed_in) == (str(dtype)[6:], "float32")
+    assert f"{str(dtype)[6:]} (computed in float32)" in str(half)
+    assert "computed in" not in str(whole)
+    # A state in half precision is rounded once, as it comes.
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = sample(gaussian(), x=x, seeds=1, **runs_vp(name))
+    exact = sample(gaussian(), x=x.float(), seeds=1, **runs_vp(name))
+    assert found.dtype == dtype
+    assert torch.equal(found, exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_are_given_the_half_precision_that_they_want(dtype: torch.dtype) -> None:
+    weight, seen = torch.eye(3, dtype=dtype), []
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x.dtype, t.dtype))
+        return x @ weight
+
+    module = torch.nn.Linear(3, 3).to(dtype)
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            seen.append((x.dtype, t.dtype))
+            return self.inner(x)
+
+    for network in (function, Module()):
+        for name in ("heun", "rk45", "torchdiffeq", "dpmpp_2m_sde"):
+            model = Prediction(network, "eps", VP(), shape=(3,))
+            assert sample(model, dtype=dtype, **runs_vp(name)).dtype == dtype
+    assert set(seen) == {(dtype, torch.float32)}
+    seen.clear()
+    sample(Prediction(lambda x, t: (seen.append(x.dtype), x)[1], "eps", VP(), shape=(3,)), nfe=2)
+    assert set(seen) == {torch.float32}  # nothing is left of the solve before

@@ -15,6 +15,7 @@ from sdeflow import registry
 from sdeflow._utils.checks import one_of
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
+from sdeflow.denoisers.network import HALF
 from sdeflow.errors import GridError
 from sdeflow.grid import GridFunction
 from sdeflow.noise import Noise
@@ -22,7 +23,8 @@ from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.sampling.batch_size import BatchSize
 from sdeflow.sampling.batches import Loop, ProgressBar
-from sdeflow.sampling.cuda_graphs import GraphCache, refusal
+from sdeflow.sampling.cuda_graphs import GraphCache, is_planned, refusal
+from sdeflow.sampling.encoding import check_encoding
 from sdeflow.sampling.inputs import Conditions, Inputs, check_device, device_of
 from sdeflow.sampling.request import CallInfo, GraphMode, Request
 from sdeflow.sampling.times import DEFAULT_NFE, default_levels, grid_for, make_times, times_of
@@ -100,7 +102,9 @@ def sample(
     - `compile`: on CUDA, run network and solver as one CUDA graph, which is kept for later calls;
       where that is impossible, it runs without, with a `CompileWarning` that says why. `"require"`
       makes that an error.
-    - `device`, `dtype`: of the state, by default the network's and float32.
+    - `device`, `dtype`: of the result, by default the network's and float32. In half precision
+      (`dtype`, or that of `x` and `x0`) the solve itself is computed in float32, and the result is
+      cast. A module is given its weights' dtype, a plain function the half precision asked for.
     - `progress`: a progress bar. `callback`: called with a `CallInfo` after each network call.
     - `requires_grad`: let gradients flow through the solve.
 
@@ -164,7 +168,9 @@ def encode(
     `sample(x=..., t=t_max)` returns.
 
     `x0` is taken for the state at `t_min`. `nfe` counts network calls; a grid of given times must
-    increase.
+    increase. A solver that errs on Gaussian data by more than a quarter, and by more than three times
+    what DDIM does, is refused (`SolverError`): methods that extrapolate in `nsr`, such as `lms`, do
+    not encode on most grids.
     """
     request = Request(**locals())
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
@@ -202,6 +208,13 @@ def run(request: Request) -> Solution:
         raise TypeError(f"a callback is a function of a Step; got {request.callback!r}")
     if request.x is None and request.x0 is None:
         _check_start(denoiser.process, times)
+    if len(times) > 1 and times[-1] > times[0] and (isinstance(method, Plan) or is_planned(method)):
+        check_encoding(
+            method
+            if isinstance(method, Plan)
+            else method.plan(denoiser.process, times, finish=False),  # type: ignore[attr-defined]
+            method.solver if isinstance(method, Plan) else type(method).__name__,
+        )
     _warn_training(denoiser)
 
     def how(solution: Solution) -> Solution:
@@ -218,11 +231,13 @@ def run(request: Request) -> Solution:
             condition=dict(request.condition or {}),
             device=str(inputs.device),
             dtype=str(solution.x.dtype).removeprefix("torch."),
+            computed_in=str(inputs.computed_in).removeprefix("torch."),
             seconds=clock.perf_counter() - began,
             version=__version__,
         )
         return replace(solution, provenance=provenance)
 
+    half = HALF.set(None if inputs.dtype == inputs.computed_in else inputs.dtype)
     bar = ProgressBar(request.progress, inputs.n, _calls(method, times, request.finish))
     try:
         graphs = GraphCache(request, denoiser, chosen, bar.saying)
@@ -237,6 +252,7 @@ def run(request: Request) -> Solution:
         raise
     finally:
         bar.close()
+        HALF.reset(half)
 
 
 def _batch_size(request: Request, inputs: Inputs, method: Solver | Plan) -> BatchSize:
