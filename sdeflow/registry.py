@@ -1,5 +1,7 @@
-"""Names of solvers, grids and processes, with their aliases. `register_solver`, `register_grid` and
-`register_process` add names; the documentation, the command line and the tests read the tables.
+"""Names of solvers, grids and processes, with their aliases.
+
+`register_solver`, `register_grid` and `register_process` add names; the documentation, the command
+line and the tests read the tables.
 """
 
 from __future__ import annotations
@@ -161,7 +163,8 @@ SOLVERS = _table(
     (
         "dpmpp_2m_sde",
         SDEDPMSolverPP,
-        "sample_dpmpp_2m_sde dpmpp_2m_sde_gpu sde_dpmsolver++ sde_dpm_solver_pp cosinedpmsolvermultistepscheduler",
+        "sample_dpmpp_2m_sde dpmpp_2m_sde_gpu sde_dpmsolver++ sde_dpm_solver_pp"
+        " cosinedpmsolvermultistepscheduler",
         {"p": 2},
     ),
     (
@@ -197,8 +200,10 @@ SOLVERS = _table(
     ("torchdiffeq", TorchDiffEq),
     ("torchsde", TorchSDE),
 )
-"""Solvers by name. `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries.
-`churn:NAME`, and likewise every name of a solver that holds a solver, holds the named one.
+"""Solvers by name.
+
+`torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries. `churn:NAME`, and
+likewise every name of a solver that holds a solver, holds the named one.
 """
 
 _COMBINED: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -269,7 +274,7 @@ def register_solver(
     `kind` is its class, or a function that returns one; `arguments` are those that the name stands
     for. Errors: `ValueError` for a name or an alias that is taken.
     """
-    return _register(SOLVERS, "solver", name, kind, aliases, arguments)
+    return _register(SOLVERS, "solver", Entry(name, kind, tuple(aliases), dict(arguments or {})))
 
 
 def register_grid(
@@ -282,7 +287,7 @@ def register_grid(
     """Make a grid available under a name: a function of a process and a number of levels that
     returns times. Otherwise as `register_solver`.
     """
-    return _register(GRIDS, "grid", name, function, aliases, arguments)
+    return _register(GRIDS, "grid", Entry(name, function, tuple(aliases), dict(arguments or {})))
 
 
 def register_process(
@@ -293,18 +298,11 @@ def register_process(
     arguments: Mapping[str, Any] | None = None,
 ) -> Entry:
     """Make a process available under a name. Otherwise as `register_solver`."""
-    return _register(PROCESSES, "process", name, kind, aliases, arguments)
+    return _register(PROCESSES, "process", Entry(name, kind, tuple(aliases), dict(arguments or {})))
 
 
-def _register(
-    table: dict[str, Entry],
-    what: str,
-    name: str,
-    kind: Callable[..., Any],
-    aliases: Sequence[str],
-    arguments: Mapping[str, Any] | None,
-) -> Entry:
-    entry = Entry(_key(name), kind, tuple(map(_key, aliases)), dict(arguments or {}))
+def _register(table: dict[str, Entry], what: str, entry: Entry) -> Entry:
+    entry = replace(entry, name=_key(entry.name), aliases=tuple(map(_key, entry.aliases)))
     for new in (entry.name, *entry.aliases):
         for known in table.values():
             if new in (known.name, *known.aliases):

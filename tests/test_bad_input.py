@@ -160,7 +160,7 @@ def test_what_a_model_predicts_is_not_guessed(
         (lambda: VE(sigma_min=2.0, sigma_max=1.0), ValueError, "sigma_min < sigma_max"),
         (lambda: Cosine(t_max=1.5), ValueError, "t_max"),
         (lambda: RectifiedFlow(t_max=1.5), ValueError, "t = 1"),
-        (lambda: Process.from_betas([0.1, 1.0]), ValueError, "zero-terminal"),
+        (lambda: Process.from_betas([1.0, 0.1]), ValueError, "zero-terminal"),
         (lambda: Process.from_betas([]), ValueError, "betas"),
         (lambda: Process.from_sde(lambda t: -1 / (1 - t), lambda t: t), ValueError, "f.1. = -inf"),
         (lambda: Process.from_sde(lambda t: 0 * t, lambda t: t - 0.5), ValueError, "g2"),

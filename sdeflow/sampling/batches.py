@@ -1,11 +1,13 @@
-"""The loop over the batches of a solve: each is integrated or replayed, checked, and joined to the
-others.
+"""The loop over the batches of a solve.
+
+Each batch is integrated or replayed, checked, and joined to the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,17 +36,12 @@ from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
 
 
 class ProgressBar:
-    """The progress bar of a solve, one step a network call; or none."""
+    """The progress bar of a solve, one step a network call; or none, where not `shown`."""
 
     def __init__(self, shown: bool, n: int, calls: int | None):
-        self._calls, self._at = calls, 0
+        self.shown, self._calls, self._at = shown, calls, 0
         self.title = f"sampling {n}"
         self._bar = tqdm(unit="call", desc=self.title, dynamic_ncols=True) if shown else None
-
-    @property
-    def shown(self) -> bool:
-        """Whether there is one."""
-        return self._bar is not None
 
     def begin(self, batches: int) -> None:
         """A batch begins, of so many that are left. The count of an abandoned batch is undone."""
@@ -111,7 +108,15 @@ class Loop:
                 self._settle()
             self._keep_finished(error)
             raise
-        whole = self._whole()
+        whole, fits = self._joined()
+        if not fits:
+            spent = OutOfMemoryError(
+                f"all {self.inputs.n} samples are done, but do not fit twice on {device}, as"
+                " joining the batches takes: ask for fewer at a time. They are in this error's"
+                " `finished`, on the CPU"
+            )
+            spent.finished = whole
+            raise spent
         return dataclasses.replace(
             whole, statistics={**whole.statistics, **self.graphs.statistics(), **self._memory()}
         )
@@ -146,14 +151,13 @@ class Loop:
         return self.denoiser.rows(torch.arange(rows.start, rows.stop))
 
     def _reverse(self, rows: slice) -> Reverse:
-        return Reverse(self._denoiser(rows), self.conditions.rows(rows))
+        return Reverse(self._denoiser(rows), self.conditions.cut(rows))
 
     def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
         inputs = self.inputs
         source = noise_of(self.request.noise, inputs, rows)
-        return source, inputs.state(
-            self.denoiser.process, float(self.times[0].detach()), rows, source
-        )
+        start = float(self.times[0].detach())
+        return source, inputs.state(self.denoiser.process, start, rows, source)
 
     def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
         reverse = self._reverse(rows)
@@ -200,12 +204,8 @@ class Loop:
                 )
             return self.method
         assert isinstance(self.method, GridSolver)
-        return self.method.plan(
-            self.denoiser.process,
-            self.times,
-            finish=self.request.finish,
-            record=self.request.trajectory,
-        )
+        finish, record = self.request.finish, self.request.trajectory
+        return self.method.plan(self.denoiser.process, self.times, finish=finish, record=record)
 
     def _watcher(
         self, x0s: list[Tensor] | None, rows: slice, faults: Faults | None
@@ -274,7 +274,7 @@ class Loop:
 
     def _keep_finished(self, error: BaseException) -> None:
         """Give an error the finished batches, as its `finished`, and a note that says so."""
-        finished = self._finished()
+        finished = self._joined()[0] if self.parts else None
         own = isinstance(error, SolverError | NonFiniteError)
         if own or finished is not None:
             with contextlib.suppress(AttributeError, TypeError):  # it takes no attributes
@@ -286,33 +286,17 @@ class Loop:
                 " notebook or at the prompt, sys.last_value.finished)."
             )
 
-    def _finished(self) -> Solution | None:
-        """The finished batches; on the CPU if the device has no memory to join them."""
-        if not self.parts:
-            return None
-        try:
-            return join(self.parts)
-        except (MemoryError, RuntimeError) as error:
-            if not _memory.out_of_memory(error):
-                raise
-        return join([_on_cpu(part) for part in self.parts])
+    def _joined(self) -> tuple[Solution, bool]:
+        """The finished batches as one, and whether they fit on the device.
 
-    def _whole(self) -> Solution:
-        """All batches as one; `OutOfMemoryError`, with all of them, if the device has no memory to
-        join them.
+        If the device has no memory to join them, they are on the CPU.
         """
         try:
-            return join(self.parts)
+            return join(self.parts), True
         except (MemoryError, RuntimeError) as error:
             if not _memory.out_of_memory(error):
                 raise
-            spent = OutOfMemoryError(
-                f"all {self.inputs.n} samples are done, but do not fit twice on"
-                f" {self.inputs.device}, as joining the batches takes: ask for fewer at a time. They are in this error's"
-                " `finished`, on the CPU"
-            )
-        spent.finished = join([_on_cpu(part) for part in self.parts])
-        raise spent
+        return join([_on_cpu(part) for part in self.parts]), False
 
     # --------------------------------------------------------------------------------------- memory
 
@@ -325,14 +309,12 @@ class Loop:
     @property
     def _entries(self) -> int:
         """Entries of one sample's state."""
-        entries = 1
-        for size in self.inputs.shape:
-            entries *= size
-        return entries
+        return math.prod(self.inputs.shape)
 
     def _bytes_a_row(self, rows: int) -> int:
-        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call
-        with a few rows, the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA.
+
+        One call with a few rows measures the network's; the plan's states are counted.
         """
         device = self.inputs.device
         some = slice(0, rows)
@@ -346,9 +328,8 @@ class Loop:
         states = 16  # of an adaptive solver
         if isinstance(self.method, Plan) or cuda_graphs.is_planned(self.method):
             plan = self._plan
-            kept = (len(plan.grid) + 1 if self.request.trajectory else 0) + (
-                plan.nfe if self.request.x0s else 0
-            )
+            kept = len(plan.grid) + 1 if self.request.trajectory else 0
+            kept += plan.nfe if self.request.x0s else 0
             states = 4 + plan.buffers + 2 * kept + (plan.draws if self.graphs else 0)
         return (
             -(-(peak - before) // rows) + states * self._entries * self.inputs.computed_in.itemsize
@@ -357,11 +338,7 @@ class Loop:
     def _memory(self) -> dict[str, Memory]:
         """The entry of `Solution.statistics` about memory."""
         first = self.parts[0]
-        buffers = (
-            None
-            if first.plan is None
-            else first.plan.buffers * first.x.numel() * first.x.element_size()
-        )
+        buffers = None if first.plan is None else first.plan.buffers * first.x.nbytes
         peak = _memory.peak(self.inputs.device)
         took = Memory(peak, buffers, self.graphs.bytes if self.graphs else None)
         return {} if took == Memory() else {"memory": took}
@@ -406,13 +383,9 @@ def _cast(part: Solution, dtype: torch.dtype) -> Solution:
 
 def _on_cpu(part: Solution) -> Solution:
     x0s, trajectory = (None if kept is None else kept.cpu() for kept in (part.x0s, part.trajectory))
-    statistics = {
-        name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in part.statistics.items()
-    }
-    return dataclasses.replace(
-        part, x=part.x.cpu(), trajectory=trajectory, x0s=x0s, statistics=statistics
-    )
+    found = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in part.statistics.items()}
+    x = part.x.cpu()
+    return dataclasses.replace(part, x=x, trajectory=trajectory, x0s=x0s, statistics=found)
 
 
 def join(parts: list[Solution]) -> Solution:
@@ -426,21 +399,16 @@ def join(parts: list[Solution]) -> Solution:
     first = parts[0]
     calls = max(0 if part.x0s is None else len(part.x0s) for part in parts)
 
-    def cat(tensors: list[Tensor | None], dim: int) -> Tensor | None:
-        return (
-            torch.cat([tensor for tensor in tensors if tensor is not None], dim)
-            if tensors[0] is not None
-            else None
-        )
+    def stacked(name: str) -> Tensor | None:
+        kept = [getattr(part, name) for part in parts]
+        if name == "x0s":
+            kept = [_padded(x0s, calls) for x0s in kept]
+        return None if kept[0] is None else torch.cat(kept, 1)
 
-    statistics = {
-        key: (
-            torch.cat([part.statistics[key] for part in parts])
-            if isinstance(value, Tensor) and value.ndim
-            else value
-        )
-        for key, value in first.statistics.items()
-    }
+    statistics = dict(first.statistics)
+    for key, value in first.statistics.items():
+        if isinstance(value, Tensor) and value.ndim:
+            statistics[key] = torch.cat([part.statistics[key] for part in parts])
     return dataclasses.replace(
         first,
         x=torch.cat([part.x for part in parts]),
@@ -448,8 +416,8 @@ def join(parts: list[Solution]) -> Solution:
         network_calls=sum(part.network_calls for part in parts),
         network_gradients=sum(part.network_gradients for part in parts),
         statistics=statistics,
-        trajectory=cat([part.trajectory for part in parts], 1),
-        x0s=cat([_padded(part.x0s, calls) for part in parts], 1),
+        trajectory=stacked("trajectory"),
+        x0s=stacked("x0s"),
         interpolant=None,
     )
 

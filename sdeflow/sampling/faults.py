@@ -23,14 +23,14 @@ CAUSES = (
 class Fault(NamedTuple):
     """The first call of a batch that returned NaN or infinity."""
 
-    index: int
+    call: int
     t: float
     sound: bool
     """Whether the state that the network was given was finite."""
 
     def __str__(self) -> str:
         why = "the network returned it" if self.sound else "its input was not finite"
-        return f" first at call {self.index + 1} (t={self.t:.6g}): {why}."
+        return f" first at call {self.call + 1} (t={self.t:.6g}): {why}."
 
 
 class Stopped(Exception):
