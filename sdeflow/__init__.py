@@ -8,7 +8,14 @@ images = sdeflow.sample(model, nfe=35, n=4, seeds=0)
 from sdeflow import grid
 from sdeflow._utils import moved
 from sdeflow._version import __version__
-from sdeflow.denoisers import Denoiser, Preconditioned, Prediction, Wrapper
+from sdeflow.denoisers import (
+    Denoiser,
+    PerSample,
+    Preconditioned,
+    Prediction,
+    Shared,
+    Wrapper,
+)
 from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
 from sdeflow.discrete import (
     BinaryEmpirical,
@@ -41,9 +48,11 @@ from sdeflow.process import (
     Cosine,
     FromBetas,
     FromSDE,
+    FromTable,
     Level,
     Process,
     RectifiedFlow,
+    Reversed,
     SubVP,
 )
 from sdeflow.reverse import Reverse
@@ -122,6 +131,7 @@ __all__ = [
     "ExponentialAdams",
     "FromBetas",
     "FromSDE",
+    "FromTable",
     "Gaussian",
     "GaussianMixture",
     "GridError",
@@ -135,6 +145,7 @@ __all__ = [
     "Noise",
     "NonFiniteError",
     "OutOfMemoryError",
+    "PerSample",
     "Plan",
     "PlanReport",
     "Preconditioned",
@@ -145,11 +156,13 @@ __all__ = [
     "RectifiedFlow",
     "Restart",
     "Reverse",
+    "Reversed",
     "SASolver",
     "SDEDPMSolverPP",
     "SDEDPMSolverPPSingle",
     "SdeflowError",
     "SeededNoise",
+    "Shared",
     "Solution",
     "Solver",
     "SolverError",

@@ -66,8 +66,9 @@ def _keep(path: Path, kept: Path) -> None:
 
 
 def check_writable(path: str | os.PathLike[str], what: str = "file") -> Path:
-    """`path`, if a file can be written there; else an `SdeflowError`. To be called before long work
-    whose result the file is to hold.
+    """`path`, if a file can be written there; else an `SdeflowError`.
+
+    To be called before long work whose result the file is to hold.
     """
     path = Path(path)
     folder = path.parent

@@ -1,5 +1,6 @@
-"""The command `sdeflow generate`: many images into a folder, on as many processes as torchrun
-starts.
+"""The command `sdeflow generate`.
+
+It writes many images into a folder, on as many processes as torchrun starts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import typer
 from sdeflow._utils.distributed import this_rank
 from sdeflow.cli import options
 from sdeflow.cli.options import (
-    how,
     leave,
     machine,
     open_model,
@@ -61,15 +61,7 @@ def generate(
     n: Annotated[
         int, typer.Option("--n", "-n", help="How many images the folder is to hold.", min=1)
     ] = 50_000,
-    classes: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "Names or numbers of classes, with commas; image i takes its turn. 'all' of them,"
-                " or 'none' for no label."
-            )
-        ),
-    ] = "all",
+    classes: options.ClassesOption = "all",
     format: Annotated[
         Kind,
         typer.Option(
@@ -84,7 +76,7 @@ def generate(
     grid: options.GridOption = None,
     rtol: options.RtolOption = None,
     noise: options.NoiseOption = "seeded",
-    seed: Annotated[int, how(help="Seed of image 0; image i has seed + i.")] = 0,
+    seed: options.SeedOption = 0,
     model: options.ModelOption = "cifar10",
     shard_size: Annotated[
         int, machine(help="Images a shard: what is written at once, and lost by a kill.", min=1)

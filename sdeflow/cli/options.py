@@ -21,6 +21,14 @@ from sdeflow.solvers.base import Solver
 HOW, MACHINE = "How", "Machine and files"
 how, machine = (partial(typer.Option, rich_help_panel=panel) for panel in (HOW, MACHINE))
 
+ClassesOption = Annotated[
+    str,
+    typer.Option(
+        help="Names or numbers of classes, with commas; image i takes its turn. 'all' of them, or"
+        " 'none' for no label."
+    ),
+]
+SeedOption = Annotated[int, how(help="Seed of image 0; image i has seed + i.")]
 SolverOption = Annotated[
     str,
     how(help="A name from 'sdeflow info solvers', or the file of a plan that was saved."),
@@ -107,8 +115,9 @@ def pick_classes(text: str) -> Literal["all", "none"] | list[str]:
 
 
 def open_model(name: str, device: torch.device, half: bool, compile: bool) -> Pretrained:
-    """The model of a name or a file, in float32 or bfloat16; compiled where that serves: on a
-    GPU.
+    """The model of a name or a file, in float32 or bfloat16.
+
+    It is compiled where that serves: on a GPU.
     """
     dtype = torch.bfloat16 if half else torch.float32
     return load(name, device, dtype, compile=compile and device.type == "cuda")

@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import index
 from typing import Any, Literal
@@ -69,28 +69,36 @@ class Plan:
     finished: bool
     solver: str = ""
     process: str = ""
-    _calls: tuple[Call, ...] = field(init=False, repr=False, compare=False)
-    _tensors: bool = field(init=False, repr=False, compare=False)
-    _outlive: frozenset[int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "_calls", tuple(i for i in self.instructions if isinstance(i, Call))
-        )
-        object.__setattr__(
-            self, "_tensors", any(isinstance(number, Tensor) for number in self._numbers())
-        )
-        object.__setattr__(self, "_outlive", outliving(self.instructions))
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """The network calls, in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Call))
 
     @property
     def nfe(self) -> int:
         """Network calls that an execution makes."""
-        return len(self._calls)
+        return len(self.calls)
+
+    @cached_property
+    def _tensors(self) -> bool:
+        """Whether a coefficient or a time is a tensor."""
+        return any(isinstance(number, Tensor) for number in self._numbers())
+
+    @cached_property
+    def _outlive(self) -> frozenset[int]:
+        """The calls whose outputs are read after the next call."""
+        return outliving(self.instructions)
 
     @property
-    def calls(self) -> tuple[Call, ...]:
-        """The network calls, in order."""
-        return self._calls
+    def finish(self) -> str:
+        """The step to zero noise: `"prediction"`, where the result is the last prediction as it is,
+        `"integrated"`, where it is a combination of more, or `"none"`.
+        """
+        if not self.finished:
+            return "none"
+        last = next(i for i in reversed(self.instructions) if not isinstance(i, Record))
+        return "prediction" if isinstance(last, Call) else "integrated"
 
     @cached_property
     def draws(self) -> int:
@@ -105,7 +113,7 @@ class Plan:
     @property
     def times(self) -> Tensor:
         """The times of the calls, float64, `[nfe]`."""
-        return as_vector([call.t for call in self._calls])
+        return as_vector([call.t for call in self.calls])
 
     @cached_property
     def _times(self) -> Tensor:
@@ -127,7 +135,7 @@ class Plan:
 
     def _numbers(self) -> list[Scalar]:
         return [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [
-            c.t for c in self._calls
+            c.t for c in self.calls
         ]
 
     def with_numbers(self, coefficients: Tensor | None = None, times: Tensor | None = None) -> Plan:
@@ -187,8 +195,8 @@ class Plan:
         return unroll(self.instructions, self.result, self.grid, self.finished).predicting(predicts)
 
     def matrix(self, predicts: str = "x0") -> Tensor:
-        """`unrolled(predicts)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and
-        the result.
+        """`unrolled(predicts)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call,
+        and the result.
         """
         return self.unrolled(predicts).matrix
 
@@ -214,71 +222,27 @@ class Plan:
         """
         if process is not None:
             self._check_process(process)
-        return check(
-            self.unrolled(),
-            self._head(),
-            {t for t, _, _ in self.grid},
-            process,
-            predicts,
-            clock,
-            std,
-        )
+        times = {t for t, _, _ in self.grid}
+        return check(self.unrolled(), self._head(), times, process, predicts, clock, std)
 
     def compare(self, other: Plan) -> Difference:
         """How far two plans are from being one method, whatever their registers;
         `compare(other).close()` says whether.
         """
-        drawn = tuple(
-            [(math.inf if i.nsr is None else i.nsr, math.inf if i.nsr_next is None else i.nsr_next)
-             for i in plan.instructions if isinstance(i, Draw)]
-            for plan in (self, other)
-        )  # fmt: skip
-        return difference(
-            self.unrolled(), other.unrolled(), (drawn[0], drawn[1]), self.finished == other.finished
-        )
+        drawn = [
+            [i.interval for i in plan.instructions if isinstance(i, Draw)] for plan in (self, other)
+        ]
+        ends = self.finished == other.finished
+        return difference(self.unrolled(), other.unrolled(), drawn, ends)
 
     def allclose(self, other: Plan, rtol: float = 1e-12, atol: float = 1e-14) -> bool:
         """Whether two plans are the same instructions with the same numbers to rounding; `compare`
         looks past registers.
         """
-        if (self._skeleton(), self.result, self.finished) != (
-            other._skeleton(),
-            other.result,
-            other.finished,
-        ):
-            return False
-        return all(
-            torch.allclose(a, b, rtol=rtol, atol=atol)
-            for a, b in zip(self._all(), other._all(), strict=True)
+        (table, numbers), (other_table, other_numbers) = (
+            _split([plan._rows(), plan.result, plan.finished]) for plan in (self, other)
         )
-
-    def _skeleton(self) -> list[Any]:
-        """The instructions without their numbers."""
-        skeleton: list[Any] = []
-        for i in self.instructions:
-            match i:
-                case Draw():
-                    skeleton.append(("draw", i.out, i.nsr is None))
-                case Combine():
-                    skeleton.append(("combine", i.out, *(register for register, _ in i.terms)))
-                case Call():
-                    skeleton.append(("call", i.out, i.input))
-                case Record():
-                    skeleton.append(i)
-        return skeleton
-
-    def _all(self) -> list[Tensor]:
-        """Every number of the instructions: coefficients, times, and the levels of calls and
-        draws.
-        """
-        levels = [n for call in self._calls for n in (call.s, call.sigma)]
-        draws = [
-            n
-            for i in self.instructions
-            if isinstance(i, Draw) and i.nsr is not None
-            for n in (i.nsr, i.nsr_next)
-        ]
-        return [self.coefficients, self.times, as_vector(levels), as_vector(draws)]
+        return table == other_table and torch.allclose(numbers, other_numbers, rtol=rtol, atol=atol)
 
     # ------------------------------------------------------------------------- printing and storing
 
@@ -288,11 +252,16 @@ class Plan:
             f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} ->"
             f" {self.grid[-1][0]:g}"
         )
-        return head + (" -> zero noise" if self.finished else "")
+        ends = {
+            "none": "",
+            "prediction": " -> zero noise",
+            "integrated": " -> zero noise, integrated",
+        }
+        return head + ends[self.finish]
 
     def plot(self, path: str | os.PathLike[str] | None = None, predicts: str = "x0") -> Any:
-        """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as PNG
-        in `path` too if given.
+        """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as
+        PNG in `path` too if given.
 
         Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
         """
@@ -329,8 +298,8 @@ class Plan:
         )
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain numbers and strings; floats survive JSON exactly."""
+    def _rows(self) -> list[list[Any]]:
+        """The instructions as lists of plain numbers and strings."""
         rows: list[list[Any]] = []
         for i in self.instructions:
             match i:
@@ -344,13 +313,17 @@ class Plan:
                     )
                 case Record():
                     rows.append(["record", i.index, i.input])
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers and strings; floats survive JSON exactly."""
         keys = KEYS[2:-1]
         facts = {
             "format": FORMAT,
             "version": __version__,
             **{key: getattr(self, key) for key in keys},
         }
-        return {**facts, "instructions": rows}
+        return {**facts, "instructions": self._rows()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
@@ -581,3 +554,18 @@ def _check_registers(instructions: Sequence[Instruction], registers: int, result
 
 def _scalars(vector: Tensor) -> list[Scalar]:
     return list(vector.unbind()) if vector.requires_grad else vector.tolist()
+
+
+def _split(value: list[Any]) -> tuple[list[Any], Tensor]:
+    """Nested lists with `float` in the place of every number that is one, and those numbers."""
+    numbers: list[float] = []
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(entry) for entry in value]
+        if not isinstance(value, float):
+            return value
+        numbers.append(value)
+        return float
+
+    return without(value), torch.tensor(numbers, dtype=torch.float64)

@@ -64,8 +64,9 @@ def train(
     resume: bool = False,
     export: str | Path | None = None,
 ) -> TrainResult:
-    """Train a UNet on `dataset` (anything that `load_images` takes; by default `config.data`) into
-    the folder `config.out`.
+    """Train a UNet on images, into the folder `config.out`.
+
+    `dataset` is anything that `load_images` takes; by default `config.data`.
 
     The folder gets the last two states, the log, grids of samples and, at the end of each call, the
     averaged network for inference (`model.safetensors`, copied to `export` too). With `resume` it
@@ -92,12 +93,8 @@ def train(
         torch.random.fork_rng(devices=devices),
         torch.backends.cudnn.flags(enabled=True, benchmark=device.type == "cuda", allow_tf32=True),
     ):
-        images = load_images(
-            config.data if dataset is None else dataset,
-            split=config.split,
-            size=config.size,
-            progress=rank.first,
-        )
+        source = config.data if dataset is None else dataset
+        images = load_images(source, split=config.split, size=config.size, progress=rank.first)
         going_on = resume and holds_state(out / STATE)
         init = None if going_on or config.init is None else load(config.init, "cpu")
         config = fit_to_data(config, images, init)
@@ -118,8 +115,9 @@ def train(
 
 
 def fit_to_data(config: TrainConfig, images: Images, init: Pretrained | None = None) -> TrainConfig:
-    """The configuration with the model's size and classes taken from the data, and all but its
-    dropout from `init`.
+    """The configuration with the model's size and classes taken from the data.
+
+    With `init` the model is like that one in all but its dropout.
     """
     if init is None:
         model = replace(config.model, size=images.size, num_classes=images.num_classes)
@@ -178,10 +176,13 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
                 window, window_began, window_step = torch.zeros_like(window), now, trainer.step
                 account()
                 if not math.isfinite(loss) or not math.isfinite(mean_norm):
+                    kept = "no state had been saved yet."
+                    if (out / STATE).exists():
+                        kept = f"the last good state is kept in {out / STATE}."
                     raise NonFiniteError(
                         f"the loss is {loss} and the gradients' norm {mean_norm} by step"
                         f" {trainer.step} (learning rate {config.lr_at(trainer.step - 1):.3g});"
-                        f" {_kept(out)} Try a smaller --lr, or --precision float32"
+                        f" {kept} Try a smaller --lr, or --precision float32"
                     )
                 bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.0f}", refresh=False)
                 if log:
@@ -224,14 +225,6 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
     return TrainResult(denoiser, trainer.images, trainer.seconds, loss, finished, out, reason)
 
 
-def _kept(out: Path) -> str:
-    return (
-        f"the last good state is kept in {out / STATE}."
-        if (out / STATE).exists()
-        else "no state had been saved yet."
-    )
-
-
 def crossed(images: int, batch: int, every: int) -> bool:
     """Whether a multiple of `every` lies in the last `batch` of `images`."""
     return every > 0 and images // every > (images - batch) // every
@@ -272,8 +265,9 @@ def store_averages(trainer: Trainer, images: Images) -> None:
 
 
 def export_model(trainer: Trainer, denoiser: Pretrained, paths: list[Path]) -> None:
-    """Write the averaged network in half precision to each of `paths`, with a model card in
-    Markdown beside it.
+    """Write the averaged network in half precision to each of `paths`.
+
+    A model card in Markdown is written beside each.
     """
     for path in paths:
         save_model(

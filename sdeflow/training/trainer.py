@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow._utils import distributed
+from sdeflow._utils.checks import differing
 from sdeflow.errors import CheckpointError, NonFiniteError
 from sdeflow.images.datasets import Stream, mix, prepared
 from sdeflow.models import EMA, UNet
@@ -30,8 +31,9 @@ FIXED = (
 
 
 class Gradients:
-    """All gradients in one flat buffer, laid out as their parameters are: one all-reduce, one norm,
-    one scaling.
+    """All gradients in one flat buffer, laid out as their parameters are.
+
+    One all-reduce, one norm and one scaling serve for all of them.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -39,16 +41,14 @@ class Gradients:
         # Each begins at a multiple of 128 bytes.
         sizes = [-(-p.numel() // 32) * 32 for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), device=self.parameters[0].device)
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.views = [
-            self.flat.as_strided(p.shape, p.stride(), start)
-            for p, start in zip(self.parameters, starts, strict=True)
-        ]
+        parts = zip(self.parameters, self.flat.split(sizes), strict=True)
+        self.views = [part.as_strided(p.shape, p.stride()) for p, part in parts]
 
     @torch.no_grad()
     def collect(self, clip: float) -> Tensor:
-        """Average the gradients over processes, scale them down to norm `clip` if they are larger;
-        their norm before that.
+        """Average the gradients over processes and clip them to norm `clip`.
+
+        Returns their norm before the clipping.
         """
         for parameter in self.parameters:
             if parameter.grad is None:  # a part of the network that this batch did not use
@@ -63,8 +63,9 @@ class Gradients:
 
 
 class Trainer:
-    """The state of a training and its step: network, average, optimizer and the number of steps
-    done.
+    """The state of a training, and its step.
+
+    It holds network, averages, optimizer and the number of steps done.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class Trainer:
         rank: distributed.Rank,
         init: Pretrained | None = None,
     ) -> None:
-        self.config, self.device, self.rank, self.step, self.seconds = config, device, rank, 0, 0.0
+        self.config, self.device, self.rank = config, device, rank
+        self.step, self.seconds = 0, 0.0
         self.runs: list[dict[str, Any]] = []
         self.keeps = True
         self.begun_from = "" if init is None else describe_start(config.init or "", init)
@@ -106,16 +108,12 @@ class Trainer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
-        self.autocast: Callable[[], Any] = (
-            (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
-        )
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         self.precision = "bf16" if bf16 else "float32"
         self.compiled = config.compile if config.compile is not None else gpu
-        self.forward: Callable[..., Tensor] = (
-            torch.compile(self.network, fullgraph=True, dynamic=False)
-            if self.compiled
-            else self.network
-        )
+        self.forward: Callable[..., Tensor] = self.network
+        if self.compiled:
+            self.forward = torch.compile(self.network, fullgraph=True, dynamic=False)
         if config.graphs and not gpu:
             raise ValueError(
                 "graphs=True (--graphs) replays steps as CUDA graphs, and this training is on"
@@ -135,8 +133,9 @@ class Trainer:
 
     @property
     def seen(self) -> int:
-        """How many images the weights have seen, before this training too: the time of the
-        averages' profiles.
+        """How many images the weights have seen, before this training too.
+
+        This is the time of the averages' profiles.
         """
         return self.before + self.images
 
@@ -163,8 +162,9 @@ class Trainer:
         self.work = self._work
 
     def _work(self, pixels: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a step does on the device, and nothing else: once captured, this code does not run
-        again.
+        """What a step does on the device, and nothing else.
+
+        Once captured, this code does not run again.
         """
         x0 = prepared(pixels, self.generator if self.config.flip else None)
         with self.autocast():
@@ -225,11 +225,8 @@ class Trainer:
         stored = TrainConfig.from_dict(facts["config"])
         for name in FIXED:
             old, new = getattr(stored, name), getattr(self.config, name)
-            if name == "model" and old != new:  # name the one that differs
-                old, new = (
-                    {k: v for k, v in a.to_dict().items() if v != b.to_dict()[k]}
-                    for a, b in ((old, new), (new, old))
-                )
+            if name == "model":  # say what of it differs
+                old, new = differing(old.to_dict(), new.to_dict())
             if old != new:
                 raise CheckpointError(
                     f"{path} was trained with {name}={old}, not {new}, which would be another"
@@ -246,7 +243,8 @@ class Trainer:
             value.copy_(tensors[name if name in tensors else weights])
         self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
         self.runs = list(facts["runs"])
-        self.begun_from, self.before = str(facts.get("begun_from", "")), int(facts.get("before", 0))
+        self.begun_from = str(facts.get("begun_from", ""))
+        self.before = int(facts.get("before", 0))
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step)
 
@@ -264,8 +262,9 @@ def _without_averages(names: Iterable[str]) -> set[str]:
 
 
 def describe_start(name: str, init: Pretrained) -> str:
-    """The checkpoint that a training begins with, in words: what it had seen, and where its own
-    training began.
+    """The checkpoint that a training begins with, in words.
+
+    It says what that one had seen, and where its own training began.
     """
     card = init.card
     before = f", begun from {card['begun_from']}" if card.get("begun_from") else ""
