@@ -173,11 +173,17 @@ def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | Non
     return whole_number("the number of samples", count)
 
 
+def fresh_seeds(n: int) -> tuple[int, ...]:
+    """`n` consecutive seeds that nobody chose, without torch's global generator, whose state a
+    sampler must not change.
+    """
+    first = int.from_bytes(os.urandom(4), "little")
+    return tuple(range(first, first + n))
+
+
 def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
     if seeds is None:
-        # Fresh, and without torch's global generator, whose state a sampler must not change.
-        first = int.from_bytes(os.urandom(4), "little")
-        return tuple(range(first, first + n))
+        return fresh_seeds(n)
     if isinstance(seeds, int):
         return tuple(range(seeds, seeds + n))
     return tuple(index(seed) for seed in seeds)
