@@ -8,7 +8,14 @@ images = sdeflow.sample(model, nfe=35, n=4, seeds=0)
 from sdeflow import grid
 from sdeflow._utils import moved
 from sdeflow._version import __version__
-from sdeflow.denoisers import Denoiser, Preconditioned, Prediction, Wrapper
+from sdeflow.denoisers import (
+    Denoiser,
+    PerSample,
+    Preconditioned,
+    Prediction,
+    Shared,
+    Wrapper,
+)
 from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
 from sdeflow.discrete import (
     BinaryEmpirical,
@@ -41,15 +48,18 @@ from sdeflow.process import (
     Cosine,
     FromBetas,
     FromSDE,
+    FromTable,
     Level,
     Process,
     RectifiedFlow,
+    Reversed,
     SubVP,
 )
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import Step, encode, sample, solve
 from sdeflow.sampling.capture import CapturedSolve
 from sdeflow.sampling.cuda_graphs import CompileWarning
+from sdeflow.sampling.simulate import simulate, slerp
 from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
 from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45
 from sdeflow.solvers.adaptive.sde import AdaptiveSDE
@@ -121,6 +131,7 @@ __all__ = [
     "ExponentialAdams",
     "FromBetas",
     "FromSDE",
+    "FromTable",
     "Gaussian",
     "GaussianMixture",
     "GridError",
@@ -134,6 +145,7 @@ __all__ = [
     "Noise",
     "NonFiniteError",
     "OutOfMemoryError",
+    "PerSample",
     "Plan",
     "PlanReport",
     "Preconditioned",
@@ -144,11 +156,13 @@ __all__ = [
     "RectifiedFlow",
     "Restart",
     "Reverse",
+    "Reversed",
     "SASolver",
     "SDEDPMSolverPP",
     "SDEDPMSolverPPSingle",
     "SdeflowError",
     "SeededNoise",
+    "Shared",
     "Solution",
     "Solver",
     "SolverError",
@@ -168,6 +182,8 @@ __all__ = [
     "harmonic_betas",
     "load",
     "sample",
+    "simulate",
+    "slerp",
     "solve",
 ]
 

@@ -2,7 +2,8 @@ r"""Training losses: what a network is asked to predict, at which noise, with wh
 
 With $n$ = nsr, $d$ = `sigma_data` and $x = x_0 + n\,\epsilon$, the EDM-weighted denoising loss is
 
-$$\frac{n^2 + d^2}{(n d)^2}\,\lVert D(x; n) - x_0 \rVert^2 = \lVert F - (x_0 - c_{skip}\,x)/c_{out} \rVert^2,$$
+$$\frac{n^2 + d^2}{(n d)^2}\,\lVert D(x; n) - x_0 \rVert^2
+= \lVert F - (x_0 - c_{skip}\,x)/c_{out} \rVert^2,$$
 
 so the network F sees inputs and targets of unit variance at every noise level. The right-hand side
 is what is computed: it has no small differences of large numbers.

@@ -11,7 +11,7 @@ import torch
 from problems import PROCESSES, GaussianData, law
 
 from sdeflow.process import Process
-from sdeflow.sampling.api import DEFAULT_NFE, DEFAULT_SOLVER, sample, solve
+from sdeflow.sampling import DEFAULT_NFE, DEFAULT_SOLVER, sample, solve
 from sdeflow.solvers.auto.solver import Auto
 from sdeflow.solvers.ode.runge_kutta import Heun
 

@@ -613,7 +613,9 @@ def test_sampling_is_what_the_solver_integrates() -> None:
     with torch.no_grad():
         by_hand = (
             Auto(table="density")
-            .integrate(Reverse(Mixture(process)), start, auto_grid(process, 35, table="density"), None)
+            .integrate(
+                Reverse(Mixture(process)), start, auto_grid(process, 35, table="density"), None
+            )
             .x
         )
         heun = (

@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         self.i, self.o = nn.Linear(2, w), nn.Linear(w, 2)
         self.p = nn.Parameter(0.02 * torch.randn(length // 2, w))
         self.t = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
-        layer: Any = {"batch_first": True, "norm_first": True, "activation": "gelu"}
+        layer = {"batch_first": True, "norm_first": True, "activation": "gelu"}
         self.b = nn.ModuleList(
             nn.TransformerEncoderLayer(w, 4, 2 * w, 0.0, **layer) for _ in range(depth)
         )
@@ -388,8 +388,12 @@ def main() -> None:
             what = f"{name}, {spec.predicts}" + (", held out" if spec.held_out else "")
             rows.append(
                 [
-                    *(what, nfe, f"{mine:.4f}", f"{best:.4f}", which),
-                    *(f"{mine / best:.2f}", f"{plain:.4f}"),
+                    what,
+                    nfe,
+                    *(f"{e:.4f}" for e in (mine, best)),
+                    which,
+                    f"{mine / best:.2f}",
+                    f"{plain:.4f}",
                 ]
             )
             print(*rows[-1], flush=True)

@@ -1,6 +1,4 @@
-"""Small mathematics that everything else stands on: broadcasting, derivatives in time,
-quadrature.
-"""
+"""Small mathematics: broadcasting, derivatives in time, quadrature, roots."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ tensor, one value a sample.
 
 
 def as_time(t: float | Tensor) -> Tensor:
-    """`t` as a tensor: Python numbers and integer tensors become float64, floating tensors stay as
-    they are.
+    """`t` as a tensor.
+
+    Python numbers and integer tensors become float64, floating tensors stay as they are.
     """
     if isinstance(t, Tensor):
         return t if t.is_floating_point() else t.double()
@@ -29,8 +28,9 @@ def as_time(t: float | Tensor) -> Tensor:
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient of shape `[]` or `[B]`, shaped to multiply `x` of shape `[B, ...]`, in the
-    dtype and on the device of `x`.
+    """A coefficient of shape `[]` or `[B]`, shaped to multiply `x`.
+
+    `x` has shape `[B, ...]`; the result has its dtype and device.
     """
     if coefficient.ndim not in (0, 1):
         raise ValueError(
@@ -45,6 +45,11 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
             )
         coefficient = coefficient.reshape(-1, *[1] * (x.ndim - 1))
     return coefficient.to(device=x.device, dtype=x.dtype)
+
+
+def not_finite(x: Tensor) -> list[int]:
+    """The rows of `x` that hold NaN or infinity."""
+    return (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
 
 
 def with_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +98,9 @@ def sqrt(x: Scalar) -> Scalar:
 
 
 def batch_invariant(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """`function` of a float64 tensor, in which no entry's result depends on how many others there
-    are, to the last bit.
+    """`function` of a float64 tensor, entry by entry to the last bit.
+
+    No entry's result depends on how many others there are.
 
     A vectorised loop treats the entries that are left over at its end by other code, whose last bit
     may differ. So the entries are given as vectors of a multiple of 16, too short for more than one
@@ -111,8 +117,9 @@ def batch_invariant(function: Callable[[Tensor], Tensor], values: Tensor) -> Ten
 
 @lru_cache(maxsize=8)
 def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the `n`-point Gauss-Legendre rule on `[0, 1]`, float64; exact for
-    polynomials of degree `2n - 1`.
+    """Nodes and weights of the `n`-point Gauss-Legendre rule on `[0, 1]`.
+
+    They are float64 and exact for polynomials of degree `2n - 1`.
     """
     nodes, weights = np.polynomial.legendre.leggauss(n)
     with torch.inference_mode(False):  # kept for all, whoever asks first
@@ -120,8 +127,9 @@ def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 
 class _MonotoneRoot(torch.autograd.Function):
-    """The root of `function(t) = value`, with the derivative `dt/dvalue = 1 / function'(t)` of the
-    implicit function theorem.
+    """The root of `function(t) = value`, differentiable in `value`.
+
+    Its derivative is `dt/dvalue = 1 / function'(t)`, by the implicit function theorem.
     """
 
     @staticmethod
@@ -145,17 +153,17 @@ class _MonotoneRoot(torch.autograd.Function):
 def _find_root(
     function: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float
 ) -> Tensor:
-    """The root of a monotone function to float64 resolution, in float64, at every entry of `value`
-    at once.
+    """The root of a monotone function, at every entry of `value` at once.
+
+    It is found in float64, to float64 resolution.
 
     Inverse quadratic interpolation where it is safe, else halving (in the logarithm while the
     bracket is wide): some ten evaluations. Source: Chandrupatla, "A new hybrid quadratic/bisection
     algorithm" (1997).
     """
     target = value.double()
-    at_low, at_high = function(
-        torch.tensor([low, high], dtype=torch.float64, device=target.device)
-    ).unbind()
+    ends = torch.tensor([low, high], dtype=torch.float64, device=target.device)
+    at_low, at_high = function(ends).unbind()
     sign = 1.0 if bool(at_high > at_low) else -1.0
     x1, f1 = torch.full_like(target, high), sign * (at_high - target)
     x2, f2 = torch.full_like(target, low), sign * (at_low - target)
@@ -173,10 +181,8 @@ def _find_root(
         x1, f1 = x, f
         least = 4e-16 * torch.maximum(x1.abs(), x2.abs()) / (x2 - x1).abs()
         found = ~done & ((f1 == 0) | (least > 0.5))
-        root, done = (
-            torch.where(found, torch.where(f1.abs() <= f2.abs(), x1, x2), root),
-            done | found,
-        )
+        nearer = torch.where(f1.abs() <= f2.abs(), x1, x2)
+        root, done = torch.where(found, nearer, root), done | found
         if bool(done.all()):
             break
         xi, phi = (x1 - x2) / (x3 - x2), (f1 - f2) / (f3 - f2)
@@ -191,8 +197,9 @@ def _find_root(
 def monotone_root(
     function: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float
 ) -> Tensor:
-    """`t` in `[low, high]` with `function(t) = value`, for a monotone function; differentiable in
-    `value`.
+    """`t` in `[low, high]` with `function(t) = value`, for a monotone function.
+
+    It is differentiable in `value`.
 
     Values outside the function's range give the nearer end of the interval.
     """

@@ -4,6 +4,8 @@ from sdeflow.process.base import Level, Process
 from sdeflow.process.clock import Clock
 from sdeflow.process.from_betas import FromBetas
 from sdeflow.process.from_sde import FromSDE
+from sdeflow.process.from_table import FromTable, Tabulated
+from sdeflow.process.reversed import Reversed
 from sdeflow.process.standard import EDM, VE, VP, Cosine, RectifiedFlow, SubVP
 
 __all__ = [
@@ -14,8 +16,11 @@ __all__ = [
     "Cosine",
     "FromBetas",
     "FromSDE",
+    "FromTable",
     "Level",
     "Process",
     "RectifiedFlow",
+    "Reversed",
     "SubVP",
+    "Tabulated",
 ]

@@ -23,13 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.ode.ddim import STAGES
 from sdeflow.solvers.ode.dpm_solver import single_step
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.to_zero import ToZero, seen_with
 from sdeflow.solvers.ode.weights import NodeClock, Predicts, adams, predicted
 
@@ -123,8 +122,6 @@ class ExponentialAdams(Multistep):
         again = self.corrector or (self.start_up == "corrected" and used < self.p)
         return used + 1 if again else 0
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         scales = (self.predicts_scale, self.clock_scale)
         return adams(self.predicts, self.clock, nodes, t, t_next, process, scales=scales)[1]

@@ -31,7 +31,7 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.ddim import STAGES
-from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p, from_differences
 from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import between, has_signal, moment
 
@@ -215,7 +215,7 @@ class DPMSolverPP(Multistep):
     With `r0 = (lam - lam_1)/h` and `r1 = (lam_1 - lam_2)/h` of the nodes before,
     `a = (F - F_1)/r0`, `b = (F_1 - F_2)/r1`:
 
-        2M   x_next = P + M_0/2 a                                                                    (or M_1 a: "heun")
+        2M   x_next = P + M_0/2 a    (or M_1 a: "heun")
         3M   x_next = P + M_1 (a + r0 c) + kappa M_2 c,    c = (a - b)/(r0 + r1)
 
     - `p`: predictions, 1 (DDIM), 2 or 3.
@@ -252,9 +252,7 @@ class DPMSolverPP(Multistep):
                 f"kappa is 1 for the exact parabola, 1/2 as published; got {self.kappa}"
             )
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         midpoint = self.solver_type == "midpoint"
         return taylor_weights(self.predicts, nodes, t_next, midpoint, self.kappa)
 

@@ -34,6 +34,9 @@ from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.to_zero import ToZero, integrated, seen_with
 from sdeflow.solvers.ode.weights import has_signal, predicted, rho, step_weights
 
+Weights = Sequence[Scalar]
+"""What a step multiplies the values at its nodes by, in their order."""
+
 
 class Multistep(GridSolver):
     """A linear multistep method; a subclass gives `weights`, and fields in place of the attributes.
@@ -59,9 +62,7 @@ class Multistep(GridSolver):
         """Order of convergence; the first step, of order 1, bounds it by 2."""
         return min(self.p, 2)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         """`b_j` of the step from `t` to `t_next`, for each of `nodes`, newest first; `t` is one of
         them. Both ends of the step have signal, unless `again` is set.
         """
@@ -106,7 +107,7 @@ class Multistep(GridSolver):
         delta = self.delta(t, t_next)
         kept, whole, spread = step_weights(t, t_next, delta)
         nodes: Any = ((t, x0),)
-        b: Sequence[Scalar] = [whole]
+        b: Weights = [whole]
         used = 1
         if has_signal(t, t_next):
             nodes = tuple(node for node in history if self.readable(node[0]))

@@ -29,6 +29,7 @@ from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.ode.deis import EpsMultistep
+from sdeflow.solvers.ode.multistep import Weights
 from sdeflow.solvers.ode.weights import has_signal, predicted
 
 ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
@@ -68,9 +69,7 @@ class IPNDM(EpsMultistep):
 
     source: ClassVar[str] = "Zhang & Chen 2022"
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         (whole,) = super().weights(nodes[:1], t, t_next, process)
         return [whole * c for c in ADAMS_BASHFORTH[len(nodes) - 1]]
 
@@ -100,9 +99,7 @@ class IPNDMv(EpsMultistep):
     clock = "nsr"
     source: ClassVar[str] = "Zhou et al. 2023, diff-sampler"
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         if self.exact_weights:
             return super().weights(nodes, t, t_next, process)
         (whole,) = super().weights(nodes[:1], t, t_next, process)

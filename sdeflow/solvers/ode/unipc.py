@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from sdeflow._utils.math import Scalar, expm1
+from sdeflow._utils.math import expm1
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import adams
 
@@ -67,9 +67,7 @@ class UniPC(Multistep):
     def corrector_nodes(self, used: int) -> int:
         return used + 1 if self.corrector else 0
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         if len(nodes) != 2:
             return adams(self.predicts, "lam", nodes, t, t_next, process)[1]
         # The one coefficient is 1/2, where the system's solution would differ from it by O(h).

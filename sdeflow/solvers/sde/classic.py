@@ -9,7 +9,7 @@ from sdeflow._utils import math as _math
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.ode.ddim import ancestral_ratio
+from sdeflow.solvers.ode.ddim import ancestral_shares
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,11 @@ class DDPM(GridSolver):
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
         x0 = reverse(x, t)
-        ratio = ancestral_ratio(t, t_next)
-        down = t_next.sigma * ratio  # sqrt(sigma_next^2 - u^2), without cancellation
+        share, spread = ancestral_shares(t, t_next)
+        down = t_next.sigma * share  # sqrt(sigma_next^2 - u^2), without cancellation
         # The forward step's variance is sigma^2 - (s / s_next)^2 sigma_next^2 = sigma^2 (1 -
         # ratio^2).
-        up = (t if self.variance == "large" else t_next).sigma * _math.sqrt(
-            (1.0 - ratio) * (1.0 + ratio)
-        )
+        up = (t if self.variance == "large" else t_next).sigma * spread
         return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
 
 
@@ -83,8 +81,8 @@ class AnnealedLangevin(GridSolver):
     Between levels the state is rescaled by the ratio of `s`. NCSN's `a_i = e sigma_i^2 / sigma_L^2`
     is `step_size = e / sigma_L^2` (0.2 in the paper, with 100 steps a level; the default of 5 mixes
     far modes poorly). It samples each level's distribution up to the bias of the moves. The bias
-    falls with `step_size` and not with the number of levels: the method has no order. Levels must be
-    close together, since the moves cannot remove the noise of a distant level: use hundreds.
+    falls with `step_size` and not with the number of levels: the method has no order. Levels must
+    be close together, since the moves cannot remove the noise of a distant level: use hundreds.
 
     Cost: `steps` calls a level, and 1. Order: 0. Source: Song & Ermon, "NCSN" (2019), algorithm 1.
     """
