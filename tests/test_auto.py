@@ -15,6 +15,7 @@ from problems import PROCESSES, Mixture, ends, law
 
 from sdeflow import registry
 from sdeflow.denoisers import Prediction, as_denoiser
+from sdeflow.denoisers.thresholding import Clip, Projected
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import encode, sample, solve
@@ -57,6 +58,7 @@ def test_the_denoiser_chooses_the_table() -> None:
         *((target, "density"), (target.under(EDM()), "density")),
         *((network, "network"), (network.under(EDM()), "network")),
         *((noise, "noise"), (noise.under(EDM()), "noise"), (score, "noise")),
+        (Projected(noise, Clip()), "noise"),
     ):
         solution = solve(denoiser, nfe=12, n=2, seeds=0)
         assert solution.solver == Auto(table=table)
