@@ -134,7 +134,8 @@ def test_few_calls_of_a_network_that_predicts_the_noise(
     def score(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return -eps(x, t) / process.sigma(t.double()).reshape(-1, 1).to(x)
 
-    network = Prediction(eps if predicts == "eps" else score, predicts, process, shape=(2,))
+    function = eps if predicts == "eps" else score
+    network = Prediction(function, predicts, process, time="continuous", shape=(2,))
     level = process.level(process.t_max)
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     start = {"x": x * math.hypot(level.s, level.sigma), "t": process.t_max}
