@@ -15,6 +15,7 @@ from problems import PROCESSES, Mixture, ends, law
 
 from sdeflow import registry
 from sdeflow.denoisers import Prediction, as_denoiser
+from sdeflow.denoisers.thresholding import Clip, Projected
 from sdeflow.process import EDM, VP, Process, RectifiedFlow
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import encode, sample, solve
@@ -57,6 +58,7 @@ def test_the_denoiser_chooses_the_table() -> None:
         *((target, "density"), (target.under(EDM()), "density")),
         *((network, "network"), (network.under(EDM()), "network")),
         *((noise, "noise"), (noise.under(EDM()), "noise"), (score, "noise")),
+        (Projected(noise, Clip()), "noise"),
     ):
         solution = solve(denoiser, nfe=12, n=2, seeds=0)
         assert solution.solver == Auto(table=table)
@@ -132,7 +134,8 @@ def test_few_calls_of_a_network_that_predicts_the_noise(
     def score(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return -eps(x, t) / process.sigma(t.double()).reshape(-1, 1).to(x)
 
-    network = Prediction(eps if predicts == "eps" else score, predicts, process, shape=(2,))
+    function = eps if predicts == "eps" else score
+    network = Prediction(function, predicts, process, time="continuous", shape=(2,))
     level = process.level(process.t_max)
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     start = {"x": x * math.hypot(level.s, level.sigma), "t": process.t_max}

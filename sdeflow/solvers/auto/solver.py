@@ -96,25 +96,41 @@ class Auto(GridSolver):
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
         asked, member, inner = state
-        below = cast(Reverse, _AskedBelow(reverse, asked))
+        below, t = self._asked(reverse, t, asked)
         x_next, inner = member.step(below, x, t, t_next, noise, inner)
         return x_next, (asked, member, inner)
 
     def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
         asked, member, inner = state
-        return member.finish(cast(Reverse, _AskedBelow(reverse, asked)), x, t, noise, inner)
+        return member.finish(self._asked(reverse, t, asked)[0], x, t, noise, inner)
+
+    def _asked(self, reverse: Reverse, t: Level, asked: float) -> tuple[Reverse, Level]:
+        """The reverse process that is asked up to a ratio alone, and the level to step from."""
+        below = _AskedBelow(reverse, asked)
+        if self.table == "density" and value_of(t.s) == 0.0:
+            # From a level with a millionth of signal the first step can be corrected.
+            below.at, t = t, reverse.level_of_lam(-math.log(_NO_SIGNAL))
+        return cast(Reverse, below), t
+
+
+_NO_SIGNAL = 1e6
 
 
 class _AskedBelow:
-    """A reverse process whose denoiser is asked at ratios of noise to signal up to `nsr` alone."""
+    """A reverse process whose denoiser is asked at noise-to-signal ratios up to `nsr` alone.
+
+    `at` is the level without signal for which a level at `_NO_SIGNAL` stands in.
+    """
 
     def __init__(self, reverse: Reverse, nsr: float):
         self._reverse, self._nsr = reverse, nsr
+        self.at: Level | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reverse, name)
 
     def __call__(self, x: Any, t: Level) -> Any:
+        t = t if self.at is None else self.at
         if not value_of(t.nsr) > self._nsr * (1.0 + 1e-9):
             return self._reverse(x, t)
         level = self._reverse.level_of_lam(-math.log(self._nsr))
