@@ -59,6 +59,7 @@ from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import Step, encode, sample, solve
 from sdeflow.sampling.capture import CapturedSolve
 from sdeflow.sampling.cuda_graphs import CompileWarning
+from sdeflow.sampling.simulate import simulate, slerp
 from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
 from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45
 from sdeflow.solvers.adaptive.sde import AdaptiveSDE
@@ -181,6 +182,8 @@ __all__ = [
     "harmonic_betas",
     "load",
     "sample",
+    "simulate",
+    "slerp",
     "solve",
 ]
 

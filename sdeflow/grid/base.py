@@ -4,8 +4,6 @@ ratio.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Callable
 
@@ -102,6 +100,8 @@ def in_nsr(
             f" t_min={low:g}?)"
         )
     in_front = nsr_max is None and top > NSR_TOP * (1.0 + 1e-6) and not endless
+    if in_front and n == 1:
+        return torch.tensor([high], dtype=torch.float64)
     levels = n if last else n + 1
     times = process.t_of_nsr(
         place(min(top, NSR_TOP) if in_front else top, bottom, levels - 1 if in_front else levels)
@@ -113,42 +113,3 @@ def in_nsr(
     if nsr_min is None and levels > 1:
         times[-1] = low
     return falling(times[:n], process)
-
-
-def grid_in_nsr(*, endless: bool = False) -> Callable[[Callable[..., Tensor]], GridFunction]:
-    """A decorator: the grid of a function `place(top, bottom, n, *, parameters)` in nsr.
-
-        @grid_in_nsr()
-        def uniform_nsr(top, bottom, n):
-            return top + ramp(n) * (bottom - top)
-
-    The grid is called as `grid(process, n, *, parameters, last=True)`, with `nsr_min`, `nsr_max`,
-    `t_min` and `t_max` as its bounds. `place` gives `n` noise-to-signal ratios from `top` down to
-    `bottom`; `endless` and the arguments of the grid are those of `in_nsr`.
-    """
-
-    def decorate(place: Callable[..., Tensor]) -> GridFunction:
-        @functools.wraps(place, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
-        def grid(
-            process: Process,
-            n: int,
-            *,
-            last: bool = True,
-            nsr_min: float | None = None,
-            nsr_max: float | None = None,
-            t_min: float | None = None,
-            t_max: float | None = None,
-            **parameters: float,
-        ) -> Tensor:
-            placed = functools.partial(place, **parameters)
-            return in_nsr(
-                process, n, t_min, t_max, nsr_min, nsr_max, placed, last=last, endless=endless
-            )
-
-        process, n, *bounds, _ = inspect.signature(grid, follow_wrapped=False).parameters.values()
-        own = [*inspect.signature(place).parameters.values()][3:]
-        shown = inspect.Signature([process, n, *own, *bounds])
-        grid.__signature__ = shown  # type: ignore[attr-defined]
-        return grid
-
-    return decorate

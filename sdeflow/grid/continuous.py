@@ -1,20 +1,17 @@
 """Grids that are uniform in some function of the level: a power of time, a power or the logarithm
 of nsr, an angle, another process's time.
-
-A grid under `@grid_in_nsr()` is written as its ratios from `top` to `bottom`. It is called as
-`grid(process, n, *, parameters, last=True)`, with `nsr_min`, `nsr_max`, `t_min` and `t_max` as its
-bounds, each of which is the process's own by default.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sdeflow.errors import GridError
-from sdeflow.grid.base import ends, grid_in_nsr, pin, positive, ramp
+from sdeflow.grid.base import ends, in_nsr, pin, positive, ramp
 from sdeflow.process import VP, Cosine, Process
 
 _FINE = 4097  # points at which a density is added up
@@ -76,8 +73,17 @@ def cosine_t(
     return pin(low + (high - low) * height, low, high)
 
 
-@grid_in_nsr()
-def karras(top: float, bottom: float, n: int, *, rho: float = 7.0) -> Tensor:
+def karras(
+    process: Process,
+    n: int,
+    *,
+    rho: float = 7.0,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
+) -> Tensor:
     """Uniform in `nsr^(1/rho)`; `n` positive levels, as EDM counts them.
 
     EDM and k-diffusion take `k/(n - 1)`, `k < n`, and step from the last level to zero: the
@@ -88,21 +94,46 @@ def karras(top: float, bottom: float, n: int, *, rho: float = 7.0) -> Tensor:
     Source: Karras et al. (2022), equation 5.
     """
     positive("karras", "rho", rho)
-    a, b = top ** (1 / rho), bottom ** (1 / rho)
-    return (a + ramp(n) * (b - a)) ** rho
+
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        a, b = top ** (1 / rho), bottom ** (1 / rho)
+        return (a + ramp(n) * (b - a)) ** rho
+
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
-@grid_in_nsr()
-def uniform_lam(top: float, bottom: float, n: int) -> Tensor:
+def uniform_lam(
+    process: Process,
+    n: int,
+    *,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
+) -> Tensor:
     """Uniform in `log(s / sigma)`: every scale of the data gets the same share of steps.
 
     Without `last`, the first `n` of `n + 1` levels. Source: Lu et al., DPM-Solver (2022).
     """
-    return torch.exp(math.log(top) + ramp(n) * (math.log(bottom) - math.log(top)))
+
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        return torch.exp(math.log(top) + ramp(n) * (math.log(bottom) - math.log(top)))
+
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
-@grid_in_nsr()
-def polyexponential(top: float, bottom: float, n: int, *, rho: float = 1.0) -> Tensor:
+def polyexponential(
+    process: Process,
+    n: int,
+    *,
+    rho: float = 1.0,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
+) -> Tensor:
     """Uniform in `(lam_end - lam)^(1/rho)`, a power of lam: the larger `rho`, the finer near the
     data.
 
@@ -111,12 +142,26 @@ def polyexponential(top: float, bottom: float, n: int, *, rho: float = 1.0) -> T
     Source: k-diffusion (Crowson, 2022); SA-Solver's "logSNR order" (Xue et al., 2023).
     """
     positive("polyexponential", "rho", rho)
-    return torch.exp((1.0 - ramp(n)) ** rho * (math.log(top) - math.log(bottom)) + math.log(bottom))
+
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        return torch.exp(
+            (1.0 - ramp(n)) ** rho * (math.log(top) - math.log(bottom)) + math.log(bottom)
+        )
+
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
-@grid_in_nsr()
 def dense_lam(
-    top: float, bottom: float, n: int, *, center: float = 0.0, width: float = 2.0
+    process: Process,
+    n: int,
+    *,
+    center: float = 0.0,
+    width: float = 2.0,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> Tensor:
     """Uniform in `asinh((lam - center) / width)`: dense within `width` of `lam = center`, geometric
     gaps away from it.
@@ -132,13 +177,26 @@ def dense_lam(
             f"dense_lam needs a finite center and a width > 0, both in lam; got {center} and"
             f" {width}"
         )
-    a, b = (math.asinh((-math.log(nsr) - center) / width) for nsr in (top, bottom))
-    return torch.exp(-center - width * torch.sinh(a + ramp(n) * (b - a)))
+
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        a, b = (math.asinh((-math.log(nsr) - center) / width) for nsr in (top, bottom))
+        return torch.exp(-center - width * torch.sinh(a + ramp(n) * (b - a)))
+
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
-@grid_in_nsr()
 def two_powers(
-    top: float, bottom: float, n: int, *, center: float = 0.5, high: float = 1.0, low: float = 0.5
+    process: Process,
+    n: int,
+    *,
+    center: float = 0.5,
+    high: float = 1.0,
+    low: float = 0.5,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> Tensor:
     """Uniform in `nsr^low` at low noise and in `nsr^-high` at high noise, densest where
     `lam = center`.
@@ -153,7 +211,17 @@ def two_powers(
     positive("two_powers", "low", low)
     if not math.isfinite(center):
         raise GridError(f"two_powers needs a finite center, in lam; got {center}")
-    return place_two_powers(center, high, low, top, bottom, n)
+
+    return in_nsr(
+        process,
+        n,
+        t_min,
+        t_max,
+        nsr_min,
+        nsr_max,
+        partial(place_two_powers, center, high, low),
+        last=last,
+    )
 
 
 def place_two_powers(
@@ -185,15 +253,18 @@ def uniform_angle(
 # ------------------------------------------------------------------- in the time of another process
 
 
-@grid_in_nsr()
 def uniform_vp(
-    top: float,
-    bottom: float,
+    process: Process,
     n: int,
     *,
     rho: float = 1.0,
     beta_min: float = 0.1,
     beta_max: float = 20.0,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> Tensor:
     """Uniform in `t^(1/rho)` with `t` the time of a `VP` at the same noise-to-signal ratio,
     whatever the process.
@@ -206,14 +277,29 @@ def uniform_vp(
     """
     positive("uniform_vp", "rho", rho)
     clock = VP(beta_min, beta_max)
-    a, b = (float(clock.t_of_nsr(nsr)) ** (1 / rho) for nsr in (top, bottom))
-    # nsr^2 = 1/s^2 - 1, without cancellation
-    t = (a + ramp(n) * (b - a)) ** rho
-    return torch.expm1(t * (clock.beta_min + 0.5 * (clock.beta_max - clock.beta_min) * t)).sqrt()
+
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        a, b = (float(clock.t_of_nsr(nsr)) ** (1 / rho) for nsr in (top, bottom))
+        # nsr^2 = 1/s^2 - 1, without cancellation
+        t = (a + ramp(n) * (b - a)) ** rho
+        return torch.expm1(
+            t * (clock.beta_min + 0.5 * (clock.beta_max - clock.beta_min) * t)
+        ).sqrt()
+
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last)
 
 
-@grid_in_nsr(endless=True)
-def uniform_cosine(top: float, bottom: float, n: int, *, offset: float = 0.008) -> Tensor:
+def uniform_cosine(
+    process: Process,
+    n: int,
+    *,
+    offset: float = 0.008,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
+) -> Tensor:
     """Uniform in the time of a `Cosine` at the same noise-to-signal ratio, whatever the process.
 
     It can begin at infinity. Without `last`, the first `n` of `n + 1` levels.
@@ -221,12 +307,25 @@ def uniform_cosine(top: float, bottom: float, n: int, *, offset: float = 0.008) 
     Source: Nichol & Dhariwal, "Improved DDPM" (2021), equation 17.
     """
     clock = Cosine(offset=offset)
-    a, b = (float(clock.t_of_nsr(nsr)) for nsr in (top, bottom))
-    return clock.nsr(a + ramp(n) * (b - a))
+
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        a, b = (float(clock.t_of_nsr(nsr)) for nsr in (top, bottom))
+        return clock.nsr(a + ramp(n) * (b - a))
+
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last, endless=True)
 
 
-@grid_in_nsr(endless=True)
-def flow_shift(top: float, bottom: float, n: int, *, shift: float = 3.0) -> Tensor:
+def flow_shift(
+    process: Process,
+    n: int,
+    *,
+    shift: float = 3.0,
+    last: bool = True,
+    nsr_min: float | None = None,
+    nsr_max: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
+) -> Tensor:
     """Uniform in the flow's time `u = sigma/(s + sigma)`, with every nsr times `shift`:
     `u' = a u / (1 + (a - 1) u)`.
 
@@ -238,6 +337,10 @@ def flow_shift(top: float, bottom: float, n: int, *, shift: float = 3.0) -> Tens
     Source: Esser et al., "Scaling rectified flow transformers" (SD3, 2024), equation 23.
     """
     positive("flow_shift", "shift", shift)
-    a, b = (1.0 / (1.0 + shift / nsr) for nsr in (top, bottom))
-    u = a + ramp(n) * (b - a)
-    return shift * u / (1.0 - u)
+
+    def place(top: float, bottom: float, n: int) -> Tensor:
+        a, b = (1.0 / (1.0 + shift / nsr) for nsr in (top, bottom))
+        u = a + ramp(n) * (b - a)
+        return shift * u / (1.0 - u)
+
+    return in_nsr(process, n, t_min, t_max, nsr_min, nsr_max, place, last=last, endless=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -30,15 +30,38 @@ def execute(
     outlive: frozenset[int],
     on_call: OnCall | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run instructions on the state `x` (`[B, ...]`, left as it is); returns the result and the
+    """Run `steps` with `networks`, the denoisers of the calls, in order; returns the result and the
+    recorded states.
+    """
+    run = steps(instructions, registers, result, x, noise, outlive, on_call)
+    output: Any = None
+    networks = iter(networks)
+    while True:
+        try:
+            due = run.send(output)
+        except StopIteration as end:
+            return end.value
+        output = next(networks)(due[2])
+
+
+def steps(
+    instructions: Sequence[Instruction],
+    registers: int,
+    result: int,
+    x: Tensor,
+    noise: Noise | None,
+    outlive: frozenset[int],
+    on_call: OnCall | None = None,
+) -> Generator[tuple[int, Call, Tensor], Tensor, tuple[Tensor, list[Tensor]]]:
+    """Run instructions on the state `x` (`[B, ...]`, left as it is), and stop at each call: yields
+    its number, the call and its input, and takes the prediction; returns the result and the
     recorded states.
 
-    `networks` are the denoisers of the calls, in order. On a device nothing here waits for it.
-    Where gradients flow, combinations make new tensors instead of writing into buffers. A tensor
-    that a network or `on_call` has seen is never written again, so that it is safe to keep.
-    `outlive` are the calls whose outputs are read after the next call (`outliving`).
+    On a device nothing here waits for it. Where gradients flow, combinations make new tensors
+    instead of writing into buffers. A tensor that a network or `on_call` has seen is never written
+    again, so that it is safe to keep. `outlive` are the calls whose outputs are read after the next
+    call (`outliving`).
     """
-    calls = iter(networks)
     grad = torch.is_grad_enabled()
     combine = backend(x)
     held: list[Any] = [None] * registers
@@ -58,7 +81,7 @@ def execute(
         elif type(i) is Call:
             given = held[i.input]
             before = version(given)
-            output = next(calls)(given)
+            output = yield number, i, given
             if version(given) != before:
                 raise SolverError(
                     "the network changed its input in place, and the solver needs it: let it work"

@@ -23,20 +23,24 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from operator import index
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import one_of
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow._version import __version__
+from sdeflow.denoisers.network import Network
 from sdeflow.errors import CheckpointError, SolverError
-from sdeflow.noise import Noise
+from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.plan.check import PlanReport, check
 from sdeflow.plan.execute import OnCall, execute, outliving
 from sdeflow.plan.files import DAMAGE, FORMAT, read_plan, verified, write_plan
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.plan.plot import plot_unrolled
+from sdeflow.plan.run import Run
 from sdeflow.plan.unroll import Difference, Unrolled, as_vector, difference, unroll
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
@@ -217,14 +221,7 @@ class Plan:
         Errors: `ValueError` for another process than the plan's.
         """
         if process is not None:
-            for level, mine in zip(
-                process.levels([t for t, _, _ in self.grid]), self.grid, strict=True
-            ):
-                if max(abs(level.s - mine[1]), abs(level.sigma - mine[2])) > 1e-9 * (1.0 + mine[2]):
-                    raise ValueError(
-                        f"this plan was traced under {self.process}; {process!r} differs at"
-                        f" t={mine[0]:g}"
-                    )
+            self._check_process(process)
         times = {t for t, _, _ in self.grid}
         return check(self.unrolled(), self._head(), times, process, predicts, clock, std)
 
@@ -388,6 +385,67 @@ class Plan:
             ) from error
 
     # ------------------------------------------------------------------------------------ execution
+
+    def start(
+        self,
+        x: Tensor,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        noise: Literal["seeded", "brownian"] | Noise = "seeded",
+        model: Network | None = None,
+        requires_grad: bool = False,
+    ) -> Run:
+        """Begin an execution on the state `x` (`[B, *shape]`, at the first level of `grid`) whose
+        network calls are made outside, one `send` a call: see `Run`.
+
+        - `seeds`: one a sample, or the first of consecutive ones; needed where the plan draws noise
+          of a kind. `noise`: as in `sample`.
+        - `model`: a `Prediction` or `Preconditioned`. The run then scales its input, says its time
+          and takes its raw output; the network itself is not called.
+        - `requires_grad`: let gradients flow through the run.
+
+        Errors: `ValueError` for a plan that draws noise without seeds, or a model on another path.
+        """
+        if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point():
+            raise TypeError("x is the state to start from, a floating-point tensor [B, *shape]")
+        if self._tensors and not requires_grad:
+            return self.with_numbers(self.coefficients.detach(), self.times.detach()).start(
+                x, seeds=seeds, noise=noise, model=model
+            )
+        if model is not None:
+            if not isinstance(model, Network):
+                raise TypeError(
+                    "model is a Prediction or a Preconditioned network; of any other denoiser send"
+                    f" the predictions of x0, denoiser(run.x, run.t); got {type(model).__name__}"
+                )
+            self._check_process(model.process)
+        source = noise if isinstance(noise, Noise) else None
+        if source is None and self.draws:
+            if seeds is None:
+                raise ValueError(
+                    f"{self.solver or 'this plan'} draws noise: give it seeds=, one a sample or"
+                    " the first of them"
+                )
+            kinds: dict[str, type[Noise]] = {"seeded": SeededNoise, "brownian": BrownianNoise}
+            one_of("noise", noise, kinds)
+            one = not isinstance(seeds, Tensor) and not hasattr(seeds, "__len__")
+            each = range(index(seeds), index(seeds) + len(x)) if one else seeds
+            source = kinds[str(noise)](each, x.shape[1:], device=x.device, dtype=x.dtype)
+        if source is not None and (len(source.seeds), *source.shape) != tuple(x.shape):
+            raise ValueError(
+                f"the noise is of {len(source.seeds)} samples of shape {source.shape}, and the state"
+                f" has shape {tuple(x.shape)}: give a seed a sample"
+            )
+        return Run(self, x, source, model, requires_grad)
+
+    def _check_process(self, process: Process) -> None:
+        """Raise `ValueError` for another process than the plan's."""
+        levels = process.levels([t for t, _, _ in self.grid])
+        for level, (t, s, sigma) in zip(levels, self.grid, strict=True):
+            if max(abs(level.s - s), abs(level.sigma - sigma)) > 1e-9 * (1.0 + sigma):
+                raise ValueError(
+                    f"this plan was traced under {self.process}; {process!r} differs at t={t:g}"
+                )
 
     def execute(
         self,

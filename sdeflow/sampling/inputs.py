@@ -90,13 +90,18 @@ class Inputs:
                 f" {self.dtype!r}"
             )
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The dtype of the states of the solve: float32 where the result is in half precision."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def state(self, process: Process, t: float, rows: slice, noise: Noise) -> Tensor:
         """The states of some rows at the time where the solve begins."""
         if self.x is not None:
-            return self.x[rows].to(self.device, self.dtype)
-        eps = noise.start().to(self.device, self.dtype)
+            return self.x[rows].to(self.device, self.computed_in)
+        eps = noise.start().to(self.device, self.computed_in)
         if self.x0 is not None:
-            return process.perturb(self.x0[rows].to(self.device, self.dtype), t, eps)
+            return process.perturb(self.x0[rows].to(self.device, self.computed_in), t, eps)
         return eps * process.level(t).sigma
 
 
@@ -168,11 +173,17 @@ def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | Non
     return whole_number("the number of samples", count)
 
 
+def fresh_seeds(n: int) -> tuple[int, ...]:
+    """`n` consecutive seeds that nobody chose, without torch's global generator, whose state a
+    sampler must not change.
+    """
+    first = int.from_bytes(os.urandom(4), "little")
+    return tuple(range(first, first + n))
+
+
 def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
     if seeds is None:
-        # Fresh, and without torch's global generator, whose state a sampler must not change.
-        first = int.from_bytes(os.urandom(4), "little")
-        return tuple(range(first, first + n))
+        return fresh_seeds(n)
     if isinstance(seeds, int):
         return tuple(range(seeds, seeds + n))
     return tuple(index(seed) for seed in seeds)
