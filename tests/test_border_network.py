@@ -352,7 +352,7 @@ def test_what_is_held_for_a_sample_goes_with_it(solver: str, start: str) -> None
             return sample(denoiser, solver=method, nfe=nfe, **more)
 
     whole = run(n)
-    for size in (1, 2, 3):
+    for size in (1, 3):
         torch.testing.assert_close(run(size), whole, rtol=1e-3, atol=1e-3)
 
 

@@ -418,15 +418,14 @@ class Prediction(Network):
 
 def _labels(function: Callable[[Tensor], Any], t: Tensor) -> Tensor:
     """A user's function of time at every entry of `t`, also where it only takes one number."""
+    flat = t.reshape(-1)
     try:
-        labels = torch.as_tensor(function(t))
-        if labels.shape == t.shape:
-            return labels
-        if labels.numel() == 1 and t.numel() <= 1:
+        labels = torch.as_tensor(function(flat))
+        if labels.numel() == flat.numel():
             return labels.reshape(t.shape)
     except (TypeError, ValueError, RuntimeError):
         pass
-    each = [torch.as_tensor(function(one)) for one in t.reshape(-1)]
+    each = [torch.as_tensor(function(one)) for one in flat]
     if any(label.numel() != 1 for label in each):
         raise ValueError(
             "time= is a function of t that returns one number for each time; got shape"

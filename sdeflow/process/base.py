@@ -18,6 +18,7 @@ it once, before its loop (`Process.levels`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -107,6 +108,7 @@ class Process(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        _check_fields(cls)
         _drop_what_no_longer_follows(cls)
         # A user's s may return one number, or a tensor of one, which then holds at every time.
         for name in ("s", "sigma", "variance"):
@@ -404,6 +406,21 @@ def _drop_what_no_longer_follows(cls: type[Process]) -> None:
     for name, value in vars(Process).items():
         if not name.startswith("_") and name not in _KEPT and law < place(name) < base:
             setattr(cls, name, value)
+
+
+def _check_fields(cls: type[Process]) -> None:
+    """Refuse a class attribute that the constructor of a parent would overwrite."""
+    if "__init__" in vars(cls):
+        return
+    parents = [kind for kind in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(kind)]
+    known = {f.name: kind.__name__ for kind in parents for f in dataclasses.fields(kind) if f.init}
+    for name, value in vars(cls).items():
+        if name in known and name not in cls.__annotations__ and not hasattr(value, "__get__"):
+            raise TypeError(
+                f"{cls.__name__}.{name} has no effect, as {known[name]} takes {name} as an"
+                f" argument: pass {cls.__name__}({name}={value!r}), or write"
+                f" `{name}: {type(value).__name__} = {value!r}` in a dataclass"
+            )
 
 
 def _root_of_variance(self: Process, t: Tensor) -> Tensor:
