@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow._utils.math import transformed
 from sdeflow.errors import SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan.combine import backend
@@ -39,7 +40,7 @@ def execute(
     `outlive` are the calls whose outputs are read after the next call (`outliving`).
     """
     calls = iter(networks)
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() or transformed(x)
     combine = backend(x)
     held: list[Any] = [None] * registers
     held[0] = x if grad else x.clone()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdeflow import registry
 from sdeflow._utils.checks import one_of
+from sdeflow._utils.math import transformed, vectorised
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
 from sdeflow.denoisers.network import HALF
@@ -197,7 +198,13 @@ def run(request: Request) -> Solution:
     if request.x is None and request.x0 is None:
         _check_start(denoiser, times)
     upward = len(times) > 1 and bool(times[-1] > times[0])
-    if request.x is not None and not upward:
+    if request.x is not None and vectorised(request.x) and not _planned(method):
+        raise TypeError(
+            f"{type(method).__name__} looks at the state to choose its steps, which torch.func.vmap"
+            " does not show: pass all states as one batch x, or take a solver with a plan, such as"
+            " 'heun'"
+        )
+    if request.x is not None and not upward and not transformed(request.x):
         _check_state(denoiser.process, times, request.x)
     if upward and isinstance(method, Plan):
         check_encoding(method, method.solver)
@@ -281,6 +288,10 @@ def _warn_training(denoiser: Denoiser) -> None:
             " call network.eval() first",
             stacklevel=4,
         )
+
+
+def _planned(method: Solver | Plan) -> bool:
+    return isinstance(method, Plan) or is_planned(method)
 
 
 def _check_state(process: Process, times: Tensor, x: Tensor) -> None:
