@@ -593,3 +593,53 @@ def test_states_that_belong_pass(process: Any, std: float) -> None:
     whole = solve(model, solver="ddim", nfe=9, x=start, trajectory=True)
     middle = float(whole.times[4])
     sample(model, solver="ddim", nfe=3, x=whole.trajectory[4], t=middle)
+
+
+# ------------------------------------------------------------- transforms of torch, and torch.compile
+
+
+@pytest.mark.parametrize("name", [n for n in registry.SOLVERS if not n.startswith("torch")])
+def test_the_transforms_of_torch_go_through_a_solve(name: str) -> None:
+    model, _ = network_with_weight()
+    how = {**runs_vp(name), "seeds": 0, "requires_grad": True}
+    x = torch.tensor([[0.5, -1.0, 0.3]], dtype=torch.float64)
+
+    def solved(x: Tensor) -> Tensor:
+        return sample(model, x=x, **how)
+
+    by_autograd = torch.autograd.functional.jacobian(solved, x)
+    assert torch.allclose(torch.func.jacrev(solved)(x), by_autograd, rtol=1e-6, atol=1e-9)
+    _, along = torch.func.jvp(solved, (x,), (torch.ones_like(x),))
+    assert torch.allclose(along, by_autograd.sum((2, 3)), rtol=1e-6, atol=1e-9)
+    both = torch.stack([x, 2 * x])
+    over = torch.func.vmap(solved, randomness="same")
+    if registry.solver(name).adaptive:
+        with pytest.raises(TypeError, match=r"torch.func.vmap does not show: pass all states"):
+            over(both)
+    else:
+        assert torch.allclose(over(both), torch.stack([solved(x), solved(2 * x)]), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["torchdiffeq", "torchsde"])
+def test_transforms_through_other_libraries_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"do not go through {name}: take 'rk45'"):
+        torch.func.grad(
+            lambda x: sample(gaussian(), x=x, requires_grad=True, **runs_vp(name)).sum()
+        )(torch.ones(1, 3))
+
+
+def test_a_solve_within_a_compiled_function() -> None:
+    model = gaussian()
+
+    def sampled(x: Tensor) -> Tensor:
+        return sample(model, x=2 * x, solver="heun", nfe=5) + 1
+
+    def solved(x: Tensor) -> Tensor:
+        return solve(model, n=2, seeds=0, solver="rk45").x + x
+
+    def encoded(x: Tensor) -> Tensor:
+        return encode(model, x, solver="heun", nfe=4) + 1
+
+    x = torch.tensor([[0.3, 0.2, -1.0], [0.1, 0.5, 0.2]])
+    for function in (sampled, solved, encoded):
+        assert torch.equal(torch.compile(function, backend="eager")(x), function(x))

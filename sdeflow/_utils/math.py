@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -59,15 +60,53 @@ def with_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Te
     reverse mode, whose first use costs nothing, where forward mode compiles for seconds. Both
     results carry gradients where `t`, or something in the function, requires them.
     """
+    t = _plain(t)
     value = function(t)
     onward = value.requires_grad  # never so where the caller has gradients switched off
-    with torch.inference_mode(False), torch.enable_grad():
+    with _outside_transforms(t), torch.inference_mode(False), torch.enable_grad():
         at = t if t.requires_grad and onward else t.detach().clone().requires_grad_()
         again = function(at)
         slope = None
         if again.requires_grad:
             (slope,) = torch.autograd.grad(again.sum(), at, create_graph=onward, allow_unused=True)
     return value, torch.zeros_like(t) if slope is None else slope
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether a transform of `torch.func` (grad, jvp, vmap, ...) looks at `x`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def vectorised(x: Tensor) -> bool:
+    """Whether `torch.func.vmap` looks at `x`, so that its values are not known."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Times without the wrappers that a transform of `torch.func` puts around all that is computed
+    within it, where no gradient and no batch is asked of them.
+    """
+    if not transformed(t) or t.requires_grad or vectorised(t):
+        return t
+    while transformed(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def _outside_transforms(t: Tensor) -> AbstractContextManager[Any]:
+    """Outside the transforms of `torch.func`, which refuse `requires_grad_`, where none looks at
+    `t`.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None or transformed(t):
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow._utils.math import transformed
 from sdeflow.errors import SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan.combine import backend
@@ -62,7 +63,7 @@ def steps(
     again, so that it is safe to keep. `outlive` are the calls whose outputs are read after the next
     call (`outliving`).
     """
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() or transformed(x)
     combine = backend(x)
     held: list[Any] = [None] * registers
     held[0] = x if grad else x.clone()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdeflow import registry
 from sdeflow._utils.checks import one_of
+from sdeflow._utils.math import transformed, vectorised
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
 from sdeflow.denoisers.network import HALF
@@ -29,6 +30,7 @@ from sdeflow.sampling.inputs import Conditions, Inputs
 from sdeflow.sampling.request import CallInfo, GraphMode, Request
 from sdeflow.sampling.times import times_of
 from sdeflow.solvers.base import GridSolver, Provenance, Solution, Solver
+from sdeflow.solvers.external.base import External
 
 Step = CallInfo
 """What a callback gets: the name of `CallInfo` at the top of the package."""
@@ -95,11 +97,15 @@ def sample(
       (`dtype`, or that of `x` and `x0`) the solve itself is computed in float32, and the result is
       cast. A module is given its weights' dtype, a plain function the half precision asked for.
     - `progress`: a progress bar. `callback`: called with a `CallInfo` after each network call.
-    - `requires_grad`: let gradients flow through the solve.
+    - `requires_grad`: let gradients flow through the solve. `torch.func.grad`, `jvp` and `vmap` go
+      through it too; within a function under `torch.compile` it is a break in the graph.
+
+    An exception that ends a solve between its batches, Ctrl-C too, holds the finished ones as its
+    `finished`, a `Solution`.
 
     Errors: `UnknownNameError`, `BudgetError`, `GridError`, `TypeError`/`ValueError` for impossible
-    requests, before any network call; `NonFiniteError` where the network returned NaN. All of them
-    say what to do.
+    requests, before any network call; `NonFiniteError` where the network returned NaN, at which call
+    and for which samples. All of them say what to do.
     """
     return run(Request(**locals())).x
 
@@ -162,9 +168,23 @@ def encode(
     what DDIM does, is refused (`SolverError`): methods that extrapolate in `nsr`, such as `lms`, do
     not encode on most grids.
     """
-    request = replace(Request(**locals()), x0=None, finish=False)
+    request = Request(**locals())
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(_encoded)(request)
+    return _encoded(request)
+
+
+def _encoded(request: Request) -> Tensor:
+    """What `encode` returns."""
+    score_fn, x0, process = request.score_fn, request.x0, request.process
+    solver, grid = request.solver or DEFAULT_SOLVER, request.grid
+    request = replace(request, x0=None, finish=False)
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
-    method = registry.solver(solver or DEFAULT_SOLVER).for_denoiser(denoiser)
+    if isinstance(solver, Plan):
+        raise TypeError(
+            "encode takes a solver; run a plan towards noise with solve(x=, solver=plan)"
+        )
+    method = registry.solver(solver).for_denoiser(denoiser)
     times, _ = times_of(method, denoiser, request)
     if grid is None or isinstance(grid, str) or callable(grid):
         times = times.flip(0)
@@ -175,6 +195,9 @@ def encode(
 
 def run(request: Request) -> Solution:
     """The solution of a request: what `sample` and `solve` call."""
+    if torch.compiler.is_compiling():
+        # Within a function under torch.compile a solve is a break in its graph, run as it is.
+        return torch.compiler.disable(run)(request)
     if torch.is_inference_mode_enabled():
         # A network that differentiates could not in inference mode, whatever it asks for.
         with torch.inference_mode(False), torch.no_grad():
@@ -197,7 +220,9 @@ def run(request: Request) -> Solution:
     if request.x is None and request.x0 is None:
         _check_start(denoiser, times)
     upward = len(times) > 1 and bool(times[-1] > times[0])
-    if request.x is not None and not upward:
+    if request.x is not None and transformed(request.x):
+        _check_transform(method, request.x)
+    if request.x is not None and not upward and not transformed(request.x):
         _check_state(denoiser.process, times, request.x)
     if upward and isinstance(method, Plan):
         check_encoding(method, method.solver)
@@ -280,6 +305,23 @@ def _warn_training(denoiser: Denoiser) -> None:
             "the network is in training mode, so dropout or batch norm will disturb the samples:"
             " call network.eval() first",
             stacklevel=4,
+        )
+
+
+def _check_transform(method: Solver | Plan, x: Tensor) -> None:
+    """Refuse a transform of `torch.func` that cannot go through a solver."""
+    if isinstance(method, Plan) or is_planned(method):
+        return
+    name = type(method).__name__
+    if vectorised(x):
+        raise TypeError(
+            f"{name} looks at the state to choose its steps, which torch.func.vmap does not show:"
+            " pass all states as one batch x, or take a solver with a plan, such as 'heun'"
+        )
+    if isinstance(method, External):
+        raise TypeError(
+            f"the transforms of torch.func do not go through {method.library}: take 'rk45' or a"
+            " solver with a plan, such as 'heun', or torch.autograd with requires_grad=True"
         )
 
 

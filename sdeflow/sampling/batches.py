@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow._utils import memory as _memory
+from sdeflow._utils.math import transformed
 from sdeflow._utils.memory import Memory
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
@@ -163,7 +164,9 @@ class Loop:
         reverse = self._reverse(rows)
         collected: list[Tensor] = []
         # Adaptive solvers refuse steps that are not finite, and say so themselves.
-        faults = None if getattr(self.method, "adaptive", False) else Faults(state.device)
+        # The transforms of torch.func show no values.
+        hidden = getattr(self.method, "adaptive", False) or transformed(state)
+        faults = None if hidden else Faults(state.device)
         watch = self._watcher(collected if self.request.x0s else None, rows, faults)
         try:
             part = self._integrate(reverse, state, source, watch)
@@ -176,7 +179,7 @@ class Loop:
                 error.add_note(f"Sample 0 of this batch is number {rows.start} of all samples.")
             raise
         part = _cast(part, self.inputs.dtype)
-        if not torch.isfinite(part.x).all():
+        if not (transformed(part.x) or bool(torch.isfinite(part.x).all())):
             self._refuse(rows, part, faults or Faults(state.device), reverse)
         part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
         part.x0s = torch.stack(collected).to(part.x.dtype) if collected else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdeflow._utils.checks import whole_number
+from sdeflow._utils.math import transformed
 from sdeflow.denoisers import Denoiser
 from sdeflow.denoisers.condition import cut, plain, prepared
 from sdeflow.errors import NonFiniteError
@@ -42,7 +43,7 @@ class Inputs:
             not isinstance(given, Tensor) or given.ndim < 1 or not given.is_floating_point()
         ):
             raise TypeError("x and x0 are floating-point tensors of shape [n, *shape]")
-        if given is not None and not bool(torch.isfinite(given).all()):
+        if given is not None and not (transformed(given) or bool(torch.isfinite(given).all())):
             raise NonFiniteError("the state to start from holds NaN or infinity")
         if given is not None and denoiser.shape not in (None, tuple(given.shape[1:])):
             raise ValueError(

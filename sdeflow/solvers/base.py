@@ -84,6 +84,7 @@ class Solution:
     condition = property(attrgetter("provenance.condition"))
     device = property(attrgetter("provenance.device"))
     dtype = property(attrgetter("provenance.dtype"))
+    computed_in = property(attrgetter("provenance.computed_in"))
     seconds = property(attrgetter("provenance.seconds"))
     version = property(attrgetter("provenance.version"))
 
