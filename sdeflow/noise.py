@@ -304,6 +304,19 @@ class BrownianNoise(Noise):
         return noise.add_(w_low * (above / whole)).add_(w_high * (below / whole))
 
 
+def seeds_of(seeds: int | Sequence[int], n: int) -> tuple[int, ...]:
+    """A seed for each of `n` samples: those given, or the first of consecutive ones."""
+    if isinstance(seeds, Tensor):
+        seeds = seeds.tolist()
+    if isinstance(seeds, Sequence) or hasattr(seeds, "__len__"):
+        each: Sequence[int] = seeds
+    else:
+        each = range(index(seeds), index(seeds) + n)
+    if len(each) != n:
+        raise ValueError(f"a seed a sample: {n} samples and {len(each)} seeds")
+    return tuple(map(index, each))
+
+
 def _check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     try:
         checked = tuple(index(seed) for seed in seeds)
