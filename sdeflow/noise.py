@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -306,12 +306,9 @@ class BrownianNoise(Noise):
 
 def seeds_of(seeds: int | Sequence[int], n: int) -> tuple[int, ...]:
     """A seed for each of `n` samples: those given, or the first of consecutive ones."""
-    if isinstance(seeds, Tensor):
-        seeds = seeds.tolist()
-    if isinstance(seeds, Sequence) or hasattr(seeds, "__len__"):
-        each: Sequence[int] = seeds
-    else:
-        each = range(index(seeds), index(seeds) + n)
+    each: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    if not hasattr(each, "__len__"):
+        each = range(index(each), index(each) + n)
     if len(each) != n:
         raise ValueError(f"a seed a sample: {n} samples and {len(each)} seeds")
     return tuple(map(index, each))
