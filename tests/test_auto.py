@@ -146,7 +146,7 @@ def test_few_calls_of_a_network_that_predicts_the_noise(
         pairs = [pair for pair in NAMED if under == "from_betas" or pair[1] != "trailing"]
         best, which = min((error(*pair), pair) for pair in pairs)
         # The seeds of the error were in no search. The figures on trained networks are below.
-        assert error("auto", None) <= (1.1 if nfe < 8 else 1.3) * best, (nfe, which)
+        assert error("auto", None) <= (1.1 if nfe < 8 else 1.5) * best, (nfe, which)
 
 
 def test_few_calls_of_trained_networks() -> None:

@@ -12,11 +12,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdeflow import EDM, VP, Prediction, RectifiedFlow, registry, sample, solve
-from sdeflow.errors import NonFiniteError, SolverError, UnknownNameError
+from sdeflow import (
+    EDM,
+    RK45,
+    VE,
+    VP,
+    Cosine,
+    Prediction,
+    RectifiedFlow,
+    SubVP,
+    encode,
+    registry,
+    sample,
+    solve,
+)
+from sdeflow.errors import BudgetError, NonFiniteError, SolverError, UnknownNameError
 from sdeflow.grid import karras
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.faults import Faults, Stopped
+from sdeflow.solvers.external.torchdiffeq import TorchDiffEq
 from sdeflow.solvers.ode.ddim import DDIM
 from sdeflow.solvers.ode.runge_kutta import Heun
 from sdeflow.targets import Gaussian
@@ -405,3 +419,177 @@ def test_predictions_of_batches_with_different_calls_are_joined(name: str) -> No
         assert torch.equal(found.x0s[: part.nfe, rows], part.x0s)
         assert torch.equal(found.x0s[-1, rows], part.x0s[-1])
         assert torch.equal(found.x[rows], part.x)
+
+
+# ------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", registry.SOLVERS)
+def test_half_precision_is_float32_cast_at_the_end(name: str, dtype: torch.dtype) -> None:
+    how = {"n": 3, "seeds": 1, "x0s": True, "trajectory": True, **runs_vp(name)}
+    whole, half = (solve(gaussian(), dtype=kind, **how) for kind in (torch.float32, dtype))
+    for kind in ("x", "x0s", "trajectory"):
+        assert torch.equal(getattr(half, kind), getattr(whole, kind).to(dtype)), kind
+    assert (half.dtype, half.provenance.computed_in) == (str(dtype)[6:], "float32")
+    assert f"{str(dtype)[6:]} (computed in float32)" in str(half)
+    assert "computed in" not in str(whole)
+    # A state in half precision is rounded once, as it comes.
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = sample(gaussian(), x=x, seeds=1, **runs_vp(name))
+    exact = sample(gaussian(), x=x.float(), seeds=1, **runs_vp(name))
+    assert found.dtype == dtype
+    assert torch.equal(found, exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_are_given_the_half_precision_that_they_want(dtype: torch.dtype) -> None:
+    weight, seen = torch.eye(3, dtype=dtype), []
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x.dtype, t.dtype))
+        return x @ weight
+
+    module = torch.nn.Linear(3, 3).to(dtype)
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            seen.append((x.dtype, t.dtype))
+            return self.inner(x)
+
+    for network in (function, Module()):
+        for name in ("heun", "rk45", "torchdiffeq", "dpmpp_2m_sde"):
+            model = Prediction(network, "eps", VP(), shape=(3,))
+            assert sample(model, dtype=dtype, **runs_vp(name)).dtype == dtype
+    assert set(seen) == {(dtype, torch.float32)}
+    seen.clear()
+    sample(Prediction(lambda x, t: (seen.append(x.dtype), x)[1], "eps", VP(), shape=(3,)), nfe=2)
+    assert set(seen) == {torch.float32}  # nothing is left of the solve before
+
+
+# ------------------------------------------------------------- encodings, gradients, states that fit
+
+
+@pytest.mark.parametrize("process", [VP(), EDM(), Cosine(), RectifiedFlow()])
+@pytest.mark.parametrize("name", [n for n in PLANNED if registry.solver(n).reversible])
+def test_an_encoding_is_near_the_known_one_or_refused(name: str, process: Any) -> None:
+    model = Gaussian(torch.zeros(1, dtype=torch.float64), std=0.5, process=process)
+    for nfe in (24, 60):
+        try:
+            z = encode(model, torch.ones(1, 1, dtype=torch.float64), solver=name, nfe=nfe)
+        except BudgetError:
+            continue
+        except SolverError as error:
+            assert "does not encode on this grid" in str(error)  # noqa: PT017
+            assert registry.solver(name).order > 1  # one-step methods of order 1 always do
+            continue
+        data, noise = process.level(process.t_min), process.level(process.t_max)
+        exact = ((noise.s**2 / 4 + noise.sigma**2) / (data.s**2 / 4 + data.sigma**2)) ** 0.5
+        assert float(z) == pytest.approx(exact, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["lms", "deis_rho3", "ipndm_v"])
+def test_extrapolation_over_growing_steps_is_refused_before_any_call(name: str) -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    model = Prediction(network, "x0", Cosine(), shape=(1,))
+    with pytest.raises(SolverError, match=r"does not encode.*off by.*Take 'auto'"):
+        encode(model, torch.ones(1, 1), solver=name, nfe=100)
+    times = torch.linspace(0.01, 0.99, 8)
+    plan = registry.solver(name).plan(Cosine(), times, finish=False)  # type: ignore[attr-defined]
+    for solver, grid in ((name, times), (plan, None)):
+        with pytest.raises(SolverError, match="does not encode"):
+            solve(model, solver=solver, grid=grid, x=torch.ones(1, 1), t=0.01, finish=False)
+
+
+def network_with_weight() -> tuple[Any, Tensor]:
+    mix = torch.tensor([[0.3, -0.5, 0.1], [0.2, 0.4, -0.3], [-0.6, 0.1, 0.5]], dtype=torch.float64)
+    weight = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    return Prediction(lambda x, t: torch.tanh(x @ mix) * weight, "x0", VP(), shape=(3,)), weight
+
+
+def derivatives(solver: Any, **how: Any) -> tuple[Tensor, Tensor]:
+    """Of the squared size of a sample, by its start and by a weight of the network."""
+    model, weight = network_with_weight()
+    x = torch.tensor([[0.5, -1.0, 0.3], [1.5, 0.2, -0.7]], dtype=torch.float64, requires_grad=True)
+    y = sample(model, solver=solver, x=x, seeds=0, requires_grad=True, **how)
+    return torch.autograd.grad(y.square().sum(), (x, weight))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("clock", ["t", "asinh"])
+@pytest.mark.parametrize("method", ["dopri8", "dopri5", "bosh3", "adaptive_heun"])
+def test_gradients_through_torchdiffeq_are_those_of_the_ode(method: str, clock: Any) -> None:
+    exact = derivatives(RK45(1e-9, 1e-9))
+    found = derivatives(TorchDiffEq(method, 1e-6, 1e-6, clock))
+    for a, b in zip(found, exact, strict=True):
+        assert torch.allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_a_norm_of_ones_own_and_scipy() -> None:
+    def norm(x: Tensor) -> Tensor:
+        return x.abs().max()
+
+    exact = derivatives(RK45(1e-9, 1e-9))
+    found = derivatives(TorchDiffEq("dopri5", 1e-7, 1e-7, options={"norm": norm}))
+    for a, b in zip(found, exact, strict=True):
+        assert torch.allclose(a, b, rtol=2e-4, atol=2e-5)
+    with pytest.raises(SolverError, match="no gradient flows through it"):
+        derivatives(TorchDiffEq("scipy_solver"))
+    assert sample(gaussian(), solver="torchdiffeq:scipy_solver").shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_gradients_through_plans_are_those_of_differences(name: str) -> None:
+    how = runs_vp(name)
+    solver = how.pop("solver")
+    model, weight = network_with_weight()
+    x = torch.tensor([[0.5, -1.0, 0.3], [1.5, 0.2, -0.7]], dtype=torch.float64)
+    direction = torch.tensor([[1.0, 0.5, -0.2], [0.1, -0.4, 0.8]], dtype=torch.float64)
+    by_x, by_weight = derivatives(solver, **how)
+
+    def size(x: Tensor) -> float:
+        return float(sample(model, solver=solver, x=x, seeds=0, **how).square().sum())
+
+    small = 1e-5
+    change = (size(x + small * direction) - size(x - small * direction)) / (2 * small)
+    assert float((by_x * direction).sum()) == pytest.approx(change, rel=1e-5, abs=1e-7)
+    sizes = []
+    for shift in (small, -small):
+        with torch.no_grad():
+            weight.fill_(0.3 + shift)
+        sizes.append(size(x))
+    assert float(by_weight) == pytest.approx((sizes[0] - sizes[1]) / (2 * small), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("process", "scale"), [(EDM(), 1.0), (EDM(), 1e4), (VP(), 0.1), (VP(), 80.0), (VE(), 1.0)]
+)
+def test_a_state_that_cannot_be_there_is_named(process: Any, scale: float) -> None:
+    noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    model = Gaussian(torch.zeros(64), std=0.5, process=process)
+    with pytest.warns(UserWarning, match=r"x= holds a state of size .*process.level\(t\).sigma"):
+        sample(model, solver="ddim", nfe=2, x=scale * noise)
+    some = noise * process.level(process.t_max).sigma
+    some[2] *= 0.01 if scale == 1.0 else 1e3
+    with pytest.warns(UserWarning, match="x= holds a state of size"):  # one of several
+        sample(model, solver="ddim", nfe=2, x=some)
+
+
+@pytest.mark.parametrize("process", [VP(), EDM(), Cosine(), RectifiedFlow(), VE(), SubVP()])
+@pytest.mark.parametrize("std", [0.001, 1.0, 200.0])
+def test_states_that_belong_pass(process: Any, std: float) -> None:
+    model = Gaussian(torch.zeros(40), std=std, process=process)
+    for part in (0.0, 0.3, 0.7, 1.0):
+        t = process.t_min + part * (process.t_max - process.t_min)
+        x = process.perturb(std * torch.randn(2, 40), t, torch.randn(2, 40))
+        leg = solve(model, solver="dpmpp_2m", nfe=4 if part else 1, x=x, t=t)
+        assert leg.x.shape == (2, 40)
+    start = process.level(process.t_max).sigma * torch.randn(2, 40)
+    whole = solve(model, solver="ddim", nfe=9, x=start, trajectory=True)
+    middle = float(whole.times[4])
+    sample(model, solver="ddim", nfe=3, x=whole.trajectory[4], t=middle)

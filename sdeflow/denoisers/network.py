@@ -25,6 +25,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from copy import copy
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -51,6 +52,12 @@ _ALSO = {
     "flow": "velocity",
 }
 """Other libraries' words for them."""
+
+
+HALF: ContextVar[torch.dtype | None] = ContextVar("HALF", default=None)
+"""The half precision that the solve under way was asked for: that of the inputs of plain functions.
+States, and all that is computed of them, are float32 then.
+"""
 
 
 class Affine(NamedTuple):
@@ -212,14 +219,15 @@ class Network(Denoiser):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of a module's weights, to which states are cast; None for a plain function,
-        which takes what comes.
+        """The dtype of a module's weights, to which states are cast; for a plain function the half
+        precision that a solve was asked for, or None: it takes what comes.
         """
         if isinstance(self.network, nn.Module):
             for parameter in self.network.parameters():
                 if parameter.is_floating_point():
                     return parameter.dtype
-        return None
+            return None
+        return HALF.get()
 
     def check_condition(self, condition: Mapping[str, Any]) -> None:
         parameters = _parameters(self.network)

@@ -15,6 +15,7 @@ from sdeflow import registry
 from sdeflow._utils.checks import one_of
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
+from sdeflow.denoisers.network import HALF
 from sdeflow.errors import GridError
 from sdeflow.grid import GridFunction
 from sdeflow.noise import Noise
@@ -22,7 +23,8 @@ from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.sampling.batch_size import BatchSize
 from sdeflow.sampling.batches import Loop, ProgressBar
-from sdeflow.sampling.cuda_graphs import GraphCache, refusal
+from sdeflow.sampling.cuda_graphs import GraphCache, is_planned, refusal
+from sdeflow.sampling.encoding import check_encoding
 from sdeflow.sampling.inputs import Conditions, Inputs
 from sdeflow.sampling.request import CallInfo, GraphMode, Request
 from sdeflow.sampling.times import times_of
@@ -89,7 +91,9 @@ def sample(
     - `compile`: on CUDA, run network and solver as one CUDA graph, which is kept for later calls;
       where that is impossible, it runs without, with a `CompileWarning` that says why. `"require"`
       makes that an error.
-    - `device`, `dtype`: of the state, by default the network's and float32.
+    - `device`, `dtype`: of the result, by default the network's and float32. In half precision
+      (`dtype`, or that of `x` and `x0`) the solve itself is computed in float32, and the result is
+      cast. A module is given its weights' dtype, a plain function the half precision asked for.
     - `progress`: a progress bar. `callback`: called with a `CallInfo` after each network call.
     - `requires_grad`: let gradients flow through the solve.
 
@@ -154,7 +158,9 @@ def encode(
     `sample(x=..., t=t_max)` takes it back to data.
 
     `x0` is taken for the state at `t_min`. `nfe` counts network calls; a grid of given times must
-    increase.
+    increase. A solver that errs on Gaussian data by more than a quarter, and by more than three times
+    what DDIM does, is refused (`SolverError`): methods that extrapolate in `nsr`, such as `lms`, do
+    not encode on most grids.
     """
     request = replace(Request(**locals()), x0=None, finish=False)
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
@@ -190,6 +196,14 @@ def run(request: Request) -> Solution:
         raise TypeError(f"a callback is a function of a Step; got {request.callback!r}")
     if request.x is None and request.x0 is None:
         _check_start(denoiser, times)
+    upward = len(times) > 1 and bool(times[-1] > times[0])
+    if request.x is not None and not upward:
+        _check_state(denoiser.process, times, request.x)
+    if upward and isinstance(method, Plan):
+        check_encoding(method, method.solver)
+    elif upward and isinstance(method, GridSolver) and is_planned(method):
+        plan = method.plan(denoiser.process, times, finish=False)
+        check_encoding(plan, type(method).__name__)
     _warn_training(denoiser)
 
     def how(solution: Solution) -> Solution:
@@ -206,11 +220,13 @@ def run(request: Request) -> Solution:
             condition=dict(request.condition or {}),
             device=str(inputs.device),
             dtype=str(solution.x.dtype).removeprefix("torch."),
+            computed_in=str(inputs.computed_in).removeprefix("torch."),
             seconds=clock.perf_counter() - began,
             version=__version__,
         )
         return replace(solution, provenance=provenance)
 
+    half = HALF.set(None if inputs.dtype == inputs.computed_in else inputs.dtype)
     bar = ProgressBar(request.progress, inputs.n, _calls(method, times, request.finish))
     try:
         graphs = GraphCache(request, denoiser, chosen, bar.saying)
@@ -225,6 +241,7 @@ def run(request: Request) -> Solution:
         raise
     finally:
         bar.close()
+        HALF.reset(half)
 
 
 def _batch_size(request: Request, inputs: Inputs, method: Solver | Plan) -> BatchSize:
@@ -264,6 +281,36 @@ def _warn_training(denoiser: Denoiser) -> None:
             " call network.eval() first",
             stacklevel=4,
         )
+
+
+def _check_state(process: Process, times: Tensor, x: Tensor) -> None:
+    """Warn of a state that cannot be one at the first time: `x(t) = s x0 + sigma eps` has at least
+    the size of its noise, and no more than that where no signal is left.
+
+    Only states of many entries tell: their root mean square is known to a few percent.
+    """
+    level = process.level(float(times[0].detach()))
+    size = x.detach().to("cpu", torch.float64).square()
+    rms = size.mean().sqrt()
+    if x.numel() >= _MANY and x.numel() // len(x) >= _MANY:
+        each = size.reshape(len(x), -1).mean(1).sqrt()
+        rms = each.min() if float(each.min()) < 0.5 * level.sigma else each.max()
+    elif x.numel() < _MANY:
+        return
+    found = float(rms)
+    most = 3.0 * level.sigma + 1e3 * level.s
+    if not 0.5 * level.sigma <= found <= most:
+        warnings.warn(
+            f"x= holds a state of size {found:.3g} (root mean square); a state at"
+            f" t={float(times[0].detach()):g} of {type(process).__name__} has"
+            f" {'at least' if found < level.sigma else 'about'} {level.sigma:.3g}, the size of its"
+            " noise. For pure noise pass x = sigma * torch.randn(...), with sigma ="
+            " process.level(t).sigma, or leave x= out; for a state at another time pass its t=",
+            stacklevel=4,
+        )
+
+
+_MANY = 32  # entries of noise whose root mean square is not below half of sigma by chance (1e-6)
 
 
 def _check_start(denoiser: Denoiser, times: Tensor) -> None:

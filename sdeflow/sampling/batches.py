@@ -133,7 +133,8 @@ class Loop:
             done = self.graphs.solve(self._plan, state, self.conditions.rows(wide), source)
             if done is not None:
                 self._settle()  # of the batch before, now that the device has the next one
-                self._pending = rows, _last(done[0], rows.stop - rows.start), done[1]
+                part = _cast(_last(done[0], rows.stop - rows.start), self.inputs.dtype)
+                self._pending = rows, part, done[1]
                 if self.bar.shown:
                     self._settle()
                 return
@@ -174,10 +175,11 @@ class Loop:
             if rows.start:
                 error.add_note(f"Sample 0 of this batch is number {rows.start} of all samples.")
             raise
+        part = _cast(part, self.inputs.dtype)
         if not torch.isfinite(part.x).all():
             self._refuse(rows, part, faults or Faults(state.device), reverse)
         part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
-        part.x0s = torch.stack(collected) if collected else None
+        part.x0s = torch.stack(collected).to(part.x.dtype) if collected else None
         return part
 
     def _integrate(
@@ -242,7 +244,8 @@ class Loop:
             return
         (rows, part, finite), self._pending = self._pending, None
         # Rows that only filled the batch up do not matter.
-        if not bool(finite) and not bool(torch.isfinite(part.x).all()):
+        sound = bool(finite) and part.x.dtype != torch.float16  # whose cast may overflow
+        if not sound and not bool(torch.isfinite(part.x).all()):
             self._refuse_replayed(rows, part)
         self.parts.append(part)
         self.bar.update(part.nfe)
@@ -328,7 +331,9 @@ class Loop:
             kept = len(plan.grid) + 1 if self.request.trajectory else 0
             kept += plan.nfe if self.request.x0s else 0
             states = 4 + plan.buffers + 2 * kept + (plan.draws if self.graphs else 0)
-        return -(-(peak - before) // rows) + states * self._entries * self.inputs.dtype.itemsize
+        return (
+            -(-(peak - before) // rows) + states * self._entries * self.inputs.computed_in.itemsize
+        )
 
     def _memory(self) -> dict[str, Memory]:
         """The entry of `Solution.statistics` about memory."""
@@ -353,7 +358,7 @@ def noise_of(noise: str | Noise, inputs: Inputs, rows: slice) -> Noise:
     kinds = {"seeded": SeededNoise, "brownian": BrownianNoise}
     if noise not in kinds:
         raise ValueError(f"noise is 'seeded', 'brownian' or a Noise; got {noise!r}")
-    return kinds[noise](seeds, shape, device=inputs.device, dtype=inputs.dtype)
+    return kinds[noise](seeds, shape, device=inputs.device, dtype=inputs.computed_in)
 
 
 def _last(part: Solution, rows: int) -> Solution:
@@ -364,6 +369,16 @@ def _last(part: Solution, rows: int) -> Solution:
         None if kept is None else kept[:, -rows:] for kept in (part.trajectory, part.x0s)
     )
     return dataclasses.replace(part, x=part.x[-rows:], trajectory=trajectory, x0s=x0s)
+
+
+def _cast(part: Solution, dtype: torch.dtype) -> Solution:
+    """A part in the dtype that was asked for."""
+    if part.x.dtype == dtype:
+        return part
+    x0s, trajectory = (
+        None if kept is None else kept.to(dtype) for kept in (part.x0s, part.trajectory)
+    )
+    return dataclasses.replace(part, x=part.x.to(dtype), x0s=x0s, trajectory=trajectory)
 
 
 def _on_cpu(part: Solution) -> Solution:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdeflow._utils.weak_cache import WeakTable
 from sdeflow.denoisers import Denoiser, as_denoiser
+from sdeflow.denoisers.network import HALF
 from sdeflow.errors import SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan.plan import Plan
@@ -252,7 +253,8 @@ def _buffers(condition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings() -> Iterator[Hashable]:
-    """The settings of torch that choose kernels."""
+    """The settings that choose kernels."""
+    yield HALF.get()
     yield torch.is_autocast_enabled("cuda")
     yield torch.get_autocast_dtype("cuda")
     yield torch.are_deterministic_algorithms_enabled()

@@ -90,13 +90,18 @@ class Inputs:
                 f" {self.dtype!r}"
             )
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The dtype of the states of the solve: float32 where the result is in half precision."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def state(self, process: Process, t: float, rows: slice, noise: Noise) -> Tensor:
         """The states of some rows at the time where the solve begins."""
         if self.x is not None:
-            return self.x[rows].to(self.device, self.dtype)
-        eps = noise.start().to(self.device, self.dtype)
+            return self.x[rows].to(self.device, self.computed_in)
+        eps = noise.start().to(self.device, self.computed_in)
         if self.x0 is not None:
-            return process.perturb(self.x0[rows].to(self.device, self.dtype), t, eps)
+            return process.perturb(self.x0[rows].to(self.device, self.computed_in), t, eps)
         return eps * process.level(t).sigma
 
 

@@ -37,7 +37,8 @@ class Provenance:
     """How a solution was made: what was asked for, with the defaults filled in.
 
     `solver` is None for a plan. `times` are the levels of the grid, float64; `seconds` is the time
-    that the solve took.
+    that the solve took. `dtype` is that of the result, `computed_in` that of the states of the
+    solve: float32 where the result is in half precision.
     """
 
     solver: Solver | None = None
@@ -49,6 +50,7 @@ class Provenance:
     condition: dict[str, Any] = field(default_factory=dict)
     device: str = ""
     dtype: str = ""
+    computed_in: str = ""
     seconds: float = 0.0
     version: str = ""
 
@@ -57,7 +59,8 @@ class Provenance:
 class Solution:
     """The result of a solve; `provenance` says how it was made.
 
-    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch; `network_calls` counts
+    `x` is the result, `[n, *shape]`. In half precision it is a float32 solve, cast at its end, and so
+    are `trajectory` and `x0s` (`provenance.computed_in`). `nfe` counts denoiser calls a batch; `network_calls` counts
     the forwards of networks in all, and `network_gradients` their gradients. `trajectory`
     (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there on request,
     `interpolant` from solvers with a dense output.
@@ -97,8 +100,9 @@ class Solution:
     def __str__(self) -> str:
         """How it was made, in a few lines."""
         how = self.provenance
+        cast = "" if how.dtype == how.computed_in else f" (computed in {how.computed_in})"
         lines = [
-            f"{tuple(self.x.shape)} {how.dtype} on {how.device} in {how.seconds:.2f} s,"
+            f"{tuple(self.x.shape)} {how.dtype}{cast} on {how.device} in {how.seconds:.2f} s,"
             f" sdeflow {how.version}",
             f"solver   {how.solver or (self.plan and f'plan of {self.plan.solver}')}",
             f"process  {how.process}",

@@ -108,8 +108,8 @@ NOISE = {
         nsr_asked=50.5,
     ),
     8: Recipe(
-        2, "flow", "bounded_lam", True, 0.236, 221, -0.274, 0.478, 0.314, 0.0184, 41.1,
-        nsr_asked=49.3,
+        2, "flow", "bounded_lam", True, 0.211, 262, -0.316, 0.474, 0.311, 0.018, 37,
+        nsr_asked=48,
     ),
     10: Recipe(
         2, "flow", "bounded_lam", True, 0.247, 221, -0.293, 0.546, 0.314, 0.0168, 41.5,

@@ -14,7 +14,7 @@ torchdiffeq integrates it in one of four pairs of clock and state,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from sdeflow._utils.checks import whole_number
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError, unknown
 from sdeflow.process import Level
 from sdeflow.process.clock import Clock
-from sdeflow.reverse import eps_of
+from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import Task
 from sdeflow.solvers.external.base import External, Watched, finite_readings, levels_at
 
@@ -73,7 +73,9 @@ class TorchDiffEq(External):
 
     The Adams methods assume equal steps, and are refused on grids that are not uniform in the
     clock. Here they are of order 4 (`max_order` 5 and 4), as torchdiffeq's own 12 is unstable.
-    States in half precision are stepped in float32. Time is float64 on the CPU, and as precise as
+    States in half precision are stepped in float32. Gradients flow through the states and the
+    network; step sizes are constants to them, as with `RK45`, and they are those of the steps that
+    were taken. `scipy_solver` has none. Time is float64 on the CPU, and as precise as
     the state on accelerators.
 
     Errors: `UnknownNameError` for a method or a clock; `BudgetError` for an `nfe` of a method
@@ -149,8 +151,17 @@ class TorchDiffEq(External):
         # Without step_t, an adaptive method steps over the last time, where there may be no
         # process, and interpolates.
         defaults: dict[str, Any] = {}
+        options = dict(self.options)
         if self.adaptive and self.method != "scipy_solver":
+            # Steps are constants to gradients: the first one is a function of the state, through
+            # the norm, and the time of a stage is not.
+            options["norm"] = _constant(self.options.get("norm", _rms))
             defaults = {"dtype": ticks.dtype, "step_t": ticks[-1:]}
+        if self.method == "scipy_solver" and _wants_gradients(reverse, x):
+            raise SolverError(
+                "torchdiffeq's scipy_solver computes in numpy, so that no gradient flows through it:"
+                " take another method, such as 'dopri5', or solver='rk45'"
+            )
         if self.method in _ADAMS:
             defaults = {"max_order": _ADAMS[self.method]}
         try:
@@ -161,7 +172,7 @@ class TorchDiffEq(External):
                 rtol=self.rtol,
                 atol=self.atol,
                 method=self.method,
-                options={**defaults, **self.options},
+                options={**defaults, **options},
             )
         except AssertionError as error:
             raise self._gave_up(str(error), rhs) from error
@@ -183,6 +194,25 @@ class TorchDiffEq(External):
             f"{where}: {reason}. Loosen rtol and atol, compute in a wider dtype, or take another"
             " clock"
         )
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.abs().pow(2).mean().sqrt()
+
+
+def _constant(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A norm without gradients."""
+
+    def detached(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return norm(x.detach())
+
+    return detached
+
+
+def _wants_gradients(reverse: Reverse, x: Tensor) -> bool:
+    weights = (p for network in reverse.denoiser.networks for p in network.parameters())
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights))
 
 
 class _RightHandSide:

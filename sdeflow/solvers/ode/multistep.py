@@ -138,7 +138,9 @@ class Multistep(GridSolver):
         if last is not None:
             value = predicted(self.predicts, x, x0, t, self.predicts_scale)
             x = self._corrected(reverse.process, x, value, t, last)
-        return integrated(self.to_zero, x, x0, t, seen)
+        elif len(seen) == 1:
+            return x0  # which is all there is, and finite where there is no signal
+        return integrated(self.to_zero, x, t, seen)
 
     def _corrected(self, process: Process, x: Any, value: Any, t: Level, last: Any) -> Any:
         """The state at `t`, after the step to it is taken again with the prediction there."""

@@ -19,7 +19,8 @@ On the exact path of a smooth density $\varepsilon$ is odd in $n$, and on data t
 dimensions than they have it also has a constant part: the third row holds both. The predictions
 are the newest and, going back, those at ratios at least a quarter above the one before and at most
 four times the last: nearer ones would magnify rounding, farther ones say little. With fewer of
-them fewer terms are used.
+them fewer terms are used; with one alone the result is the prediction and what the correction of
+the last state added.
 """
 
 from __future__ import annotations
@@ -49,17 +50,13 @@ def seen_with(seen: Seen, x: Any, x0: Any, t: Level) -> Seen:
     return ((t, eps_of(x, x0, t)), *near)
 
 
-def integrated(to_zero: ToZero, x: Any, x0: Any, t: Level, seen: Seen) -> Any:
-    """The result, from the state at the last level `t`, the prediction there, and what was seen
-    up to there.
-    """
+def integrated(to_zero: ToZero, x: Any, t: Level, seen: Seen) -> Any:
+    """The result, from the state at the last level `t` and what was seen up to there."""
     chosen = [seen[0]]
     for level, eps in seen[1:]:
         if value_of(level.nsr) >= _APART * value_of(chosen[-1][0].nsr):
             chosen.append((level, eps))
     powers = _POWERS[to_zero][: len(chosen)]
-    if len(powers) < 2:
-        return x0
     chosen = chosen[: len(powers)]
     result = (1.0 / t.s) * x
     for weight, (_, eps) in zip(_weights(powers, [a for a, _ in chosen]), chosen, strict=True):
