@@ -265,3 +265,30 @@ def test_no_float64_reaches_a_device(name: str, dtype: torch.dtype) -> None:
                 out, _ = plan.execute(Reverse(model), x, noise)
             assert out.device.type == "meta"
             assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("name", GRID_SOLVERS)
+def test_a_network_with_buffers_of_its_own_is_served_or_refused(name: str, buffers: int) -> None:
+    """One buffer at every call is copied in time; several in turn are, or the error says what to do:
+    never another result.
+    """
+    plan = GRID_SOLVERS[name].plan(VP(), warped(VP(), 6, 20.0, 0.05))
+    x, own, made = start_of(plan), [torch.empty(SHAPE) for _ in range(buffers)], 0
+
+    def buffered(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        return own[made % buffers].copy_(network(x, t))
+
+    results = []
+    for function in (network, buffered):
+        noise = SeededNoise(range(3), SHAPE[1:])
+        with torch.no_grad():
+            try:
+                results.append(plan.execute(Reverse(Prediction(function, "x0", VP())), x, noise)[0])
+            except SolverError as error:
+                if buffers == 1 or "let it return a clone" not in str(error):
+                    raise
+                return
+    assert torch.equal(*results)

@@ -458,9 +458,9 @@ class Plan:
 
         On a device nothing here waits for it. Where gradients flow, combinations make new tensors
         instead of writing into buffers. `on_call(k, call, input, x0)` is called after each network
-        call; what it keeps, it must clone. A network may return its own input, or one tensor at
-        every call; one that alternates between several must clone. `networks` are the denoisers at
-        the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
+        call; it may keep both, and change neither. A network may return its own input, or one
+        tensor at every call. One that alternates between several is a `SolverError` where the solver
+        still needs what was overwritten. `networks` are the denoisers at the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())
