@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -302,6 +302,16 @@ class BrownianNoise(Noise):
         # One rounding an operation: a fused multiply-add may round otherwise at the end of a
         # vectorised loop, and a row's bits would depend on its place in the batch.
         return noise.add_(w_low * (above / whole)).add_(w_high * (below / whole))
+
+
+def seeds_of(seeds: int | Sequence[int], n: int) -> tuple[int, ...]:
+    """A seed for each of `n` samples: those given, or the first of consecutive ones."""
+    each: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    if not hasattr(each, "__len__"):
+        each = range(index(each), index(each) + n)
+    if len(each) != n:
+        raise ValueError(f"a seed a sample: {n} samples and {len(each)} seeds")
+    return tuple(map(index, each))
 
 
 def _check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:

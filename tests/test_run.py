@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import GRID_SOLVERS, LINEAR_BETAS, PROCESSES, from_the_start, warped
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdeflow import (
     DDIM,
@@ -207,8 +208,10 @@ def test_what_cannot_be_is_said() -> None:
     x = start_of(plan)
     with pytest.raises(ValueError, match="draws noise: give it seeds="):
         plan.start(x)
-    with pytest.raises(ValueError, match=r"noise is of 2 samples.*a seed a sample"):
+    with pytest.raises(ValueError, match="a seed a sample: 3 samples and 2 seeds"):
         plan.start(x, seeds=[1, 2])
+    with pytest.raises(ValueError, match=r"noise is of 2 samples.*they must fit"):
+        plan.start(x, noise=SeededNoise([1, 2], SHAPE[1:]))
     with pytest.raises(ValueError, match="'seeded' or 'brownian'; got 'pink'"):
         plan.start(x, seeds=1, noise="pink")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="floating-point tensor"):
@@ -232,3 +235,60 @@ def test_what_cannot_be_is_said() -> None:
         run.send(x)
     with pytest.raises(SolverError, match="take the result"):
         _ = run.x
+
+
+class NoFloat64(TorchDispatchMode):
+    """What a device without float64 does: no such tensor can be on it. `meta` stands for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, Tensor) and made.device.type == "meta":
+                assert made.dtype != torch.float64, func
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", GRID_SOLVERS)
+def test_no_float64_reaches_a_device(name: str, dtype: torch.dtype) -> None:
+    process = PROCESSES["vp"]
+    plan = GRID_SOLVERS[name].plan(process, warped(process, 4, 20.0, 0.05))
+    x = torch.empty(SHAPE, device="meta", dtype=dtype)
+    for model in (
+        Prediction(network, "eps", process, time=lambda t: 999 * t),
+        Prediction(network, "velocity", RectifiedFlow()).under(process),
+        Preconditioned(network).under(process),
+    ):
+        for kind in (SeededNoise, BrownianNoise):
+            noise = kind(range(3), SHAPE[1:], device="meta", dtype=dtype)
+            with torch.no_grad(), NoFloat64():
+                out, _ = plan.execute(Reverse(model), x, noise)
+            assert out.device.type == "meta"
+            assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("name", GRID_SOLVERS)
+def test_a_network_with_buffers_of_its_own_is_served_or_refused(name: str, buffers: int) -> None:
+    """One buffer at every call is copied in time; several in turn are, or the error says what to do:
+    never another result.
+    """
+    plan = GRID_SOLVERS[name].plan(VP(), warped(VP(), 6, 20.0, 0.05))
+    x, own, made = start_of(plan), [torch.empty(SHAPE) for _ in range(buffers)], 0
+
+    def buffered(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        return own[made % buffers].copy_(network(x, t))
+
+    results = []
+    for function in (network, buffered):
+        noise = SeededNoise(range(3), SHAPE[1:])
+        with torch.no_grad():
+            try:
+                results.append(plan.execute(Reverse(Prediction(function, "x0", VP())), x, noise)[0])
+            except SolverError as error:
+                if buffers == 1 or "let it return a clone" not in str(error):
+                    raise
+                return
+    assert torch.equal(*results)

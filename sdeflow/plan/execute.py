@@ -75,6 +75,8 @@ def steps(
     # came in the same place.
     lent: Tensor | None = None
     reuses: bool | None = None
+    # Outputs that must outlive the next call, each with how often it had been written to.
+    kept: dict[int, tuple[Tensor, int]] = {}
     number = 0
     for i in _in_runs(instructions):
         if type(i) is tuple:
@@ -94,7 +96,15 @@ def steps(
                 output = output.clone()
             elif reuses is None and number in outlive and not grad:
                 lent, output = output, output.clone()
+            kept = {r: mark for r, mark in kept.items() if held[r] is mark[0]}
+            if any(version(before_it) != count for before_it, count in kept.values()):
+                raise SolverError(
+                    "the network wrote into a tensor that it had returned at a call before, and the"
+                    " solver still needs that: let it return a clone"
+                )
             held[i.out] = output
+            if number in outlive:
+                kept[i.out] = output, version(output)
             owned.pop(i.input, None)  # the network may keep it: the next state is another tensor
             if on_call is not None:
                 on_call(number, i, given, output)

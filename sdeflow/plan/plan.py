@@ -23,7 +23,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import index
 from typing import Any, Literal
 
 import torch
@@ -34,7 +33,7 @@ from sdeflow._utils.math import Scalar, value_of
 from sdeflow._version import __version__
 from sdeflow.denoisers.network import Network
 from sdeflow.errors import CheckpointError, SolverError
-from sdeflow.noise import BrownianNoise, Noise, SeededNoise
+from sdeflow.noise import BrownianNoise, Noise, SeededNoise, seeds_of
 from sdeflow.plan.check import PlanReport, check
 from sdeflow.plan.execute import OnCall, execute, outliving
 from sdeflow.plan.files import DAMAGE, FORMAT, read_plan, verified, write_plan
@@ -428,13 +427,12 @@ class Plan:
                 )
             kinds: dict[str, type[Noise]] = {"seeded": SeededNoise, "brownian": BrownianNoise}
             one_of("noise", noise, kinds)
-            one = not isinstance(seeds, Tensor) and not hasattr(seeds, "__len__")
-            each = range(index(seeds), index(seeds) + len(x)) if one else seeds
+            each = seeds_of(seeds, len(x))
             source = kinds[str(noise)](each, x.shape[1:], device=x.device, dtype=x.dtype)
         if source is not None and (len(source.seeds), *source.shape) != tuple(x.shape):
             raise ValueError(
                 f"the noise is of {len(source.seeds)} samples of shape {source.shape}, and the state"
-                f" has shape {tuple(x.shape)}: give a seed a sample"
+                f" has shape {tuple(x.shape)}: they must fit"
             )
         return Run(self, x, source, model, requires_grad)
 
@@ -460,9 +458,9 @@ class Plan:
 
         On a device nothing here waits for it. Where gradients flow, combinations make new tensors
         instead of writing into buffers. `on_call(k, call, input, x0)` is called after each network
-        call; what it keeps, it must clone. A network may return its own input, or one tensor at
-        every call; one that alternates between several must clone. `networks` are the denoisers at
-        the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
+        call; it may keep both, and change neither. A network may return its own input, or one
+        tensor at every call. One that alternates between several is a `SolverError` where the solver
+        still needs what was overwritten. `networks` are the denoisers at the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())

@@ -21,10 +21,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -245,6 +246,16 @@ class Process(ABC):
         from sdeflow.process.reversed import Reversed
 
         return Reversed(self, self.t_min + self.t_max if total is None else total)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The process as a `matplotlib` figure: `s` and `sigma`, `nsr` and `g2` over time; as PNG in
+        `path` too if given.
+
+        Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
+        """
+        from sdeflow.process.plot import plot_process
+
+        return plot_process(self, path)
 
     # -------------------------------------------------------------------- kernel, SDEs, and the ODE
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import index
 
 import torch
 from torch import Tensor
 
 from sdeflow import registry
 from sdeflow.errors import GridError
-from sdeflow.noise import BrownianNoise
+from sdeflow.noise import BrownianNoise, seeds_of
 from sdeflow.process import Process
 from sdeflow.sampling.inputs import fresh_seeds
 from sdeflow.solvers.base import check_times
@@ -62,16 +61,10 @@ def simulate(
                 f"nsr must not fall with time, and at times[{k}]={float(grid[k]):g} it is {b:g}"
                 f" after {a:g}: {type(process).__name__} is no noising process there"
             )
-    n = len(x0)
-    if seeds is None:
-        seeds = fresh_seeds(n)
-    elif not hasattr(seeds, "__len__"):
-        seeds = range(index(seeds), index(seeds) + n)
-    if len(seeds) != n:
-        raise ValueError(f"a seed a sample: {n} samples and {len(seeds)} seeds")
+    each = fresh_seeds(len(x0)) if seeds is None else seeds_of(seeds, len(x0))
     # In half precision the sum of many steps would lose them.
     wide = torch.promote_types(x0.dtype, torch.float32)
-    noise = BrownianNoise(map(int, seeds), x0.shape[1:], device=x0.device, dtype=wide)
+    noise = BrownianNoise(each, x0.shape[1:], device=x0.device, dtype=wide)
     state, out = x0.to(wide), []  # x / s
     for (a, b), level in zip(pairwise(ratios), levels, strict=True):
         if level.s == 0.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -28,6 +29,7 @@ from sdeflow.plan.plan import Plan
 from sdeflow.plan.trace import Operand, Trace, optimise
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
+from sdeflow.solvers.plot import plot_solution
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,14 @@ class Solution:
     computed_in = property(attrgetter("provenance.computed_in"))
     seconds = property(attrgetter("provenance.seconds"))
     version = property(attrgetter("provenance.version"))
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The samples as a `matplotlib` figure, with their trajectory where it was kept: images as
+        images, all else as points; as PNG in `path` too if given.
+
+        Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
+        """
+        return plot_solution(self, path)
 
     def __str__(self) -> str:
         """How it was made, in a few lines."""
