@@ -92,7 +92,7 @@ _SETS: dict[str, Tensor] = {}
 
 def digits(n: int, draw: torch.Generator) -> Tensor:
     if "digits" not in _SETS:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-not-found]
 
         _SETS["digits"] = torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32)
     x = _SETS["digits"]
@@ -138,7 +138,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         e, h = self.t(embedding(t)), self.i(x)
-        for norm, a, b, c in self.b:
+        blocks: Any = self.b
+        for norm, a, b, c in blocks:
             h = h + b(self.act(a(norm(h)) + c(e)))
         return self.o(self.act(h))
 
@@ -164,7 +165,8 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         e, h = self.t(embedding(t)), self.i(x)
-        for n1, c1, n2, c2, line, mean in self.b:
+        blocks: Any = self.b
+        for n1, c1, n2, c2, line, mean in blocks:
             y = c1(self.act(n1(h))) + line(e)[:, :, None, None]
             y = y + mean(y.mean((2, 3)))[:, :, None, None]
             h = h + c2(self.act(n2(y)))
@@ -179,7 +181,7 @@ class Transformer(nn.Module):
         self.i, self.o = nn.Linear(2, w), nn.Linear(w, 2)
         self.p = nn.Parameter(0.02 * torch.randn(length // 2, w))
         self.t = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
-        layer = {"batch_first": True, "norm_first": True, "activation": "gelu"}
+        layer: Any = {"batch_first": True, "norm_first": True, "activation": "gelu"}
         self.b = nn.ModuleList(
             nn.TransformerEncoderLayer(w, 4, 2 * w, 0.0, **layer) for _ in range(depth)
         )
@@ -338,10 +340,10 @@ def measure(net: Denoiser, n: int) -> dict[str, dict[str, float]]:
     x = torch.randn(n, *net.shape, generator=draw) * math.hypot(top.s, top.sigma)
 
     def solve(solver: Any, grid: Any, nfe: int) -> Tensor:
-        how = {"x": x, "t": net.process.t_max}
+        how: Any = {"x": x, "t": net.process.t_max}
         return sdeflow.solve(net, solver=solver, grid=grid, nfe=nfe, **how).x
 
-    fine = ExponentialAdams(2, "v", "lam", frame_scale=0.5)
+    fine = ExponentialAdams(2, "v", "lam", predicts_scale=0.5)
     exact = solve(fine, "uniform_lam", 600)
     out: dict[str, dict[str, float]] = {}
     for nfe in BUDGETS:

@@ -76,14 +76,19 @@ class Cell:
         dtype = torch.float64 if known else torch.float32
         unit = torch.randn(starts, *shape, generator=draw, dtype=torch.float64).to(dtype)
         self.x = unit * math.hypot(top.s, top.sigma)
-        fine = ExponentialAdams(4 if known else 2, "v", "lam", predicts_scale=0.5, corrector=known)
-        how = {"smooth" if known else "linear": 400}
-        ((to_zero, nfe),) = how.items()
-        self.end = self.solve(replace(fine, to_zero=to_zero), "uniform_lam", nfe)
+        fine = ExponentialAdams(
+            4 if known else 2,
+            "v",
+            "lam",
+            known,
+            predicts_scale=0.5,
+            to_zero="smooth" if known else "linear",
+        )
+        self.end = self.solve(fine, "uniform_lam", 400)
         self._best: dict[int, tuple[float, float]] = {}
 
     def solve(self, solver: Any, grid: Any, nfe: int) -> Tensor:
-        start = {"x": self.x, "t": self.denoiser.process.t_max}
+        start: Any = {"x": self.x, "t": self.denoiser.process.t_max}
         return sdeflow.solve(self.denoiser, solver=solver, grid=grid, nfe=nfe, **start).x
 
     def errors(self, x: Tensor) -> tuple[float, float]:
@@ -151,7 +156,7 @@ def _targets() -> dict[str, Callable[[], GaussianMixture]]:
     single = {f"std {c:g}": torch.tensor([c], dtype=torch.float64) for c in (0.05, 0.1, 0.7, 8.0)}
     spectra = {"pink": pink, "scales": scales, **single}
     made = {name: (lambda stds=stds: _spectrum(stds)) for name, stds in spectra.items()}
-    return {"modes": _modes, "widths": _widths, **made}  # type: ignore[dict-item]
+    return {"modes": _modes, "widths": _widths, **made}
 
 
 def cells(table: str, cache: Path, starts: int) -> list[Cell]:
@@ -194,7 +199,7 @@ def score(found: list[tuple[float, float]], before: list[float]) -> float:
 
 def mutated(row: Recipe, draw: random.Random) -> Recipe:
     names = NUMBERS if math.isfinite(row.nsr_asked) else NUMBERS[:-1]
-    numbers = {}
+    numbers: Any = {}
     for name in draw.sample(names, draw.choice((1, 1, 2, 3))):
         if name == "center":
             numbers[name] = row.center + draw.gauss(0.0, 0.2)
