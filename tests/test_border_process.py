@@ -556,7 +556,6 @@ def test_a_table_asks_whether_its_networks_take_times_or_entries() -> None:
         lambda t: math.log(t),
         lambda t: 7,
         lambda t: (999 * t).reshape(-1, 1),
-        lambda t: (999 * t.numpy()).astype(np.int64),
     ],
 )
 def test_a_function_of_time_may_take_one_number(time: Any) -> None:
