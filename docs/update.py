@@ -403,7 +403,9 @@ def moved() -> str:
     """Modules and names that moved, old and new, from `sdeflow/_utils/moved.py`."""
     from sdeflow._utils.moved import MOVED, RENAMED
 
-    rows = [[f"`sdeflow.{old}`", f"`sdeflow.{new}`"] for old, new in (MOVED | RENAMED).items()]
+    rows = [
+        [f"`sdeflow.{old}`", f"`sdeflow.{new}`"] for old, new in sorted((MOVED | RENAMED).items())
+    ]
     return _table(["0.5", "0.6"], rows)
 
 

@@ -8,7 +8,14 @@ images = sdeflow.sample(model, nfe=35, n=4, seeds=0)
 from sdeflow import grid
 from sdeflow._utils import moved
 from sdeflow._version import __version__
-from sdeflow.denoisers import Denoiser, Preconditioned, Prediction, Wrapper
+from sdeflow.denoisers import (
+    Denoiser,
+    PerSample,
+    Preconditioned,
+    Prediction,
+    Shared,
+    Wrapper,
+)
 from sdeflow.denoisers.thresholding import Clip, DynamicThreshold, Projected
 from sdeflow.discrete import (
     BinaryEmpirical,
@@ -42,10 +49,12 @@ from sdeflow.process import (
     Cosine,
     FromBetas,
     FromSDE,
+    FromTable,
     LearnedBetas,
     Level,
     Process,
     RectifiedFlow,
+    Reversed,
     SubVP,
     betas,
 )
@@ -53,6 +62,7 @@ from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import Step, encode, sample, solve
 from sdeflow.sampling.capture import CapturedSolve
 from sdeflow.sampling.cuda_graphs import CompileWarning
+from sdeflow.sampling.simulate import simulate, slerp
 from sdeflow.solvers.adaptive.dpm_solver import DPMAdaptive
 from sdeflow.solvers.adaptive.runge_kutta import RK23, RK45
 from sdeflow.solvers.adaptive.sde import AdaptiveSDE
@@ -126,6 +136,7 @@ __all__ = [
     "ExponentialAdams",
     "FromBetas",
     "FromSDE",
+    "FromTable",
     "Gaussian",
     "GaussianMixture",
     "GridError",
@@ -142,6 +153,7 @@ __all__ = [
     "NonFiniteError",
     "Optimal",
     "OutOfMemoryError",
+    "PerSample",
     "Plan",
     "PlanReport",
     "Preconditioned",
@@ -152,11 +164,13 @@ __all__ = [
     "RectifiedFlow",
     "Restart",
     "Reverse",
+    "Reversed",
     "SASolver",
     "SDEDPMSolverPP",
     "SDEDPMSolverPPSingle",
     "SdeflowError",
     "SeededNoise",
+    "Shared",
     "Solution",
     "Solver",
     "SolverError",
@@ -178,6 +192,8 @@ __all__ = [
     "load",
     "log_likelihood",
     "sample",
+    "simulate",
+    "slerp",
     "solve",
     "variational_bound",
 ]

@@ -27,7 +27,8 @@ class SolverError(SdeflowError, RuntimeError):
     """A solve that could not go on; says at which time, which step size and which sample.
 
     `partial` is the `Solution` of the batch as far as it was reached, where there is one;
-    `finished` that of the batches before it.
+    `finished` that of the batches before it. Every other exception that ends a solve between its
+    batches, `KeyboardInterrupt` too, is given a `finished` of this kind, and a note that says so.
     """
 
     partial: Any = None
@@ -35,7 +36,11 @@ class SolverError(SdeflowError, RuntimeError):
 
 
 class NonFiniteError(SdeflowError, ArithmeticError):
-    """A network returned NaN or infinity; `partial` and `finished` are those of `SolverError`."""
+    """A network returned NaN or infinity; `partial` and `finished` are those of `SolverError`.
+
+    A batch goes on while one of its samples is finite, so that `partial` holds the sound samples,
+    and stops at the call that spoils the last of them.
+    """
 
     partial: Any = None
     finished: Any = None
@@ -63,12 +68,21 @@ def unknown(
     kind: str, name: object, known: Iterable[str], aliases: Iterable[str] = ()
 ) -> UnknownNameError:
     """The error for `name`, which is no `kind` we know, with the nearest names or aliases that we
-    do.
+    do; with all names where they are few, or none is near.
     """
     names = sorted(known)
-    near = get_close_matches(str(name), [*names, *aliases], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return UnknownNameError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")
+    plain = "_".join(str(name).lower().replace("-", " ").split())
+    near = get_close_matches(plain, [*names, *aliases], n=3, cutoff=0.5)
+    near = near or get_close_matches(str(name), names, n=3, cutoff=0.5)  # of names in capitals
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    if near and len(names) > _FEW:
+        hint += f" `sdeflow info` lists all {len(names)}"
+    else:
+        hint += f"{' k' if near else 'k'}nown: {', '.join(names)}"
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}")
+
+
+_FEW = 12  # names that an error lists beside the nearest ones
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

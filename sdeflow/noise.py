@@ -27,8 +27,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from operator import index
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -200,19 +201,18 @@ class BrownianNoise(Noise):
     _DEPTH = 13  # leaves of width 128 / 2^13 = 1/64 in log2 nsr
     _DEEPEST = 25
 
-    def __init__(
-        self,
-        seeds: Iterable[int],
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        super().__init__(seeds, shape, device, dtype)
-        self._root: Tensor | None = None
-        self._path: list[_Node] = []
-        self._last: tuple[float, int, Tensor] | None = (
-            None  # the point visited last: its nsr, its depth, and W there
-        )
+    _last: tuple[float, int, Tensor] | None = None
+    """The point visited last: its nsr, its depth, and W there."""
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """W at the top of the tree."""
+        return self._keyed(self._keys(_NODES)).mul_(2.0**self._TOP)
+
+    @cached_property
+    def _path(self) -> list[_Node]:
+        """The nodes from the root to the point visited last."""
+        return []
 
     def draw(
         self, nsr: float | None = None, nsr_next: float | None = None, *, out: Tensor | None = None
@@ -268,8 +268,6 @@ class BrownianNoise(Noise):
         return value
 
     def _descend(self, nsr: float, u: float, depth: int) -> Tensor:
-        if self._root is None:
-            self._root = self._keyed(self._keys(_NODES)).mul_(2.0**self._TOP)
         number, low, high = 1, -self._TOP, self._TOP
         w_low, w_high = torch.zeros(()), self._root
         if u == -math.inf:
@@ -298,11 +296,22 @@ class BrownianNoise(Noise):
         """`W(tau)` given `W` at both ends of an interval, with the normal of node `number`."""
         # The tree's lower end stands for zero, where W is zero.
         tau_low, tau_high = 4.0**low if low > -self._TOP else 0.0, 4.0**high
-        below, above, whole = max(tau - tau_low, 0.0), max(tau_high - tau, 0.0), tau_high - tau_low
+        whole = tau_high - tau_low
+        below, above = max(tau - tau_low, 0.0), max(tau_high - tau, 0.0)
         noise = self._keyed(self._keys(_NODES, number)).mul_(math.sqrt(below * (above / whole)))
         # One rounding an operation: a fused multiply-add may round otherwise at the end of a
         # vectorised loop, and a row's bits would depend on its place in the batch.
         return noise.add_(w_low * (above / whole)).add_(w_high * (below / whole))
+
+
+def seeds_of(seeds: int | Sequence[int], n: int) -> tuple[int, ...]:
+    """A seed for each of `n` samples: those given, or the first of consecutive ones."""
+    each: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    if not hasattr(each, "__len__"):
+        each = range(index(each), index(each) + n)
+    if len(each) != n:
+        raise ValueError(f"a seed a sample: {n} samples and {len(each)} seeds")
+    return tuple(map(index, each))
 
 
 def _check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
-"""Names of solvers, grids and processes, with their aliases. `register_solver`, `register_grid` and
-`register_process` add names; the documentation, the command line and the tests read the tables.
+"""Names of solvers, grids and processes, with their aliases.
+
+`register_solver`, `register_grid` and `register_process` add names; the documentation, the command
+line and the tests read the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -78,7 +80,11 @@ SOLVERS = _table(
     ("midpoint", Midpoint),
     ("ralston", Ralston),
     ("rk4", RK4),
-    ("ddim", DDIM),
+    (
+        "ddim",
+        DDIM,
+        "sample_euler k_euler eulerdiscretescheduler ddimscheduler sample_ddim ddimparallelscheduler",
+    ),
     ("adams1", ExponentialAdams, "", {"p": 1}),
     ("adams2", ExponentialAdams, "", {"p": 2}),
     ("adams3", ExponentialAdams, "adams exponential_adams", {"p": 3}),
@@ -102,7 +108,7 @@ SOLVERS = _table(
     ("s_pndm", PNDM, "", {"p": 2, "start_up": "heun"}),
     ("plms", PNDM, "sample_plms", {"start_up": "heun"}),
     ("dpm_solver_1", DPMSolver, "", {"p": 1}),
-    ("dpm_solver_2", DPMSolver, "dpm_2 sample_dpm_2 kdpm2discretescheduler", {"p": 2}),
+    ("dpm_solver_2", DPMSolver, "dpm2 dpm_2 sample_dpm_2 kdpm2discretescheduler", {"p": 2}),
     ("dpm_solver_3", DPMSolver, "dpm_solver", {"p": 3}),
     ("dpm_solver_fast", DPMSolver, "dpm_fast sample_dpm_fast", {"p": 3, "stages": "grid"}),
     ("dpmpp_2s", DPMSolver, "dpm++_2s dpmsolver++_2s", {"p": 2, "predicts": "x0"}),
@@ -131,7 +137,7 @@ SOLVERS = _table(
     ("unipc_3", UniPC, "uni_pc_bh2 sample_unipc_bh2", {"p": 3}),
     ("unipc_3_bh1", UniPC, "uni_pc sample_unipc", {"p": 3, "variant": "bh1"}),
     ("euler_maruyama", EulerMaruyama, "em reverse_sde"),
-    ("ddpm", DDPM, "ancestral"),
+    ("ddpm", DDPM, "ancestral ddpmscheduler sample_ddpm"),
     ("langevin", Langevin, "predictor_corrector pc"),
     ("churn", Churn, "edm_stochastic heun_churn sample_heun_churn"),
     ("restart", Restart, "restart_sampling restart_heun"),
@@ -157,7 +163,8 @@ SOLVERS = _table(
     (
         "dpmpp_2m_sde",
         SDEDPMSolverPP,
-        "sample_dpmpp_2m_sde dpmpp_2m_sde_gpu sde_dpmsolver++ sde_dpm_solver_pp cosinedpmsolvermultistepscheduler",
+        "sample_dpmpp_2m_sde dpmpp_2m_sde_gpu sde_dpmsolver++ sde_dpm_solver_pp"
+        " cosinedpmsolvermultistepscheduler",
         {"p": 2},
     ),
     (
@@ -193,9 +200,22 @@ SOLVERS = _table(
     ("torchdiffeq", TorchDiffEq),
     ("torchsde", TorchSDE),
 )
-"""Solvers by name. `torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries.
-`churn:NAME`, and likewise every name of a solver that holds a solver, holds the named one.
+"""Solvers by name.
+
+`torchdiffeq:METHOD` and `torchsde:METHOD` reach every method of those libraries. `churn:NAME`, and
+likewise every name of a solver that holds a solver, holds the named one.
 """
+
+_COMBINED: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "sample_heun": ("heun", {"clock": "nsr"}, None),
+    "k_heun": ("heun", {"clock": "nsr"}, None),
+    "heundiscretescheduler": ("heun", {"clock": "nsr"}, None),
+    "edmeulerscheduler": ("ddim", {}, "karras"),
+    "edmdpmsolvermultistepscheduler": ("dpmpp_2m", {}, "karras"),
+    "flowmatcheulerdiscretescheduler": ("euler", {"clock": "t"}, "flow_shift"),
+    "flowmatchheundiscretescheduler": ("heun", {"clock": "t"}, "flow_shift"),
+}
+"""Names of other libraries that mean a solver with other arguments, or with its grid."""
 
 GRIDS = _table(
     ("auto", auto_grid),
@@ -254,7 +274,7 @@ def register_solver(
     `kind` is its class, or a function that returns one; `arguments` are those that the name stands
     for. Errors: `ValueError` for a name or an alias that is taken.
     """
-    return _register(SOLVERS, "solver", name, kind, aliases, arguments)
+    return _register(SOLVERS, "solver", Entry(name, kind, tuple(aliases), dict(arguments or {})))
 
 
 def register_grid(
@@ -267,7 +287,7 @@ def register_grid(
     """Make a grid available under a name: a function of a process and a number of levels that
     returns times. Otherwise as `register_solver`.
     """
-    return _register(GRIDS, "grid", name, function, aliases, arguments)
+    return _register(GRIDS, "grid", Entry(name, function, tuple(aliases), dict(arguments or {})))
 
 
 def register_process(
@@ -278,18 +298,11 @@ def register_process(
     arguments: Mapping[str, Any] | None = None,
 ) -> Entry:
     """Make a process available under a name. Otherwise as `register_solver`."""
-    return _register(PROCESSES, "process", name, kind, aliases, arguments)
+    return _register(PROCESSES, "process", Entry(name, kind, tuple(aliases), dict(arguments or {})))
 
 
-def _register(
-    table: dict[str, Entry],
-    what: str,
-    name: str,
-    kind: Callable[..., Any],
-    aliases: Sequence[str],
-    arguments: Mapping[str, Any] | None,
-) -> Entry:
-    entry = Entry(_key(name), kind, tuple(map(_key, aliases)), dict(arguments or {}))
+def _register(table: dict[str, Entry], what: str, entry: Entry) -> Entry:
+    entry = replace(entry, name=_key(entry.name), aliases=tuple(map(_key, entry.aliases)))
     for new in (entry.name, *entry.aliases):
         for known in table.values():
             if new in (known.name, *known.aliases):
@@ -299,20 +312,61 @@ def _register(
 
 
 def _key(name: str) -> str:
-    return name.strip().lower().replace("-", "_")
+    return "_".join(name.lower().replace("-", " ").split())
 
 
 def lookup(table: dict[str, Entry], kind: str, name: str) -> Entry:
     """The entry under a name or an alias; `UnknownNameError` names the nearest."""
-    key = _key(name)
-    for entry in table.values():
-        if key == entry.name or key in entry.aliases:
-            return entry
+    entry = _find(table, name)
+    if entry is not None:
+        return entry
     raise unknown(kind, name, table, (alias for entry in table.values() for alias in entry.aliases))
 
 
+def _find(table: dict[str, Entry], name: str) -> Entry | None:
+    """The entry under a name or an alias, if any; `++` may be written for `pp`."""
+    key = _key(name)
+    for entry in table.values():
+        names = (entry.name, *entry.aliases)
+        if key in names or key.replace("++", "pp") in names:
+            return entry
+    return None
+
+
+def _with_grid(name: str) -> Solver | None:
+    """The solver that a name means together with its grid, `"DPM++ 2M Karras"`; None for others.
+
+    The grid is the solver's `default_grid`.
+    """
+    key = _key(name)
+    entry, on = None, None
+    if key in _COMBINED:
+        base, arguments, on = _COMBINED[key]
+        entry = SOLVERS[base]
+        entry = replace(entry, arguments={**entry.arguments, **arguments})
+    else:
+        for known in GRIDS.values():
+            for ending in (known.name, *known.aliases):
+                first = key.removesuffix(f"_{ending}")
+                if first not in (key, "auto") and (entry := _find(SOLVERS, first)) is not None:
+                    on = known.name
+                    break
+            if entry is not None:
+                break
+    if entry is None:
+        return None
+    made: Solver = entry.make()
+    if on is not None:
+        object.__setattr__(made, "default_grid", on)
+    return made
+
+
 def solver(what: str | Solver) -> Solver:
-    """The solver of a name; solvers pass through."""
+    """The solver of a name; solvers pass through.
+
+    A name may end in that of a grid, `"DPM++ 2M Karras"`: it becomes the solver's `default_grid`,
+    which `grid=` overrides.
+    """
     if isinstance(what, Solver):
         return what
     if isinstance(what, type) and issubclass(what, Solver):
@@ -320,6 +374,8 @@ def solver(what: str | Solver) -> Solver:
     if not isinstance(what, str):
         raise TypeError(f"a solver is a name or a Solver; got {type(what).__name__}")
     name, _, method = what.partition(":")
+    if _find(SOLVERS, name) is None and not method and (found := _with_grid(name)) is not None:
+        return found
     entry = lookup(SOLVERS, "solver", name)
     if not method:
         return entry.make()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.denoisers import Denoiser
+from sdeflow.denoisers.condition import PerSample, Shared, cut, plain
 from sdeflow.process import Level, Process
 
 
@@ -56,7 +57,8 @@ class Reverse:
     def __init__(self, denoiser: Denoiser, condition: Mapping[str, Any] | None = None):
         self.denoiser = denoiser
         self.process: Process = denoiser.process
-        self.condition = dict(condition or {})
+        self._nodes = dict(condition or {})
+        self.condition = {name: plain(node) for name, node in self._nodes.items()}
         denoiser.check_condition(self.condition)
         self.spent = Spent()
         self._at_time: dict[float, Level] = {}
@@ -140,20 +142,14 @@ class Reverse:
         """The same for the samples `index` of a batch of `size`; what it spends is counted here
         too.
 
-        Conditions that are tensors or lists of `size` rows are cut along; so is what the denoiser
-        holds for each sample (`Denoiser.rows`).
+        Conditions are cut along as `sdeflow.denoisers.condition` says; those that were given here
+        as they are, where they are tensors or lists of `size` rows. So is what the denoiser holds
+        for each sample (`Denoiser.rows`).
         """
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size:
-                return value.index_select(0, index.to(value.device))
-            if isinstance(value, list | tuple) and len(value) == size:
-                return [value[i] for i in index.tolist()]
-            return value
-
         some = copy(self)
         some.denoiser = self.denoiser.rows(index)
-        some.condition = {name: cut(value) for name, value in self.condition.items()}
+        some._nodes = {name: cut(_marked(node, size), index) for name, node in self._nodes.items()}
+        some.condition = {name: plain(node) for name, node in some._nodes.items()}
         return some
 
     def calls(self, times: Tensor, x: Tensor) -> Sequence[Callable[[Tensor], Tensor]]:
@@ -161,8 +157,9 @@ class Reverse:
         return self.denoiser.at(times, x, **self.condition)
 
     def materialise(self, state: Any) -> Any:
-        """`state` itself. A trace then holds its operands in values of their own: call it between
-        steps within a step.
+        """`state` itself.
+
+        A trace then holds its operands in values of their own: call it between steps within a step.
         """
         return state
 
@@ -183,6 +180,16 @@ class Reverse:
 def eps_of(x: Any, x0: Any, t: Level) -> Any:
     """`eps = (x - s x0) / sigma`, for states or symbolic operands."""
     return (x - t.s * x0) * (1.0 / t.sigma)
+
+
+def _marked(value: Any, size: int) -> Any:
+    """A condition that was given as it is: per sample where it is a tensor or a list of `size`
+    rows, else shared.
+    """
+    if not isinstance(value, Tensor | list | tuple):
+        return value
+    scalar = isinstance(value, Tensor) and not value.ndim
+    return PerSample(value) if not scalar and len(value) == size else Shared(value)
 
 
 def _first(entry: tuple[float, Level]) -> float:

@@ -155,6 +155,13 @@ def reference(
     return a.s * start, b.s * end
 
 
+def ends(process: Process, t: float, n: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """States of `Mixture` at `t` and where the ODE takes them at zero noise, to 1e-10."""
+    a = process.level(t)
+    start, end = _reference(round(a.lam, 12), 14.0, n, seed)
+    return a.s * start, end
+
+
 class GaussianData(Problem):
     """Data `N(mean, std^2 I)` of any shape."""
 

@@ -5,11 +5,13 @@ in data and noise, so that an average over the points (+-c, +-1) is the expectat
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import sdeflow
 from sdeflow import (
     EDM,
     VP,
@@ -18,7 +20,6 @@ from sdeflow import (
     LearnedBetas,
     Noise,
     Optimal,
-    Prediction,
     Process,
     RectifiedFlow,
     betas,
@@ -27,6 +28,7 @@ from sdeflow import (
 from sdeflow._utils.gaussian import discretised_nll, divergence, gaussian_nll
 
 F64 = torch.float64
+Prediction = partial(sdeflow.Prediction, time="continuous")
 C = 0.5
 X0 = C * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=F64)
 

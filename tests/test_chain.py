@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from sdeflow import (
     GridError,
     Langevin,
     Optimal,
-    Prediction,
     Process,
     Projected,
     RectifiedFlow,
@@ -44,6 +44,7 @@ PROCESSES = [
     Process.from_betas(betas.linear(50, reference=1000)),
 ]
 F64 = torch.float64
+Prediction = partial(sdeflow.Prediction, time="continuous")
 
 
 # ---------------------------------------------------------------------------------- tables of betas

@@ -11,7 +11,7 @@ import torch
 from problems import PROCESSES, GaussianData, law
 
 from sdeflow.process import Process
-from sdeflow.sampling.api import DEFAULT_NFE, DEFAULT_SOLVER, sample, solve
+from sdeflow.sampling import DEFAULT_NFE, DEFAULT_SOLVER, sample, solve
 from sdeflow.solvers.auto.solver import Auto
 from sdeflow.solvers.ode.runge_kutta import Heun
 
@@ -47,7 +47,7 @@ def test_the_default_solver_is_closer(under: str, std: float) -> None:
 def test_the_defaults_are_these() -> None:
     assert (DEFAULT_SOLVER, DEFAULT_NFE) == ("auto", 35)
     solution = solve(GaussianData(PROCESSES["vp"]), shape=(1,), seeds=0)
-    assert (solution.solver, solution.grid) == (Auto(exact=True), "auto")
+    assert (solution.solver, solution.grid) == (Auto(table="density"), "auto")
     assert solution.nfe == 35
     assert solution.times is not None
     assert len(solution.times) == 35

@@ -93,7 +93,9 @@ def states(process: Process, times: Tensor, dtype: torch.dtype = torch.float64) 
 @every_process
 def test_every_prediction_gives_the_targets_x0_on_every_path(process, predicts):
     native = levels(process, *NSRS)
-    denoiser = Prediction(Exactly(exact(predicts, process), native), predicts, process)
+    denoiser = Prediction(
+        Exactly(exact(predicts, process), native), predicts, process, time="continuous"
+    )
     for path in PROCESSES:
         times = levels(path, *NSRS)
         moved = denoiser.under(path)
@@ -138,7 +140,7 @@ def test_at_equals_call(process, predicts):
     plain = exact(predicts, process)
     path = RectifiedFlow() if process != RectifiedFlow() else VP()
     for denoiser in (
-        d := Prediction(plain, predicts, process, nsr_range=(0.02, 30.0)),
+        d := Prediction(plain, predicts, process, time="continuous", nsr_range=(0.02, 30.0)),
         d.under(path),
     ):
         times = levels(denoiser.process, 0.02, 0.5, 40.0)

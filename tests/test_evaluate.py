@@ -33,20 +33,22 @@ import sdeflow
 from sdeflow._utils.distributed import Rank
 from sdeflow.cli import main
 from sdeflow.errors import CheckpointError, MissingExtraError, SdeflowError, UnknownNameError
-from sdeflow.evaluation.api import Evaluation, compare, evaluate
-from sdeflow.evaluation.features import base as features
-from sdeflow.evaluation.features.base import (
+from sdeflow.evaluation.api import compare, evaluate
+from sdeflow.evaluation.features import (
     CifarFeatures,
     CifarNet,
     CifarNetConfig,
     Inception,
+    cifar,
     extractor,
     file_sha256,
     save_cifar_net,
 )
+from sdeflow.evaluation.features import inception as features
 from sdeflow.evaluation.measure import FeatureStatistics, measure, open_images
-from sdeflow.evaluation.metrics.base import Statistics, frechet_distance, precision_recall
-from sdeflow.evaluation.sampled import Sampling, drawn
+from sdeflow.evaluation.metrics import Statistics, frechet_distance, precision_recall
+from sdeflow.evaluation.result import Evaluation
+from sdeflow.evaluation.sampled import Sampling, samples_of
 from sdeflow.images import shards
 from sdeflow.images.datasets import Decoded
 from sdeflow.models import UNet, UNetConfig
@@ -162,7 +164,7 @@ def test_what_is_no_picture_is_refused(
 def test_a_missing_damaged_or_other_file_of_weights_is_told(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "CIFAR_WEIGHTS", tmp_path / "nowhere.safetensors")
+    monkeypatch.setattr(cifar, "CIFAR_WEIGHTS", tmp_path / "nowhere.safetensors")
     with pytest.raises(CheckpointError, match=r"is missing.*install sdeflow again.*train_features"):
         CifarFeatures()
     with pytest.raises(CheckpointError, match="there is no file"):
@@ -178,7 +180,7 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
     with pytest.raises(CheckpointError, match="not a feature network"):
         CifarFeatures(tmp_path / "state")
     facts = {
-        "format": features.CIFAR_FORMAT,
+        "format": cifar.CIFAR_FORMAT,
         "config": {"widths": [4]},
         "class_names": [],
         "card": {},
@@ -196,7 +198,7 @@ def test_a_missing_damaged_or_other_file_of_weights_is_told(
 
 
 class Stand(torch.nn.Module):
-    """In torch-fidelity's place: 64 numbers a picture."""
+    """In torch-fidelity's place: 64 numbers an image."""
 
     def __init__(self, name: str, wanted: list[str], feature_extractor_weights_path: str) -> None:
         super().__init__()
@@ -296,7 +298,7 @@ def test_the_known_hash_is_that_of_the_files_name() -> None:
 # -------------------------------------------------------------------------------------- the sources
 
 
-def test_every_source_of_the_same_pictures_measures_the_same(
+def test_every_source_of_the_same_images_measures_the_same(
     net: CifarFeatures, tmp_path: Path
 ) -> None:
     images, labels = pixels(2, 21), torch.arange(21) % 3
@@ -306,14 +308,14 @@ def test_every_source_of_the_same_pictures_measures_the_same(
         [images[:10], images[10:]],
         ((part, label) for part, label in zip(images.split(4), labels.split(4), strict=True)),
         folder(tmp_path / "run", images, labels),
-        pngs(tmp_path / "pictures", images),
+        pngs(tmp_path / "images", images),
         tmp_path / "a.npz",
         Decoded(images, labels),
         [(image, int(label)) for image, label in zip(images, labels, strict=True)],
     ]
     found = [measure(open_images(source, batch_size=4), [net])[0] for source in sources]
     for other in found[1:]:
-        assert other.facts["pictures_sha256"] == found[0].facts["pictures_sha256"]
+        assert other.facts["images_sha256"] == found[0].facts["images_sha256"]
         assert other.statistics.n == 21
         assert frechet_distance(found[0].statistics, other.statistics) < 1e-9
     accurate = [f.facts.get("accuracy") for f in found]
@@ -321,10 +323,10 @@ def test_every_source_of_the_same_pictures_measures_the_same(
     expected = float((net.logits(net(images)).argmax(1) == labels).double().mean())
     assert {a for a in accurate if a is not None} == {expected}
     shuffled = measure(open_images(images.flip(0)), [net])[0]
-    assert shuffled.facts["pictures_sha256"] == found[0].facts["pictures_sha256"]
+    assert shuffled.facts["images_sha256"] == found[0].facts["images_sha256"]
     assert (
-        measure(open_images(images[1:]), [net])[0].facts["pictures_sha256"]
-        != found[0].facts["pictures_sha256"]
+        measure(open_images(images[1:]), [net])[0].facts["images_sha256"]
+        != found[0].facts["images_sha256"]
     )
 
 
@@ -338,10 +340,10 @@ def test_the_first_n_are_the_same_whatever_the_source(net: CifarFeatures, tmp_pa
         Decoded(images),
         tmp_path / "a.npz",
     ]
-    expected = measure(open_images(images[:11]), [net])[0].facts["pictures_sha256"]
+    expected = measure(open_images(images[:11]), [net])[0].facts["images_sha256"]
     for source in sources:
         found = measure(open_images(source, n=11, batch_size=4), [net])[0]
-        assert (found.statistics.n, found.facts["pictures_sha256"]) == (11, expected)
+        assert (found.statistics.n, found.facts["images_sha256"]) == (11, expected)
 
 
 def test_processes_share_each_source_without_gaps_or_doubles(tmp_path: Path) -> None:
@@ -351,9 +353,7 @@ def test_processes_share_each_source_without_gaps_or_doubles(tmp_path: Path) -> 
         for n in (None, 17):
             opened = [open_images(source, n=n, batch_size=4, rank=Rank(i, 3)) for i in range(3)]
             none = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
-            seen = [
-                torch.cat([none, *(part for part, _ in pictures.batches)]) for pictures in opened
-            ]
+            seen = [torch.cat([none, *(part for part, _ in images.batches)]) for images in opened]
             together = torch.cat(seen)
             assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, images[:n].numpy()))
             assert max(map(len, seen)) < len(together)
@@ -367,12 +367,12 @@ def test_processes_share_each_source_without_gaps_or_doubles(tmp_path: Path) -> 
         ([(pixels(0, 2), torch.zeros(3))], ValueError, "as many labels"),
         ([pixels(0, 1)], ValueError, "two at least"),
         ([pixels(0, 2), pixels(0, 2, 16)], ValueError, "differ in shape"),
-        (iter([]), ValueError, "holds 0 pictures"),
+        (iter([]), ValueError, "holds 0 images"),
         ("no/where/at/all", ValueError, "neither a folder"),
         (7, TypeError, "__len__"),
     ],
 )
-def test_what_gives_no_pictures_is_told(
+def test_what_gives_no_images_is_told(
     net: CifarFeatures, source: Any, error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
@@ -388,7 +388,7 @@ def test_an_unfinished_or_damaged_folder_is_told(weights: Path, tmp_path: Path) 
     with pytest.raises(SdeflowError, match="not finished"):
         evaluate(run, pixels(6, 9), ("fd_cifar",), cifar_weights=weights)
     (tmp_path / "file.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         open_images(tmp_path / "file.txt")
 
 
@@ -407,7 +407,7 @@ def test_statistics_are_kept_with_their_provenance_and_read_back(
     assert again.facts == found.facts
     assert {
         "source",
-        "pictures_sha256",
+        "images_sha256",
         "n",
         "shape",
         "extractor",
@@ -434,7 +434,7 @@ def test_missing_damaged_or_other_statistics_are_told(
     for name in ("flipped", "cut"):
         with pytest.raises(CheckpointError, match="damaged"):
             FeatureStatistics.load(tmp_path / f"{name}.safetensors")
-    with pytest.raises(CheckpointError, match="no statistics of pictures"):
+    with pytest.raises(CheckpointError, match="no statistics of images"):
         FeatureStatistics.load(weights)
     with pytest.raises(CheckpointError, match="hold no features"):
         evaluate(pixels(0, 5), file, ("precision",), cifar_weights=weights)
@@ -527,7 +527,7 @@ def test_a_result_says_all_that_it_depends_on(weights: Path, tmp_path: Path) -> 
     )
     result.save(tmp_path / "result.json")
     told = json.loads((tmp_path / "result.json").read_text())
-    assert (told["n"], told["reference_n"], told["floor"]["n"]) == (24, 30, 25)
+    assert (told["n"], told["reference_n"], told["floor"]["n"]) == (24, 30, 24)
     assert (told["seed"], told["nfe"], told["solver"], told["classes"]) == (
         5,
         9,
@@ -535,9 +535,11 @@ def test_a_result_says_all_that_it_depends_on(weights: Path, tmp_path: Path) -> 
         [0, 1, 2],
     )
     assert set(told["floor"]["metrics"]) == {"fd_cifar"}
+    excess = told["metrics"]["fd_cifar"] - told["floor"]["metrics"]["fd_cifar"]
+    assert told["excess"] == {"fd_cifar": pytest.approx(excess, rel=1e-12)}
     for side in ("samples", "reference"):
         facts = told[side]["fd_cifar"]
-        assert len(facts["pictures_sha256"]) == 64
+        assert len(facts["images_sha256"]) == 64
         assert facts["extractor"]["sha256"] == file_sha256(weights)
         assert "8 x 8" in facts["extractor"]["resize"]
     assert told["version"] == sdeflow.__version__
@@ -565,7 +567,7 @@ def test_warnings_are_given_where_they_are_due(
 ) -> None:
     real = pixels(15, 30)
     assert any(
-        "very pictures" in text
+        "very images" in text
         for text in evaluate(real, real, ("fd_cifar",), cifar_weights=weights).warnings
     )
     larger = evaluate(pixels(16, 10, 16), real, ("fd_cifar",), cifar_weights=weights).warnings
@@ -574,7 +576,7 @@ def test_warnings_are_given_where_they_are_due(
     other = folder(tmp_path / "run", pixels(17, 30), class_names=["x", "y", "z"])
     told = evaluate(other, real, ("fd_cifar", "accuracy"), cifar_weights=weights).warnings
     assert any("are not those of the network" in text for text in told)
-    monkeypatch.setattr("sdeflow.evaluation.api.ENOUGH", 30)
+    monkeypatch.setattr("sdeflow.evaluation.metrics.frechet.ENOUGH", 30)
     assert evaluate(pixels(17, 30), real, ("fd_cifar",), cifar_weights=weights).warnings == []
 
 
@@ -616,7 +618,7 @@ def test_several_scores_share_one_pass(fidelity: Path, weights: Path) -> None:
         (
             ("precision",),
             {"k": 30},
-            "the 30 nearest neighbours of each picture, and there are only 20 reference pictures",
+            "the 30 nearest neighbours of each image, and there are only 20 reference images",
         ),
     ],
 )
@@ -703,10 +705,10 @@ def test_a_denoiser_is_drawn_from_as_generate_draws(
         Sampling(n=1)
 
 
-def test_compiled_batches_are_of_one_size_and_the_pictures_the_same(
+def test_compiled_batches_are_of_one_size_and_the_images_the_same(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each size would be compiled anew, so the last batch is filled up with pictures that were
+    """Each size would be compiled anew, so the last batch is filled up with images that were
     there before.
     """
     sizes: list[int] = []
@@ -728,7 +730,7 @@ def test_compiled_batches_are_of_one_size_and_the_pictures_the_same(
                 )
             )
     assert sizes == [4, 4, 2, 4, 4, 4, 10]
-    assert len({result.samples["fd_cifar"]["pictures_sha256"] for result in results}) == 1
+    assert len({result.samples["fd_cifar"]["images_sha256"] for result in results}) == 1
     assert [result.n for result in results] == [10, 10, 10]
     assert results[0].how["compiled"] == "no"
     assert results[1].how["compiled"].startswith("no: a CUDA graph needs")
@@ -738,7 +740,7 @@ def test_compiled_batches_are_of_one_size_and_the_pictures_the_same(
 def test_a_compiled_network_is_told(model: Path) -> None:
     for compile in (False, True):
         denoiser = sdeflow.load(model, dtype=torch.bfloat16, compile=compile)
-        how = drawn(denoiser, Sampling(n=4), Rank()).how
+        how = samples_of(denoiser, Sampling(n=4), Rank()).how
         assert (how["network_compiled"], how["dtype"]) == (compile, "bfloat16")
 
 
@@ -772,8 +774,8 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def test_the_command_writes_a_result_beside_the_pictures(weights: Path, tmp_path: Path) -> None:
-    pictures = folder(tmp_path / "pictures", pixels(30, 20))
+def test_the_command_writes_a_result_beside_the_images(weights: Path, tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", pixels(30, 20))
     pngs(tmp_path / "real", pixels(31, 25))
     options = (
         "--reference",
@@ -785,13 +787,13 @@ def test_the_command_writes_a_result_beside_the_pictures(weights: Path, tmp_path
         "--device",
         "cpu",
     )
-    done = run(pictures, *options, cwd=tmp_path)
+    done = run(images, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "FD-CIFAR" in done.stdout
-    told = json.loads((pictures / "evaluation.json").read_text())
+    told = json.loads((images / "evaluation.json").read_text())
     assert told["metrics"].keys() == {"fd_cifar", "precision", "recall"}
     done = run(
-        pictures,
+        images,
         *options,
         "--metrics",
         "fd_cifar",
@@ -856,18 +858,18 @@ def test_half_and_compile_are_in_the_result(model: Path, weights: Path, tmp_path
 
 
 def test_numbers_that_are_not_there_are_told(weights: Path, tmp_path: Path) -> None:
-    folder(tmp_path / "pictures", pixels(30, 20))
+    folder(tmp_path / "images", pixels(30, 20))
     pngs(tmp_path / "real", pixels(31, 25))
     options = ("--reference", "real", "--cifar-weights", weights, "--device", "cpu")
-    done = run("pictures", *options, "--n", "30", "--reference-n", "40", cwd=tmp_path)
+    done = run("images", *options, "--n", "30", "--reference-n", "40", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "samples: the first 30 were asked for, and these are 20" in done.stdout
     assert "reference: the first 40 were asked for, and these are 25" in done.stdout
     assert (
-        "precision and recall depend on how many samples (20) and reference pictures (25)"
+        "precision and recall depend on how many samples (20) and reference images (25)"
         in done.stdout
     )
-    done = run("pictures", *options, "--n", "3", cwd=tmp_path)
+    done = run("images", *options, "--n", "3", cwd=tmp_path)
     assert done.returncode == 2
     assert "there are only 3 samples" in done.stderr
 
@@ -875,44 +877,44 @@ def test_numbers_that_are_not_there_are_told(weights: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        ((), 2, "name the pictures"),
+        ((), 2, "name the images"),
         (
-            ("pictures", "--reference", "pictures", "--half"),
+            ("images", "--reference", "images", "--half"),
             2,
-            "--half: how samples are drawn is for a model",
+            "--half: how samples are made is for a model",
         ),
         (
             ("--compare", "a", "b", "--reference", "c", "--nfe", "9"),
             2,
             "--reference, --nfe: --compare takes two sets",
         ),
-        (("cifar1", "--reference", "pictures"), 2, "nor a model: those are cifar10"),
-        (("none.safetensors", "--reference", "pictures"), 1, "no checkpoint"),
-        (("pictures", "--compare", "a", "b"), 2, "not both"),
-        (("pictures", "--metrics", "fd"), 2, "unknown metric"),
-        (("pictures",), 2, "a reference is needed"),
-        (("pictures", "--reference", "none.safetensors"), 1, "there are no statistics"),
+        (("cifar1", "--reference", "images"), 2, "nor a model: those are cifar10"),
+        (("none.safetensors", "--reference", "images"), 1, "no checkpoint"),
+        (("images", "--compare", "a", "b"), 2, "not both"),
+        (("images", "--metrics", "fd"), 2, "unknown metric"),
+        (("images",), 2, "a reference is needed"),
+        (("images", "--reference", "none.safetensors"), 1, "there are no statistics"),
         (
-            ("pictures", "--reference", "pictures", "--nfe", "9"),
+            ("images", "--reference", "images", "--nfe", "9"),
             2,
-            "--nfe: how samples are drawn is for a model",
+            "--nfe: how samples are made is for a model",
         ),
         (
-            ("nowhere", "--reference", "pictures"),
+            ("nowhere", "--reference", "images"),
             2,
-            "neither a folder or file of pictures nor a model",
+            "neither a folder or file of images nor a model",
         ),
-        (("pictures", "--reference", "pictures", "--out", "."), 1, "it is a folder"),
+        (("images", "--reference", "images", "--out", "."), 1, "it is a folder"),
     ],
 )
 def test_what_goes_wrong_is_told_in_a_line(
     weights: Path, tmp_path: Path, arguments: tuple[str, ...], status: int, said: str
 ) -> None:
-    pngs(tmp_path / "pictures", pixels(30, 6))
+    pngs(tmp_path / "images", pixels(30, 6))
     done = run(*arguments, "--cifar-weights", weights, cwd=tmp_path)
     assert (done.returncode, said in done.stderr) == (status, True), done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
 @pytest.mark.cuda
@@ -928,7 +930,7 @@ def test_a_gpu_measures_what_a_cpu_does(model: Path, tmp_path: Path) -> None:
         for device in ("cpu", "cuda")
     )
     assert gpu.metrics == pytest.approx(cpu.metrics, rel=1e-3)
-    assert gpu.samples["fd_cifar"]["pictures_sha256"] == cpu.samples["fd_cifar"]["pictures_sha256"]
+    assert gpu.samples["fd_cifar"]["images_sha256"] == cpu.samples["fd_cifar"]["images_sha256"]
     from_model = evaluate(
         sdeflow.load(model, "cuda"),
         real,
@@ -1011,7 +1013,7 @@ def test_two_processes_draw_as_one_does(model: Path, weights: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> None:
-    pictures = folder(tmp_path / "pictures", pixels(32, 50))
+    images = folder(tmp_path / "images", pixels(32, 50))
     pngs(tmp_path / "real", pixels(33, 41))
     options = [
         "--reference",
@@ -1021,7 +1023,7 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
         "--cifar-weights",
         str(weights),
     ]
-    alone = run(pictures, *options, "--out", "one.json", cwd=tmp_path)
+    alone = run(images, *options, "--out", "one.json", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     torchrun = [
         sys.executable,
@@ -1034,7 +1036,7 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
         "sdeflow",
     ]
     done = subprocess.run(
-        [*torchrun, "evaluate", str(pictures), *options, "--statistics", "stats", "--out", "two.json", "--device", "cpu"],
+        [*torchrun, "evaluate", str(images), *options, "--statistics", "stats", "--out", "two.json", "--device", "cpu"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -1044,13 +1046,13 @@ def test_two_processes_measure_as_one_does(weights: Path, tmp_path: Path) -> Non
     assert two["machine"].startswith("2 x")
     for side in ("samples", "reference"):
         assert two[side]["fd_cifar"]["shape"] == [3, 8, 8]
-        assert two[side]["fd_cifar"]["pictures_sha256"] == one[side]["fd_cifar"]["pictures_sha256"]
+        assert two[side]["fd_cifar"]["images_sha256"] == one[side]["fd_cifar"]["images_sha256"]
     assert done.stdout.count("FD-CIFAR") == 1
-    (pictures / "shard-00006.npz").write_bytes(
+    (images / "shard-00006.npz").write_bytes(
         b"torn"
     )  # of the second process: the first does not wait for it
     done = subprocess.run(
-        [*torchrun, "evaluate", str(pictures), *options, "--out", "three.json", "--device", "cpu"],
+        [*torchrun, "evaluate", str(images), *options, "--out", "three.json", "--device", "cpu"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
     )  # fmt: skip
     assert done.returncode != 0
@@ -1128,7 +1130,7 @@ def test_the_cycle_rises_and_ends_near_zero(trainer: ModuleType) -> None:
     assert rates[-1] <= 1e-3
 
 
-def test_crops_are_shifted_mirrored_and_erased_pictures(trainer: ModuleType) -> None:
+def test_crops_are_shifted_mirrored_and_erased_images(trainer: ModuleType) -> None:
     x = pixels(40, 6)
     crops = trainer.Crops(x, 3, seed=0)
     got, erased = crops(torch.arange(6).repeat(30))

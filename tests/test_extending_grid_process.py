@@ -34,7 +34,6 @@ def half_angle(
     return in_nsr(process, n, t_min, t_max, None, None, place)
 
 
-register_grid("half_angle", half_angle, aliases=("haversine",))
 # --8<-- [end:grid]
 
 # --8<-- [start:process]
@@ -55,14 +54,15 @@ class Power(Process):
         return t**self.power
 
 
-register_process("power", Power)
-register_process("cubic", Power, arguments={"power": 3.0, "t_max": 4.0})
 # --8<-- [end:process]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def only_here() -> Iterator[None]:
-    """The names are gone after this file."""
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """The names, for one test."""
+    register_grid("half_angle", half_angle, aliases=("haversine",))
+    register_process("power", Power)
+    register_process("cubic", Power, arguments={"power": 3.0, "t_max": 4.0})
     yield
     for table, names in (
         (registry.GRIDS, ("half_angle",)),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from sdeflow import (
     Gaussian,
     Optimal,
     Preconditioned,
-    Prediction,
     Process,
     RectifiedFlow,
     betas,
@@ -41,6 +41,7 @@ from sdeflow.losses import (
 from sdeflow.training.config import LOSSES, TrainConfig
 
 F64 = torch.float64
+Prediction = partial(sdeflow.Prediction, time="continuous")
 C = 0.6
 X0 = C * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=F64)
 EPS = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=F64)
@@ -85,7 +86,7 @@ def least(process: Process, t: float) -> float:
 
 
 def optimum(
-    loss: Loss, model: Prediction, network: Linear, t: float, **given
+    loss: Loss, model: sdeflow.Prediction, network: Linear, t: float, **given
 ) -> tuple[float, float]:
     """The expectation of the loss and its slope in k."""
     value = loss(model, X0, t, EPS, **given).mean()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +397,30 @@ def test_other_files_and_missing_ones_are_told(tmp_path: Path) -> None:
         ("grid", [[1.0, 2.0]]),
         ("registers", None),
         ("registers", 0),
+        ("registers", 3 * 10**8),
+        ("registers", 2.0),
+        ("registers", True),
         ("result", 40),
+        ("result", -1),
+        ("finished", "yes"),
+        ("solver", None),
+        ("version", 1),
+        ("version", "next"),
+        ("format", "sdeflow-plan-2"),
+        ("colour", "red"),
+        ("grid", [[1.0, float("nan"), 1.0]]),
+        ("grid", [[float("inf"), 1.0, 1.0]]),
+        ("instructions", [["combine", 0, [[0, float("nan")]]]]),
+        ("instructions", [["combine", 0, [[0, float("inf")]]]]),
+        ("instructions", [["combine", 0, [[0, 10**400]]]]),
+        ("instructions", [["combine", 0, [[0, "1.0"]]]]),
+        ("instructions", [["combine", 0.0, [[0, 1.0]]]]),
+        ("instructions", [["call", 1, 0, float("nan"), 1.0, 1.0]]),
+        ("instructions", [["call", 1, 0, 1.0, float("inf"), 1.0]]),
+        ("instructions", [["draw", 1, float("nan"), 1.0]]),
+        ("instructions", [["draw", 1, -1.0, 1.0]]),
+        ("instructions", [["draw", 1, None, 1.0]]),
+        ("instructions", [["record", 40, 0]]),
     ],
 )
 @pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])
@@ -408,6 +432,64 @@ def test_no_content_breaks_the_reader(name: str, key: str, value: Any, tmp_path:
     (tmp_path / name).write_text(json.dumps(data))
     with pytest.raises(CheckpointError):
         Plan.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])
+def test_no_flipped_bit_makes_another_plan(name: str, tmp_path: Path) -> None:
+    path, rng = tmp_path / name, random.Random(0)
+    for solver in ("ddim", "dpmpp_2m_sde", "heun"):
+        plan = REGISTERED[solver].plan(VP(), warped(VP(), 6), record=True)
+        plan.save(path)
+        whole = path.read_bytes()
+        for flips in (1, 1, 1, 2) * 50:
+            content = bytearray(whole)
+            for _ in range(flips):
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            path.write_bytes(bytes(content))
+            try:
+                loaded = Plan.load(path)
+            except CheckpointError:
+                continue
+            assert loaded == plan  # the flip was in white space, or below the last digit of a float
+
+
+def test_a_json_file_without_a_checksum_is_read_and_one_that_was_changed_is_not(
+    tmp_path: Path,
+) -> None:
+    plan, path = Heun().plan(VP(), warped(VP(), 3)), tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.to_dict()))  # as 0.5 wrote them
+    assert Plan.load(path) == plan
+    plan.save(path)
+    data = json.loads(path.read_text())
+    assert Plan.from_dict(data) == plan
+    next(row for row in data["instructions"] if row[0] == "combine")[2][0][1] *= 1.5
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=r"SHA-256 .* deletes that entry"):
+        Plan.load(path)
+    del data["sha256"]
+    path.write_text(json.dumps(data))
+    assert Plan.load(path) != plan
+
+
+def test_what_asks_for_much_memory_is_refused_before_it_takes_any(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with path.open("wb") as file:
+        file.truncate(2**29)  # sparse: half a gigabyte of zeros
+    with pytest.raises(CheckpointError, match="536,870,912 bytes"):
+        Plan.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError):
+        Plan.load(path)
+    data = DDIM().plan(VP(), warped(VP(), 2)).to_dict() | {"registers": 300_000_000}
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="300000000 registers for"):
+        Plan.load(path)
+
+
+def test_another_version_of_the_format_says_which_sdeflow_wrote_it(tmp_path: Path) -> None:
+    data = DDIM().plan(VP(), warped(VP(), 2)).to_dict()
+    with pytest.raises(ValueError, match=r"'sdeflow-plan-2' \(written by sdeflow 9\.1\)"):
+        Plan.from_dict({**data, "format": "sdeflow-plan-2", "version": "9.1"})
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -622,7 +622,7 @@ def test_levels_keep_gradients_unless_told_not_to():
         (lambda: Process.from_betas([]), "every entry inside"),
         (lambda: Process.from_betas([0.1, 0.0]), "every entry inside"),
         (lambda: Process.from_betas([0.1, math.nan]), "every entry inside"),
-        (lambda: Process.from_betas([0.1, 1.0]), "zero-terminal SNR"),
+        (lambda: Process.from_betas([1.0, 0.1]), "zero-terminal SNR.*entry 0 is 1"),
         (lambda: Process.from_sde(torch.zeros_like, torch.ones_like, s0=0.0), "s0 > 0"),
         (lambda: Process.from_sde(torch.zeros_like, torch.ones_like, sigma0=-1.0), "sigma0 >= 0"),
         (lambda: Process.from_sde(torch.zeros_like, torch.ones_like, t_min=2.0), "larger t_max"),

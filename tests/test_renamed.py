@@ -45,5 +45,5 @@ def test_what_a_constructor_does_not_have_is_refused() -> None:
         DEIS(3, "t", clock="t")  # type: ignore[misc]
     with pytest.raises(TypeError, match="up to 2 arguments"):
         DEIS(3, "t", 4)  # type: ignore[call-arg]
-    assert list(inspect.signature(DEIS).parameters) == ["p", "clock"]
+    assert list(inspect.signature(DEIS).parameters) == ["p", "clock", "to_zero"]
     assert dataclasses.replace(DEIS(2), clock="nsr") == DEIS(2, "nsr")

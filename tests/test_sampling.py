@@ -612,8 +612,10 @@ def test_sampling_is_what_the_solver_integrates() -> None:
     start = SeededNoise([4], (2,)).start() * process.level(1.0).sigma
     with torch.no_grad():
         by_hand = (
-            Auto(exact=True)
-            .integrate(Reverse(Mixture(process)), start, auto_grid(process, 35, exact=True), None)
+            Auto(table="density")
+            .integrate(
+                Reverse(Mixture(process)), start, auto_grid(process, 35, table="density"), None
+            )
             .x
         )
         heun = (

@@ -90,7 +90,11 @@ def test_every_solver_ends_at_zero_noise_from_the_end_of_time(name: str, under: 
         if name in CALM or (levels >= 10 and name not in WILD):
             assert float(mixture.x.abs().max()) < 12.0  # no noise is left: the data lies within 3
         point = sample(Point(process), solver=solver, nfe=nfe, shape=(2,), seeds=range(3))
-        assert torch.equal(point, torch.full_like(point, Point.value))
+        exact = torch.full_like(point, Point.value)
+        if name == "auto":  # its step to zero noise is a combination, exact but for rounding
+            torch.testing.assert_close(point, exact, rtol=1e-5, atol=0)
+        else:
+            assert torch.equal(point, exact)
 
 
 @pytest.mark.parametrize("clock", ["nsr", "lam"])

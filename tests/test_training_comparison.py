@@ -312,7 +312,7 @@ def test_from_training_to_the_report(
     text = (tmp_path / "table.md").read_text()
     assert "| sdeflow UNet |" in text
     assert "| EDM DDPM++ |" in text
-    assert "10 pictures" in text
+    assert "10 images" in text
     assert "Data: plain colours." in text
     assert "in 2 invocations" in text
     found = json.loads((tmp_path / "table.json").read_text())

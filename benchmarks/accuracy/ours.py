@@ -75,7 +75,7 @@ def grid_functions() -> dict[str, grid.GridFunction]:
     """Every registered grid with its defaults, and some with other parameters."""
     out = {entry.name: entry.make for entry in registry.GRIDS.values()}
     out["auto"] = partial(
-        auto_grid, exact=True
+        auto_grid, table="density"
     )  # the one that sample takes for known densities, which the targets are
     for name, (base, arguments) in SHAPED.items():
         if base in registry.GRIDS:

@@ -1,10 +1,12 @@
-"""FD-CIFAR against the length of the average of a training's weights, chosen after the training.
+"""Quality against the length of the average of a training's weights, chosen after the training.
 
 Of the averages that `sdeflow train --snapshot-images` stored, one of each length in `--stds` is
-made (`sdeflow ema`), and `--n` pictures are drawn from it; beside them the exponential average that
-the training tracked (`model.safetensors`). Under torchrun each process takes lengths of its own.
+made (`sdeflow ema`), and `--n` samples of it are scored by both judges. Beside them stands the
+exponential average that the training tracked (`model.safetensors`). Under torchrun each process
+takes lengths of its own.
 
-    torchrun --nproc-per-node 2 -m benchmarks.quality.ema_length runs/train --data train.parquet --test test.parquet
+    torchrun --nproc-per-node 2 -m benchmarks.quality.ema_length runs/train \\
+        --data train.parquet --test test.parquet
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.nfe_fid import Scorer
+from benchmarks.quality.nfe_fid import JUDGES, Scorer
 from benchmarks.report import table, write
-from sdeflow._utils.distributed import gather, joined, this_rank
+from sdeflow._utils.distributed import all_gather, joined, this_rank
 from sdeflow.models.checkpoint import load, read_tensors
 from sdeflow.models.ema.posthoc import find_snapshots, reconstruct
 from sdeflow.training.api import MODEL
@@ -53,9 +55,9 @@ def main(words: list[str] | None = None) -> None:
     )
     scorer = Scorer(arguments, device)
     cell = (arguments.solver, arguments.grid, arguments.nfe, arguments.n)
-    mine: list[
-        list[float]
-    ] = []  # std (0: the one that was tracked), FD-CIFAR, how far the profile is off
+    # std (0: the one that was tracked), how far the profile is off, and a distance of each judge
+    mine: list[list[float]] = []
+    judges = [e.score for e in scorer.extractors]
     for std in [0.0, *arguments.stds][rank.index :: rank.world]:
         error = 0.0
         if std:
@@ -66,39 +68,43 @@ def main(words: list[str] | None = None) -> None:
                 n: p.float() for n, p in read_tensors(arguments.folder / MODEL)[0].items()
             }
         model.network.load_state_dict(parameters)  # type: ignore[attr-defined]  # in place: what is compiled stays
-        distance, _ = scorer(model, cell, min(arguments.batch_size, arguments.n))
-        mine.append([std, distance, error])
-        print(std or "exponential", f"{distance:.4f}", flush=True)
+        seen, _ = scorer(model, cell, min(arguments.batch_size, arguments.n))
+        distances = scorer.distances(seen)
+        mine.append([std, error, *distances.values()])
+        print(std or "exponential", distances, flush=True)
     with joined(rank, torch.device("cpu")):
-        found = gather(torch.tensor(mine, dtype=torch.float64).reshape(-1, 3))
+        found = all_gather(torch.tensor(mine, dtype=torch.float64).reshape(-1, 2 + len(judges)))
     if rank.first:
-        report(arguments, sorted(found.tolist()), scorer.floor)
+        report(arguments, sorted(found.tolist()), scorer.test_set, judges)
 
 
-def report(arguments: argparse.Namespace, found: list[list[float]], floor: float) -> None:
+def report(
+    arguments: argparse.Namespace,
+    found: list[list[float]],
+    test_set: dict[str, float],
+    judges: list[str],
+) -> None:
     """The table, the tracked average first."""
     stored = find_snapshots(arguments.folder)
     rows = [
-        (
-            [f"{std:g}", f"{error:.1e}", f"{distance:.4f}"]
-            if std
-            else ["exponential, tracked", "", f"{distance:.4f}"]
-        )
-        for std, distance, error in found
+        [f"{std:g}" if std else "exponential, tracked", f"{error:.1e}" if std else ""]
+        + [f"{value:.4f}" for value in values]
+        for std, error, *values in found
     ]
+    floors = ", ".join(f"{test_set[judge]:.4g} ({JUDGES[judge]})" for judge in judges)
+    head = ["std of the average", "its profile is off by", *(JUDGES[judge] for judge in judges)]
     text = (
-        f"FD-CIFAR of {arguments.n} pictures, {arguments.solver} on the {arguments.grid} grid,"
-        f" {arguments.nfe} calls, after {stored[-1].images} images; made of {len(stored)} stored"
-        f" averages; the floor is {floor:.3f}:\n\n"
-        + table(["std of the average", "its profile is off by", "FD-CIFAR"], rows)
+        f"{arguments.n} images, {arguments.solver} on the {arguments.grid} grid, {arguments.nfe}"
+        f" calls, after {stored[-1].images} images of training; made of {len(stored)} stored"
+        f" averages; {int(test_set['n'])} test images score {floors}:\n\n" + table(head, rows)
     )
     averages = [
-        {"std": std or None, "fd_cifar": distance, "profile_error": error}
-        for std, distance, error in found
+        {"std": std or None, "profile_error": error, **dict(zip(judges, values, strict=True))}
+        for std, error, *values in found
     ]
     write(
         "ema_length",
-        {"floor": floor, "images": stored[-1].images, "averages": averages},
+        {"test_set": test_set, "images": stored[-1].images, "averages": averages},
         text,
         arguments.out,
     )

@@ -15,6 +15,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.report import provenance
-from sdeflow.evaluation.features.base import (
+from sdeflow.evaluation.features import (
     CIFAR_WEIGHTS,
     CifarFeatures,
     CifarNet,
@@ -64,7 +66,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--cutmix",
         type=float,
         default=0.5,
-        help="share of batches whose pictures get a part of another",
+        help="share of batches whose images get a part of another",
     )
     parser.add_argument("--ema", type=float, default=0.995, help="decay of the average, a step")
     parser.add_argument("--widths", type=int, nargs="+", default=list(CifarNetConfig.widths))
@@ -113,7 +115,7 @@ class Crops:
         return torch.randint(high, (count, 1), device=self.padded.device, generator=self.generator)
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The pictures [B, 3, S, S] (channels last), and where they are erased [B, 1, S, S]."""
+        """The images [B, 3, S, S] (channels last), and where they are erased [B, 1, S, S]."""
         count, places = len(indices), torch.arange(self.size, device=indices.device)
         rows, columns = places + self._draw(9, count), places + self._draw(9, count)
         columns = torch.where(self._draw(2, count) == 1, columns.flip(1), columns)
@@ -130,7 +132,7 @@ class Crops:
 def cut_mixed(
     x: Tensor, labels: Tensor, share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, float]:
-    """In a `share` of calls, each picture with a box of its neighbour's; the neighbours' labels and
+    """In a `share` of calls, each image with a box of its neighbour's; the neighbours' labels and
     how much of them there is.
     """
     if float(torch.rand((), generator=generator)) >= share:
@@ -148,6 +150,21 @@ def cut_mixed(
         :, :, top : top + side, left : left + side
     ]
     return x, labels.roll(1), (side / size) ** 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how it is stored; `None` stands for the network of FD-CIFAR.
+
+    A network has `normalise(pixels)` and, called with that, gives logits. `save` takes a path, the
+    network, `tensors`, `class_names` and `card`; `load` a path and a device.
+    """
+
+    build: Callable[[Decoded], Any] | None = None
+    save: Callable[..., None] = save_cifar_net
+    load: Callable[[Path, torch.device], Any] = lambda path, device: (
+        CifarFeatures(path, device).network
+    )
 
 
 class Average:
@@ -170,9 +187,7 @@ class Average:
 
 
 @torch.no_grad()
-def accuracy(
-    network: CifarNet, state: dict[str, Tensor], images: Decoded, batch: int = 1000
-) -> float:
+def accuracy(network: Any, state: dict[str, Tensor], images: Decoded, batch: int = 1000) -> float:
     """The share of `images` that a network with this state names rightly."""
     was, training = (
         {name: value.clone() for name, value in network.state_dict().items()},
@@ -203,7 +218,7 @@ def read(options: argparse.Namespace, device: torch.device) -> tuple[Decoded, De
     return sets[0].to(device), sets[1].to(device)  # type: ignore[attr-defined]
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
+def train(options: argparse.Namespace, recipe: Recipe | None = None) -> dict[str, Any]:
     """Train, test after each epoch, and write the file; returns the facts that are in it."""
     began = time.monotonic()
     deadline = began + options.seconds - max(1.0, options.seconds * RESERVE)
@@ -213,7 +228,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     config = CifarNetConfig(
         tuple(options.widths), tuple(options.blocks), data.num_classes, data.size
     )
-    network: CifarNet = CifarNet(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = recipe or Recipe()
+    made = recipe.build(data) if recipe.build else CifarNet(config)
+    network = made.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     groups = [
@@ -289,7 +306,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             f"no epoch fits into {options.seconds} s; nothing is written. Give it more with"
             " --seconds"
         )
-    kept = {k: v for k, v in vars(options).items() if k not in ("data", "test", "out")}
+    unused = ("data", "test", "out", *(("widths", "blocks") if recipe.build else ()))
+    kept = {k: v for k, v in vars(options).items() if k not in unused}
     about = provenance()  # files by their names alone: where they lie is nobody's business
     about["command"] = " ".join(
         Path(word).name if "/" in word else word for word in about["command"].split(" ")
@@ -299,12 +317,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "training_seconds": round(time.monotonic() - started, 1), "data": Path(data.name).name, "test": Path(test.name).name,
         "note": options.note, "parameters": parameters, "settings": kept, **about,
     }  # fmt: skip
-    save_cifar_net(
+    recipe.save(
         options.out, network, tensors=average.state, class_names=data.class_names, card=facts
     )
-    stored = CifarFeatures(options.out, device)
+    stored = recipe.load(options.out, device)
     # what counts is what is in the file
-    facts["stored_accuracy"] = accuracy(stored.network, {}, test)
+    facts["stored_accuracy"] = accuracy(stored, {}, test)
     Path(options.out).with_suffix(".md").write_text(card_markdown(facts))
     size, sha256 = options.out.stat().st_size / 1e6, file_sha256(options.out)
     print(f"written {options.out}, {size:.2f} MB, SHA-256 {sha256}")

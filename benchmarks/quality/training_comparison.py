@@ -57,7 +57,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.quality.nfe_fid import Scorer
+from benchmarks.quality.nfe_fid import JUDGES, Scorer
 from benchmarks.report import provenance, table, write
 from benchmarks.speed.networks import EDMNetwork
 from sdeflow._utils.distributed import Rank
@@ -390,7 +390,7 @@ def gflop(network: nn.Module, size: int) -> float:
 
 @torch.no_grad()
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draw pictures from the averaged network, measure them, and write the result beside the
+    """Sample the averaged network, measure them, and write the result beside the
     state.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -407,30 +407,34 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if gpu:
         network.compile(dynamic=False)
     scorer = Scorer(
-        argparse.Namespace(features=arguments.features, data=arguments.data, test=arguments.test),
+        argparse.Namespace(
+            features=arguments.features, data=arguments.data, test=arguments.test, n=arguments.n
+        ),
         device,
     )
     model = Preconditioned(network, config.sigma_data, shape=(3, entry.size, entry.size))
     batch = min(arguments.batch_size, arguments.n)
-    distance, seconds = scorer(model, ("heun", "karras", arguments.nfe, arguments.n), batch)  # type: ignore[arg-type]
+    found, seconds = scorer(model, ("heun", "karras", arguments.nfe, arguments.n), batch)  # type: ignore[arg-type]
+    distances = scorer.distances(found)
     result = {
         "network": entry.network, "parameters": parameters, "gflop": round(work, 3), "finished": facts["seconds"] >= entry.seconds,
         "seconds": facts["seconds"], "steps": facts["step"], "images": facts["step"] * config.batch_size,
         "ema_loss_train": losses["train"], "ema_loss_test": losses["test"],
-        "fd_cifar": distance, "floor": scorer.floor, "drawing_seconds": round(seconds, 1),
+        **distances, "test_set": scorer.test_set, "floor": scorer.test_set["fd_cifar"],
+        "drawing_seconds": round(seconds, 1),
         "same": {
             "limit": entry.seconds, "warmup": entry.warmup, **{key: sorted({run[key] for run in facts["runs"]}) for key in WAYS},
             "settings": {key: value for key, value in facts["config"].items() if key not in OWN},
             "data": arguments.note, "pictures": arguments.n, "nfe": arguments.nfe, "drawn_in": "bf16" if gpu else "float32",
-            "features": scorer.extractor.describe(),
+            "features": {e.score: e.describe() for e in scorer.extractors},
         },
         "entry": asdict(entry), "runs": facts["runs"], "evaluation": provenance(),
     }  # fmt: skip
     write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode(), "result")
-    print(
-        f"{entry.network}: FD-CIFAR {distance:.4f} of {arguments.n} pictures, floor"
-        f" {scorer.floor:.4f}"
+    values = ", ".join(
+        f"{JUDGES[k]} {v:.4g} (test set {scorer.test_set[k]:.4g})" for k, v in distances.items()
     )
+    print(f"{entry.network}: {values}, {arguments.n} images")
     return result
 
 
@@ -472,15 +476,16 @@ def report(arguments: argparse.Namespace) -> None:
     """One table of all networks, and how its figures were made."""
     found = results(Path(arguments.out))
     same = found[0]["same"]
+    judges = [k for k in JUDGES if all(k in one for one in found)]
     head = [
         "network", "parameters", "GFLOP an image", "seconds of training", "images/s", "images seen", "loss, training set",
-        "loss, test set", "FD-CIFAR", "floor",
+        "loss, test set", *(f"{JUDGES[k]}{of}" for k in judges for of in ("", ", test set")),
     ]  # fmt: skip
     rows = [
         [
             TITLES[one["network"]], f"{one['parameters'] / 1e6:.2f} M", f"{one['gflop']:.1f}", f"{one['seconds']:.1f}",
             f"{one['images'] / one['seconds']:,.0f}", f"{one['images']:,}", f"{one['ema_loss_train']:.4f}",
-            f"{one['ema_loss_test']:.4f}", f"{one['fd_cifar']:.3f}", f"{one['floor']:.3f}",
+            f"{one['ema_loss_test']:.4f}", *(f"{value:.4g}" for k in judges for value in (one[k], one["test_set"][k])),
         ]
         for one in found
     ]  # fmt: skip
@@ -514,10 +519,11 @@ def how(same: dict[str, Any]) -> str:
         f" dropout of activations, an average of weights with a half-life of {s['ema']:,} images,"
         f" seed {s['seed']}. Seconds are those of training steps, from batch to average; decoding,"
         " compiling, recording the step, saving and drawing are not counted, for any. FD-CIFAR is"
-        f" the Frechet distance of {same['pictures']:,} pictures to the training set in the"
-        f" features of sdeflow's classifier (no FID): seeds 0 to {same['pictures'] - 1}, classes in"
+        f" the Frechet distance of {same['pictures']:,} images to the training set in the"
+        f" features of sdeflow's classifier, FD-IN that in those of an ImageNet network; neither is FID."
+        " Seeds are 0 to {same['pictures'] - 1}, classes in"
         f" turn, Heun on Karras's grid, NFE {same['nfe']}, {same['drawn_in']}, averaged weights;"
-        " the floor is that of the test set. The losses are those of the averaged weights, each"
+        " the test set has as many images, where it can. The losses are those of the averaged weights, each"
         " image once, with the same noise for all. One training each: how much of a difference is"
         " chance, the table does not say."
     )
@@ -531,7 +537,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--out", required=True, help="the folder of all trainings; each network has its own in it"
     )
     parser.add_argument(
-        "--data", help="the training set, parquet or a folder of pictures, of ten classes"
+        "--data", help="the training set, parquet or a folder of images, of ten classes"
     )
     parser.add_argument("--test", help="the test set")
     parser.add_argument("--network", choices=list(CHANNELS))
@@ -566,7 +572,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="draw from the network and measure, instead of training",
     )
-    parser.add_argument("--n", type=int, default=50_000, help="how many pictures --evaluate draws")
+    parser.add_argument("--n", type=int, default=50_000, help="how many images --evaluate makes")
     parser.add_argument("--nfe", type=int, default=35)
     parser.add_argument(
         "--note",

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sdeflow.errors import unknown
 
 
 def is_whole(value: Any, least: float = 1, most: float = math.inf) -> bool:
-    """Whether `value` is a whole number from `least` to `most`; `True` and `False` are not."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    """Whether `value` is a whole number from `least` to `most`, an integer of numpy too; `True` and
+    `False` are not.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and least <= int(value) <= most
 
 
 def whole_number(
     name: str, value: Any, least: int = 1, *, of: str = "", error: type[Exception] = ValueError
 ) -> int:
-    """`value`, a whole number of at least `least`; `of` says what it counts, in the error."""
+    """`value` as an `int`, a whole number of at least `least`; `of` says what it counts, in the
+    error.
+    """
     if not is_whole(value, least):
         raise error(
             f"{name} is a whole number{of and f' of {of}'}, at least {least}; got {value!r}"
         )
-    return value
+    return int(value)
 
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether `value` is a finite number from `least` to `most`; `True` and `False` are not."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     return number and math.isfinite(value) and least <= value <= most
 
 
@@ -57,9 +63,24 @@ def one_of(
     return value
 
 
+def listed(values: Sequence[Any], most: int = 5) -> str:
+    """The first of `values` for a message, with commas, and "..." if there are more."""
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of two mappings that differ, for an error that names them.
+
+    An entry is None where a mapping lacks the name.
+    """
+    names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    return {name: a.get(name) for name in names}, {name: b.get(name) for name in names}
+
+
 def check_choices(value: Any) -> None:
-    """`UnknownNameError` where a field of a dataclass is of a `Literal` type and holds something
-    else.
+    """Check the fields of a dataclass that are of a `Literal` type.
+
+    `UnknownNameError` where one holds something else.
     """
     for name, known in _choices(type(value)):  # type: ignore[arg-type]
         if getattr(value, name) not in known:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among `world` processes; `local` is its number on its own machine, which picks
-    its GPU.
+    """This process among `world` processes.
+
+    `local` is its number on its own machine, which picks its GPU.
     """
 
     index: int = 0
@@ -31,8 +32,9 @@ class Rank:
         return self.index == 0
 
     def share(self, total: int) -> range:
-        """Which of `total` things are this process's: contiguous, disjoint, sizes that differ by
-        one at most.
+        """Which of `total` things are this process's.
+
+        Shares are contiguous and disjoint; their sizes differ by one at most.
         """
         return range(self.index * total // self.world, (self.index + 1) * total // self.world)
 
@@ -50,8 +52,9 @@ def this_rank() -> Rank:
 
 @contextmanager
 def joined(rank: Rank, device: torch.device) -> Iterator[None]:
-    """A process group for the block, if there is more than one process: NCCL for GPUs, Gloo
-    otherwise.
+    """A process group for the block, if there is more than one process.
+
+    It is NCCL's for GPUs, Gloo's otherwise.
     """
     if rank.world == 1 or dist.is_initialized():
         yield
@@ -85,8 +88,9 @@ def anyone(flag: bool, device: torch.device) -> bool:
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """The tensors of all processes, concatenated by rank along dimension 0, on every process; sizes
-    may differ.
+    """The tensors of all processes, on every process.
+
+    They are concatenated by rank along dimension 0; sizes may differ.
     """
     if not dist.is_initialized():
         return tensor

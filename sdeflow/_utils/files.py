@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from sdeflow.errors import SdeflowError
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes, what: str = "file") -> Path:
+def write_atomically(
+    path: str | os.PathLike[str], content: bytes, what: str = "file", keep: Path | None = None
+) -> Path:
     """Write `content` to `path` so that afterwards the file is the old one or the new one, whatever
     happens between.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
     missing folders are made. If that fails (a full disk, say), the old file is unchanged, the
-    temporary one is removed and an `SdeflowError` says why.
+    temporary one is removed and an `SdeflowError` says why. The file that was there before stays
+    as `keep`, a path in the same folder, if that is given.
     """
     path = Path(path)
     try:
@@ -28,6 +32,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, what: str = "
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
+            if keep is not None and path.is_file():
+                _keep(path, keep)
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -43,9 +49,26 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, what: str = "
     return path
 
 
+def _keep(path: Path, kept: Path) -> None:
+    """The file `path` under the name `kept` too, in one step."""
+    handle, name = tempfile.mkstemp(dir=kept.parent, prefix=f".{kept.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        os.unlink(name)
+        try:
+            os.link(path, name)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, name)
+        os.replace(name, kept)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
 def check_writable(path: str | os.PathLike[str], what: str = "file") -> Path:
-    """`path`, if a file can be written there; else an `SdeflowError`. To be called before long work
-    whose result the file is to hold.
+    """`path`, if a file can be written there; else an `SdeflowError`.
+
+    To be called before long work whose result the file is to hold.
     """
     path = Path(path)
     folder = path.parent

@@ -1,11 +1,10 @@
-"""Small mathematics that everything else stands on: broadcasting, derivatives in time,
-quadrature.
-"""
+"""Small mathematics: broadcasting, derivatives in time, quadrature, roots."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -20,8 +19,9 @@ tensor, one value a sample.
 
 
 def as_time(t: float | Tensor) -> Tensor:
-    """`t` as a tensor: Python numbers and integer tensors become float64, floating tensors stay as
-    they are.
+    """`t` as a tensor.
+
+    Python numbers and integer tensors become float64, floating tensors stay as they are.
     """
     if isinstance(t, Tensor):
         return t if t.is_floating_point() else t.double()
@@ -29,8 +29,9 @@ def as_time(t: float | Tensor) -> Tensor:
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient of shape `[]` or `[B]`, shaped to multiply `x` of shape `[B, ...]`, in the
-    dtype and on the device of `x`.
+    """A coefficient of shape `[]` or `[B]`, shaped to multiply `x`.
+
+    `x` has shape `[B, ...]`; the result has its dtype and device.
     """
     if coefficient.ndim not in (0, 1):
         raise ValueError(
@@ -47,6 +48,11 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(device=x.device, dtype=x.dtype)
 
 
+def not_finite(x: Tensor) -> list[int]:
+    """The rows of `x` that hold NaN or infinity."""
+    return (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
+
+
 def with_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     """`function(t)` and `d function / dt` at every entry of `t`, by automatic differentiation.
 
@@ -54,15 +60,53 @@ def with_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Te
     reverse mode, whose first use costs nothing, where forward mode compiles for seconds. Both
     results carry gradients where `t`, or something in the function, requires them.
     """
+    t = _plain(t)
     value = function(t)
     onward = value.requires_grad  # never so where the caller has gradients switched off
-    with torch.inference_mode(False), torch.enable_grad():
+    with _outside_transforms(t), torch.inference_mode(False), torch.enable_grad():
         at = t if t.requires_grad and onward else t.detach().clone().requires_grad_()
         again = function(at)
         slope = None
         if again.requires_grad:
             (slope,) = torch.autograd.grad(again.sum(), at, create_graph=onward, allow_unused=True)
     return value, torch.zeros_like(t) if slope is None else slope
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether a transform of `torch.func` (grad, jvp, vmap, ...) looks at `x`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def vectorised(x: Tensor) -> bool:
+    """Whether `torch.func.vmap` looks at `x`, so that its values are not known."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Times without the wrappers that a transform of `torch.func` puts around all that is computed
+    within it, where no gradient and no batch is asked of them.
+    """
+    if not transformed(t) or t.requires_grad or vectorised(t):
+        return t
+    while transformed(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def _outside_transforms(t: Tensor) -> AbstractContextManager[Any]:
+    """Outside the transforms of `torch.func`, which refuse `requires_grad_`, where none looks at
+    `t`.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None or transformed(t):
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -93,8 +137,9 @@ def sqrt(x: Scalar) -> Scalar:
 
 
 def batch_invariant(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """`function` of a float64 tensor, in which no entry's result depends on how many others there
-    are, to the last bit.
+    """`function` of a float64 tensor, entry by entry to the last bit.
+
+    No entry's result depends on how many others there are.
 
     A vectorised loop treats the entries that are left over at its end by other code, whose last bit
     may differ. So the entries are given as vectors of a multiple of 16, too short for more than one
@@ -111,8 +156,9 @@ def batch_invariant(function: Callable[[Tensor], Tensor], values: Tensor) -> Ten
 
 @lru_cache(maxsize=8)
 def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the `n`-point Gauss-Legendre rule on `[0, 1]`, float64; exact for
-    polynomials of degree `2n - 1`.
+    """Nodes and weights of the `n`-point Gauss-Legendre rule on `[0, 1]`.
+
+    They are float64 and exact for polynomials of degree `2n - 1`.
     """
     nodes, weights = np.polynomial.legendre.leggauss(n)
     with torch.inference_mode(False):  # kept for all, whoever asks first
@@ -120,8 +166,9 @@ def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 
 class _MonotoneRoot(torch.autograd.Function):
-    """The root of `function(t) = value`, with the derivative `dt/dvalue = 1 / function'(t)` of the
-    implicit function theorem.
+    """The root of `function(t) = value`, differentiable in `value`.
+
+    Its derivative is `dt/dvalue = 1 / function'(t)`, by the implicit function theorem.
     """
 
     @staticmethod
@@ -145,17 +192,17 @@ class _MonotoneRoot(torch.autograd.Function):
 def _find_root(
     function: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float
 ) -> Tensor:
-    """The root of a monotone function to float64 resolution, in float64, at every entry of `value`
-    at once.
+    """The root of a monotone function, at every entry of `value` at once.
+
+    It is found in float64, to float64 resolution.
 
     Inverse quadratic interpolation where it is safe, else halving (in the logarithm while the
     bracket is wide): some ten evaluations. Source: Chandrupatla, "A new hybrid quadratic/bisection
     algorithm" (1997).
     """
     target = value.double()
-    at_low, at_high = function(
-        torch.tensor([low, high], dtype=torch.float64, device=target.device)
-    ).unbind()
+    ends = torch.tensor([low, high], dtype=torch.float64, device=target.device)
+    at_low, at_high = function(ends).unbind()
     sign = 1.0 if bool(at_high > at_low) else -1.0
     x1, f1 = torch.full_like(target, high), sign * (at_high - target)
     x2, f2 = torch.full_like(target, low), sign * (at_low - target)
@@ -173,10 +220,8 @@ def _find_root(
         x1, f1 = x, f
         least = 4e-16 * torch.maximum(x1.abs(), x2.abs()) / (x2 - x1).abs()
         found = ~done & ((f1 == 0) | (least > 0.5))
-        root, done = (
-            torch.where(found, torch.where(f1.abs() <= f2.abs(), x1, x2), root),
-            done | found,
-        )
+        nearer = torch.where(f1.abs() <= f2.abs(), x1, x2)
+        root, done = torch.where(found, nearer, root), done | found
         if bool(done.all()):
             break
         xi, phi = (x1 - x2) / (x3 - x2), (f1 - f2) / (f3 - f2)
@@ -191,8 +236,9 @@ def _find_root(
 def monotone_root(
     function: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float
 ) -> Tensor:
-    """`t` in `[low, high]` with `function(t) = value`, for a monotone function; differentiable in
-    `value`.
+    """`t` in `[low, high]` with `function(t) = value`, for a monotone function.
+
+    It is differentiable in `value`.
 
     Values outside the function's range give the nearer end of the interval.
     """

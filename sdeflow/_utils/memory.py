@@ -1,5 +1,6 @@
-"""The memory of a device: whether an error says that there is none left, releasing what is cached,
-and what a solve took.
+"""The memory of a device.
+
+Whether an error says that there is none left, releasing what is cached, and what a solve took.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ class Memory:
     graph: int | None = None
 
     def __str__(self) -> str:
-        known = {"peak": self.peak, "buffers": self.buffers, "graph": self.graph}
-        return ", ".join(
-            f"{name} {_readable(size)}" for name, size in known.items() if size is not None
-        )
+        known = ((name, size) for name, size in vars(self).items() if size is not None)
+        return ", ".join(f"{name} {_readable(size)}" for name, size in known)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -50,8 +49,9 @@ def release(device: torch.device) -> None:
 
 
 def available(device: torch.device) -> int | None:
-    """The bytes that could still be given out on a CUDA device, those that torch has cached
-    included; None elsewhere.
+    """The bytes that could still be given out on a CUDA device; None elsewhere.
+
+    Those that torch has cached are included.
     """
     if device.type != "cuda":
         return None

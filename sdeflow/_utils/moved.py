@@ -1,5 +1,6 @@
-"""Modules that moved in 0.6: their old names import for one release, with a `DeprecationWarning`
-that names the new place.
+"""Modules that moved in 0.6.
+
+Their old names import for one release, with a `DeprecationWarning` that names the new place.
 """
 
 from __future__ import annotations
@@ -13,68 +14,44 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+PLACES = {
+    "": "denoiser=denoisers training.losses",
+    "_utils": "distributed runs=run_control",
+    "denoisers": "projection=thresholding",
+    "evaluation": "evaluation.drawn=sampled evaluation.reference=measure evaluation.run=api",
+    "generate": "generate.company=coordination generate.run=api",
+    "grid": "grid.clocks=continuous grid.laying=base",
+    "images": "data=datasets generate.identity=labels generate.shards",
+    "models": "models.compiling=torch_compile",
+    "models.ema": "models.posthoc models.power",
+    "plan": "execution.combine execution.execute plot",
+    "sampling": "execution.batching=batch_size execution.capture execution.compiled=cuda_graphs"
+    " loop=batches start=inputs times",
+    "solvers.adaptive": "solvers.adaptive_sde=sde solvers.control=step_size"
+    " solvers.dpm_adaptive=dpm_solver",
+    "solvers.auto": "grid.budget=grid recipes",
+    "solvers.ode": "solvers.adams solvers.deis solvers.dpm_solver solvers.exponential=ddim"
+    " solvers.pndm solvers.runge_kutta solvers.tableaus solvers.unipc solvers.weights",
+    "solvers.sde": "solvers.er_sde solvers.exponential_sde=exponential solvers.sa_solver"
+    " solvers.sde_dpm_solver=dpm_solver solvers.seeds solvers.stochastic=classic"
+    " solvers.stochastic_adams=adams",
+    "solvers.wrappers": "solvers.ancestral solvers.churn solvers.nested=base solvers.restart",
+    "training": "training.run=api training.step=cuda_graph",
+    "tuning": "grid.search=gits",
+}
+"""New folder to the old names of the modules that are there now, all below `sdeflow`;
+`old=new` where a module's own name changed too.
+"""
+
 MOVED = {
-    "data": "images.datasets",
-    "denoiser": "denoisers",
-    "distributed": "_utils.distributed",
-    "evaluation.drawn": "evaluation.sampled",
-    "evaluation.reference": "evaluation.measure",
-    "evaluation.run": "evaluation.api",
-    "execution.batching": "sampling.batch_size",
-    "execution.capture": "sampling.capture",
-    "execution.combine": "plan.combine",
-    "execution.compiled": "sampling.cuda_graphs",
-    "execution.execute": "plan.execute",
-    "generate.company": "generate.coordination",
-    "generate.identity": "images.labels",
-    "generate.run": "generate.api",
-    "generate.shards": "images.shards",
-    "grid.budget": "solvers.auto.grid",
-    "grid.clocks": "grid.continuous",
-    "grid.laying": "grid.base",
-    "grid.search": "tuning.gits",
-    "loop": "sampling.batches",
-    "models.compiling": "models.torch_compile",
-    "models.posthoc": "models.ema.posthoc",
-    "models.power": "models.ema.power",
-    "plot": "plan.plot",
-    "projection": "denoisers.thresholding",
-    "recipes": "solvers.auto.recipes",
-    "runs": "_utils.run_control",
-    "solvers.adams": "solvers.ode.adams",
-    "solvers.adaptive_sde": "solvers.adaptive.sde",
-    "solvers.ancestral": "solvers.wrappers.ancestral",
-    "solvers.churn": "solvers.wrappers.churn",
-    "solvers.control": "solvers.adaptive.step_size",
-    "solvers.deis": "solvers.ode.deis",
-    "solvers.dpm_adaptive": "solvers.adaptive.dpm_solver",
-    "solvers.dpm_solver": "solvers.ode.dpm_solver",
-    "solvers.er_sde": "solvers.sde.er_sde",
-    "solvers.exponential": "solvers.ode.ddim",
-    "solvers.exponential_sde": "solvers.sde.exponential",
-    "solvers.nested": "solvers.wrappers.base",
-    "solvers.pndm": "solvers.ode.pndm",
-    "solvers.restart": "solvers.wrappers.restart",
-    "solvers.runge_kutta": "solvers.ode.runge_kutta",
-    "solvers.sa_solver": "solvers.sde.sa_solver",
-    "solvers.sde_dpm_solver": "solvers.sde.dpm_solver",
-    "solvers.seeds": "solvers.sde.seeds",
-    "solvers.stochastic": "solvers.sde.classic",
-    "solvers.stochastic_adams": "solvers.sde.adams",
-    "solvers.tableaus": "solvers.ode.tableaus",
-    "solvers.unipc": "solvers.ode.unipc",
-    "solvers.weights": "solvers.ode.weights",
-    "start": "sampling.inputs",
-    "times": "sampling.times",
-    "training.losses": "losses",
-    "training.run": "training.api",
-    "training.step": "training.cuda_graph",
+    old: f"{folder}.{new or old.rpartition('.')[2]}".removeprefix(".")
+    for folder, modules in PLACES.items()
+    for old, _, new in (module.partition("=") for module in modules.split())
 }
 """Old place to new place, below `sdeflow`."""
 
 RENAMED = {"generate.Generated": "generate.GenerationResult", "grid.auto": "solvers.auto.grid.auto"}
 """Old name to new name, below `sdeflow`."""
-
 
 MOVED_NAMES = {
     ("generate.shards", "read_images"): "images.datasets",
@@ -101,11 +78,8 @@ class _Moved(MetaPathFinder, Loader):
         if (place := MOVED.get(old.removeprefix("sdeflow."))) is None:
             return
         new = importlib.import_module(f"sdeflow.{place}")
-        warnings.warn(
-            f"{old} is now {new.__name__}; the old name goes in 0.7",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        text = f"{old} is now {new.__name__}; the old name goes in 0.7"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
 
         def forward(name: str) -> Any:
             if name.startswith("__"):
@@ -116,27 +90,20 @@ class _Moved(MetaPathFinder, Loader):
         module.__getattr__ = forward  # type: ignore[method-assign]
 
 
-def _renamed(module: str, name: str) -> Any:
-    """What an old name of a module stands for, after a warning; `AttributeError` for any other."""
+def renamed(module: str, name: str) -> Any:
+    """What an old name of a module stands for, after a warning; `AttributeError` for any other.
+
+    `__getattr__ = partial(renamed, "grid")` in a module makes its old names work.
+    """
     if (place := RENAMED.get(f"{module}.{name}")) is None:
         raise AttributeError(f"module 'sdeflow.{module}' has no attribute {name!r}")
     home, _, new = place.rpartition(".")
     text = f"sdeflow.{module}.{name} is now sdeflow.{place}; the old name goes in 0.7"
-    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
     return getattr(importlib.import_module(f"sdeflow.{home}"), new)
-
-
-class _Renamed(ModuleType):
-    """A module with names that have changed."""
-
-    def __getattr__(self, name: str) -> Any:
-        return _renamed(self.__name__.removeprefix("sdeflow."), name)
 
 
 def install() -> None:
     """Make the old names importable."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
-    for place in RENAMED:
-        if module := sys.modules.get(f"sdeflow.{place.rpartition('.')[0]}"):
-            module.__class__ = _Renamed

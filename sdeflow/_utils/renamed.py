@@ -13,8 +13,10 @@ T = TypeVar("T")
 def renamed(
     names: Mapping[str, str], values: Mapping[str, Mapping[Any, Any]] | None = None
 ) -> Callable[[type[T]], type[T]]:
-    """A class decorator: with `names = {"old": "new"}` the constructor takes its argument `new` as
-    `old` too, with a `DeprecationWarning`.
+    """A class decorator for renamed arguments of a constructor.
+
+    With `names = {"old": "new"}` the constructor takes its argument `new` as `old` too, with a
+    `DeprecationWarning`.
 
     `values` maps old values of arguments to new ones, likewise, by the name of the argument.
     """

@@ -19,8 +19,9 @@ from sdeflow.errors import NonFiniteError, SdeflowError
 
 
 class Stop:
-    """Asks a computation to end: on SIGTERM, on Ctrl-C (a second one interrupts at once), or when
-    its time is over.
+    """Asks a computation to end.
+
+    On SIGTERM, on Ctrl-C (a second one interrupts at once), or when its time is over.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -79,8 +80,9 @@ class Log:
 
 @contextmanager
 def attempted(what: str) -> Iterator[None]:
-    """Continue with a warning if `what` fails for lack of disk or permission: hours of work are
-    worth more than one file.
+    """Continue with a warning if `what` fails for lack of disk or permission.
+
+    Hours of work are worth more than one file.
     """
     try:
         yield

@@ -39,8 +39,9 @@ class WeakTable(Generic[Value]):
             return found[1]
 
     def put(self, owner: Any, key: Hashable, value: Value) -> None:
-        """Keep a value; the one used longest ago goes, if there are too many. `TypeError` for an
-        owner without weak references.
+        """Keep a value; the one used longest ago goes, if there are too many.
+
+        `TypeError` for an owner without weak references.
         """
         number = id(owner)
         reference = weakref.ref(owner, lambda _: self._drop(number))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdeflow._utils.files import check_writable, write_atomically
-from sdeflow.models.ema.posthoc import MAX_ERROR, Snapshot, fit, reconstruct, select
+from sdeflow.models.ema.posthoc import MAX_ERROR, fit, reconstruct, select
 from sdeflow.training.api import card_markdown
 
 STDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
@@ -84,12 +84,6 @@ def _listing(folder: Path, images: int | None) -> str:
         seen = [s.images for s in found if s.std == std]
         lines.append(f"{std:6.4f}  {len(seen):8}  {min(seen):11}  {max(seen):11}")
     lines += ["", f"what can be made of them after {images} images", "   std  profile off by"]
-    return "\n".join(lines + _reach(found, images))
-
-
-def _reach(found: list[Snapshot], images: int) -> list[str]:
-    errors = fit(found, STDS, images)[1]
-    return [
-        f"{std:6.4f}  {error:7.1e}{'' if error <= MAX_ERROR else '  too much'}"
-        for std, error in zip(STDS, errors.tolist(), strict=True)
-    ]
+    for std, error in zip(STDS, fit(found, STDS, images)[1].tolist(), strict=True):
+        lines.append(f"{std:6.4f}  {error:7.1e}{'' if error <= MAX_ERROR else '  too much'}")
+    return "\n".join(lines)

@@ -19,32 +19,36 @@ from sdeflow.cli.options import (
     pick_classes,
     pick_names,
 )
-from sdeflow.evaluation.api import METRICS, Evaluation, compare
+from sdeflow.evaluation.api import compare
 from sdeflow.evaluation.api import evaluate as run_evaluation
-from sdeflow.evaluation.metrics.base import ENOUGH
+from sdeflow.evaluation.features import EXTRACTORS
+from sdeflow.evaluation.metrics import ENOUGH, METRICS
+from sdeflow.evaluation.result import Evaluation, title
 from sdeflow.evaluation.sampled import Sampling
 from sdeflow.models.checkpoint import BUNDLED
 from sdeflow.sampling.cuda_graphs import CompileWarning
 from sdeflow.sampling.inputs import named_device
 
-WHAT, HOW = "What", "How samples of a model are drawn"
+WHAT, HOW = "What", "How a model is sampled"
 RESULT = "evaluation.json"
 EPILOG = """
 Examples:
 
-    sdeflow evaluate pictures/ --reference train.parquet --floor test.parquet
+    sdeflow evaluate images/ --reference train.parquet --floor test.parquet
 
-    sdeflow evaluate pictures/ --reference train.parquet --statistics stats/     measured once, then read
+    sdeflow evaluate images/ --reference train.parquet --statistics stats/   measured once, then read
 
-    sdeflow evaluate pictures/ --reference train.parquet --metrics fid,precision,recall --weights inception.pth
+    sdeflow evaluate cifar10 --reference train.parquet --n 10000 --nfe 9 --against nfe18.json
+
+    sdeflow evaluate images/ --reference train.parquet --metrics fid,precision --weights file.pth
 
     sdeflow evaluate cifar10 --reference train.parquet --n 10000 --nfe 18 --out nfe18.json
 
-    sdeflow evaluate cifar10 --reference train.parquet --half --compile      a model on a GPU, at its fastest
+    sdeflow evaluate cifar10 --reference train.parquet --half --compile   on a GPU, at its fastest
 
     sdeflow evaluate --compare stats/a.safetensors stats/b.safetensors
 
-    torchrun --nproc-per-node 2 -m sdeflow evaluate pictures/ --reference train.parquet
+    torchrun --nproc-per-node 2 -m sdeflow evaluate images/ --reference train.parquet
 
 Under torchrun write -n, not --n, which its own parser takes for one of its options.
 """
@@ -55,7 +59,7 @@ def evaluate(
         str | None,
         typer.Argument(
             help=(
-                "A folder of 'sdeflow generate', other pictures, or a model (a bundled one, a"
+                "A folder of 'sdeflow generate', other images, or a model (a bundled one, a"
                 " .safetensors file)."
             )
         ),
@@ -67,12 +71,26 @@ def evaluate(
         ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help=f"Of {', '.join(METRICS)}, with commas.", rich_help_panel=WHAT)
-    ] = "fd_cifar,precision,recall",
+        str | None,
+        typer.Option(
+            help=(
+                f"Of {', '.join(METRICS)}, with commas (default: fd_cifar, fd_in where it is"
+                " installed, precision, recall)."
+            ),
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     floor: Annotated[
         str | None,
         typer.Option(
-            help="Other real pictures: what they score stands beside.", rich_help_panel=WHAT
+            help="Other real images: what they score, and the excess over it.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another result (JSON): which is better, by each judge.", rich_help_panel=WHAT
         ),
     ] = None,
     compare_: Annotated[
@@ -80,7 +98,7 @@ def evaluate(
         typer.Option(
             "--compare",
             metavar="A B",
-            help="The distance of two sets: statistics or pictures.",
+            help="The distance of two sets: statistics or images.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -164,42 +182,52 @@ def evaluate(
         Path | None,
         typer.Option(help="Another feature network for fd_cifar.", rich_help_panel=MACHINE),
     ] = None,
+    imagenet_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file of EfficientNet-Lite0's weights, for fd_in without its package.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="ImageSource at a time.", min=1, rich_help_panel=MACHINE)
+        int, typer.Option(help="Images at a time.", min=1, rich_help_panel=MACHINE)
     ] = 256,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Score pictures against a reference: Frechet distances, precision, recall, and all that they
+    """Score images against a reference: Frechet distances, precision, recall, and all that they
     depend on, as JSON.
     """
     rank = this_rank()
     place = named_device(device)
     if (samples is None) == (compare_ is None):
-        raise ValueError("name the pictures to evaluate, or two sets with --compare; not both")
+        raise ValueError("name the images to evaluate, or two sets with --compare; not both")
     out = _out(out, samples)
     if rank.first and out is not None:
         check_writable(out, "result")
-    names = pick_names(metrics)
+    names = None if metrics is None else pick_names(metrics)
+    other = None if against is None else Evaluation.load(against)  # before anything is measured
     files: dict[str, Any] = {
         "weights": weights,
         "cifar_weights": cifar_weights,
+        "imagenet_weights": imagenet_weights,
         "device": place,
         "progress": not quiet,
     }
-    drawing: dict[str, Any] = {
+    how: dict[str, Any] = {
         "nfe": nfe,
         "solver": solver,
         "seed": seed,
         "compile": compile or None,
     }
-    drawing["classes"] = None if classes is None else pick_classes(classes)
-    drawing = {key: value for key, value in drawing.items() if value is not None}
-    named = [*drawing, *(["half"] if half else [])]
+    how["classes"] = None if classes is None else pick_classes(classes)
+    how = {key: value for key, value in how.items() if value is not None}
+    named = [*how, *(["half"] if half else [])]
     if compare_ is not None:
         others = {
             "reference": reference,
             "floor": floor,
+            "against": against,
             "statistics": statistics,
             "n": n,
             "reference-n": reference_n,
@@ -208,7 +236,7 @@ def evaluate(
             raise ValueError(
                 f"{_options(named)}: --compare takes two sets as they are; leave that out"
             )
-        given = [name for name in names if name in ("fid", "fd_cifar")]
+        given = [name for name in names or () if name in EXTRACTORS]
         result = compare(*compare_, given[0] if given else "fd_cifar", split=split, **files)
     else:
         assert samples is not None
@@ -216,24 +244,24 @@ def evaluate(
         sampling = None
         if _is_model(samples):
             source = open_model(samples, rank.device(place), half, compile)
-            sampling = Sampling(n=n or ENOUGH, batch_size=batch_size, model=samples, **drawing)
+            sampling = Sampling(n=n or ENOUGH, batch_size=batch_size, model=samples, **how)
         elif not Path(samples).exists() and samples.count("/") != 1:
             raise ValueError(
-                f"{samples!r} is neither a folder or file of pictures nor a model: those are"
+                f"{samples!r} is neither a folder or file of images nor a model: those are"
                 f" {', '.join(sorted(BUNDLED))}, and .safetensors files that sdeflow train wrote"
             )
         elif named:
             raise ValueError(
-                f"{_options(named)}: how samples are drawn is for a model; {samples} is none"
+                f"{_options(named)}: how samples are made is for a model; {samples} is none"
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompileWarning)  # the summary says it
             result = run_evaluation(
-                source, reference, names, sampling=sampling, floor=floor, statistics=statistics, split=split, n=n,
-                reference_n=reference_n, k=k, batch_size=batch_size, **files,
+                source, reference, names, sampling=sampling, floor=floor, statistics=statistics,
+                split=split, n=n, reference_n=reference_n, k=k, batch_size=batch_size, **files,
             )  # fmt: skip
     if rank.first:
-        _tell(result, out, quiet)
+        _report(result, out, quiet, against, other)
 
 
 def _options(names: Sequence[str]) -> str:
@@ -251,10 +279,28 @@ def _out(out: Path | None, samples: str | None) -> Path | None:
     return Path(samples) / RESULT if Path(samples).is_dir() else Path(RESULT)
 
 
-def _tell(result: Evaluation, out: Path | None, quiet: bool) -> None:
+def _report(
+    result: Evaluation,
+    out: Path | None,
+    quiet: bool,
+    against: Path | None,
+    other: Evaluation | None,
+) -> None:
     if out is not None:
         result.save(out)
     if not quiet or out is None:
         typer.echo(str(result))
+        if other is not None:
+            typer.echo(f"{'against':<10} {against}: {_verdict(result.against(other))}")
         if out is not None:
             typer.echo(f"{'written':<10} {out}")
+
+
+def _verdict(verdicts: dict[str, str]) -> str:
+    """What each judge says, and whether they agree."""
+    text = ", ".join(f"{title(name)} {verdict}" for name, verdict in verdicts.items())
+    if {"better", "worse"} <= set(verdicts.values()):
+        return f"{text}; the judges disagree"
+    if len(set(verdicts.values())) > 1:
+        return f"{text}; only one of the judges sees a difference"
+    return text

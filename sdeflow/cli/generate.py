@@ -1,5 +1,6 @@
-"""The command `sdeflow generate`: many images into a folder, on as many processes as torchrun
-starts.
+"""The command `sdeflow generate`.
+
+It writes many images into a folder, on as many processes as torchrun starts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import typer
 
 from sdeflow._utils.distributed import this_rank
 from sdeflow.cli import options
-from sdeflow.cli.options import how, machine, open_model, pick_batch_size, pick_classes, pick_solver
+from sdeflow.cli.options import (
+    leave,
+    machine,
+    open_model,
+    pick_batch_size,
+    pick_classes,
+    pick_solver,
+)
 from sdeflow.generate.api import SHARD_SIZE
 from sdeflow.generate.api import generate as run
 from sdeflow.sampling.cuda_graphs import CompileWarning
@@ -53,15 +61,7 @@ def generate(
     n: Annotated[
         int, typer.Option("--n", "-n", help="How many images the folder is to hold.", min=1)
     ] = 50_000,
-    classes: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "Names or numbers of classes, with commas; image i takes its turn. 'all' of them,"
-                " or 'none' for no label."
-            )
-        ),
-    ] = "all",
+    classes: options.ClassesOption = "all",
     format: Annotated[
         Kind,
         typer.Option(
@@ -76,7 +76,7 @@ def generate(
     grid: options.GridOption = None,
     rtol: options.RtolOption = None,
     noise: options.NoiseOption = "seeded",
-    seed: Annotated[int, how(help="Seed of image 0; image i has seed + i.")] = 0,
+    seed: options.SeedOption = 0,
     model: options.ModelOption = "cifar10",
     shard_size: Annotated[
         int, machine(help="Images a shard: what is written at once, and lost by a kill.", min=1)
@@ -101,7 +101,7 @@ def generate(
     """Write many images into a folder: the same ones on one process or on many. It can be stopped
     and continued at any moment.
     """
-    method, at_once = pick_solver(solver, rtol), pick_batch_size(batch_size)
+    method, at_once = pick_solver(solver, rtol, nfe), pick_batch_size(batch_size)
     rank = this_rank()
     place = check_device(rank.device(named_device(device)))
     denoiser = open_model(model, place, half, compile)
@@ -129,3 +129,4 @@ def generate(
         )
     if rank.first and not quiet:
         typer.echo(str(made))
+    leave(made.reason)

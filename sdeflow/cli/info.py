@@ -69,10 +69,8 @@ def _solvers() -> str:
 
 
 def _grids() -> str:
-    return _align(
-        ["name", "also", "what it is"],
-        [[*_names(entry), entry.summary] for entry in registry.GRIDS.values()],
-    )
+    rows = [[*_names(entry), entry.summary] for entry in registry.GRIDS.values()]
+    return _align(["name", "also", "what it is"], rows)
 
 
 def _checkpoints() -> str:
@@ -87,11 +85,7 @@ def _checkpoints() -> str:
             "shape": denoiser.shape,
             "nsr": f"{low:g} to {high:g}",
             "classes": ", ".join(denoiser.class_names),
-            **{
-                key: value
-                for key, value in denoiser.card.items()
-                if isinstance(value, str | int | float)
-            },
+            **{k: v for k, v in denoiser.card.items() if isinstance(v, str | int | float)},
         }
         parts.append("\n".join([name, *(f"  {key:<22} {value}" for key, value in facts.items())]))
     return "\n\n".join(parts)

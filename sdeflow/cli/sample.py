@@ -12,7 +12,7 @@ import typer
 from sdeflow import images
 from sdeflow._utils.files import check_writable
 from sdeflow.cli import options
-from sdeflow.cli.options import how, machine, open_model, pick_batch_size, pick_classes, pick_solver
+from sdeflow.cli.options import machine, open_model, pick_batch_size, pick_classes, pick_solver
 from sdeflow.images.labels import Labels
 from sdeflow.models.checkpoint import Pretrained
 from sdeflow.sampling.api import run
@@ -40,22 +40,14 @@ Examples:
 
 def sample(
     n: Annotated[int, typer.Option(help="How many images.", min=1)] = 20,
-    classes: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "Names or numbers of classes, with commas; taken in turn. 'all' of them, or 'none'"
-                " for no label."
-            )
-        ),
-    ] = "all",
+    classes: options.ClassesOption = "all",
     solver: options.SolverOption = "auto",
     nfe: options.NfeOption = None,
     process: options.ProcessOption = None,
     grid: options.GridOption = None,
     rtol: options.RtolOption = None,
     noise: options.NoiseOption = "seeded",
-    seed: Annotated[int, how(help="Seed of the first image; the others follow.")] = 0,
+    seed: options.SeedOption = 0,
     model: options.ModelOption = "cifar10",
     out: Annotated[Path, machine(help="The image to write, PNG.")] = Path("samples.png"),
     gif: Annotated[
@@ -78,7 +70,7 @@ def sample(
                     f" {path.with_suffix(suffix)}, not {path}"
                 )
             check_writable(path, "image")
-    method, at_once = pick_solver(solver, rtol), pick_batch_size(batch_size)
+    method, at_once = pick_solver(solver, rtol, nfe), pick_batch_size(batch_size)
     place = named_device(device)
     denoiser = open_model(model, place, half, compile)
     labels = Labels.of(denoiser, pick_classes(classes))
@@ -109,11 +101,8 @@ def sample(
     images.save_png(out, sheet(solution.x.cpu(), caption=_caption(solution)), facts=facts)
     if gif is not None:
         assert solution.x0s is not None
-        calls = len(solution.x0s)
-        frames = [
-            sheet(x0.float().cpu(), caption=f"call {k} of {calls}")
-            for k, x0 in enumerate(solution.x0s, 1)
-        ]
+        x0s, calls = solution.x0s.cpu().float(), len(solution.x0s)
+        frames = [sheet(x0, caption=f"call {k} of {calls}") for k, x0 in enumerate(x0s, 1)]
         images.save_gif(gif, frames)
     if not quiet:
         typer.echo(str(solution))
@@ -129,9 +118,16 @@ def _names(labels: Labels, n: int, denoiser: Pretrained) -> list[str] | None:
 
 
 def _caption(solution: Solution) -> str:
-    name, process = type(solution.solver).__name__, type(solution.process).__name__
+    name, process = _solver(solution).partition("(")[0], type(solution.process).__name__
     first, last = solution.seeds[0], solution.seeds[-1]
     return f"{name}, {process}, NFE {solution.nfe}, seeds {first} to {last}"
+
+
+def _solver(solution: Solution) -> str:
+    """The solver in words, whether it came by name or as a saved plan."""
+    if solution.solver is None and solution.plan is not None:
+        return solution.plan.solver
+    return repr(solution.solver)
 
 
 def _facts(solution: Solution, model: str, denoiser: Pretrained, half: bool) -> dict[str, Any]:
@@ -139,7 +135,7 @@ def _facts(solution: Solution, model: str, denoiser: Pretrained, half: bool) -> 
     how = solution.provenance
     return {
         "model": model,
-        "solver": repr(how.solver),
+        "solver": _solver(solution),
         "process": repr(how.process),
         "grid": how.grid,
         "nfe": solution.nfe,

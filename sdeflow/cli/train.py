@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from sdeflow._utils.distributed import this_rank
+from sdeflow.cli.options import leave
 from sdeflow.models.unet import UNetConfig
 from sdeflow.training.api import stored_config
 from sdeflow.training.api import train as run_training
@@ -67,6 +68,7 @@ def _train(options: Any) -> None:
             f"{'finished' if result.finished else 'paused'} at {result.images} images, loss"
             f" {result.loss:.4f}; {result.out}"
         )
+    leave(result.reason)
 
 
 def _options() -> Iterator[tuple[str, Any, Any]]:

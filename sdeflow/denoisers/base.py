@@ -54,6 +54,10 @@ class Denoiser(ABC):
     `solver="auto"` then takes higher orders.
     """
     exact = _Renamed("known_density")
+    data_std: float | None = None
+    """The root mean square of the data's entries, where it is known: their standard deviation, if
+    their mean is 0. Samplers warn where the ends of the process do not suit it.
+    """
     outputs: tuple[str, ...] = ("x0",)
     """The names of what `predict` returns."""
 
@@ -94,7 +98,7 @@ class Denoiser(ABC):
 
         return Reprocessed(self, process)
 
-    def check_condition(self, condition: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to check by default
+    def check_condition(self, condition: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise `TypeError` for a condition that the network does not take."""
 
     def rows(self, index: Tensor) -> Denoiser:
@@ -158,3 +162,8 @@ def trained_range(process: Process) -> tuple[float, float]:
         torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
     ).tolist()
     return low, high
+
+
+def what_came(value: Any) -> str:
+    """The shape of a tensor, or the type of anything else, for errors."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

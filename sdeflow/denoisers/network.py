@@ -13,7 +13,9 @@ $$x_0 = \mathrm{skip}\; x + \mathrm{out}\; F(\mathrm{scale}\; x,\; \mathrm{time}
 | `score` | 1/s | sigma^2/s |
 | `v` = (s eps - sigma x0)/r, r^2 = s^2 + sigma^2 | s/r^2 | -sigma/r |
 | `velocity` = s' x0 + sigma' eps | sigma'/w | -sigma/w, w = s sigma' - s' sigma |
-| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), with scale 1/sqrt(n^2 + d^2), time log(n)/4 |
+| EDM's preconditioning, n = nsr | d^2/(n^2 + d^2) | n d/sqrt(n^2 + d^2), * |
+
+(*) with scale 1/sqrt(n^2 + d^2) and time log(n)/4.
 
 A solve computes the four for all its times at once, in float64, before its loop (`Denoiser.at`).
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from copy import copy
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,13 +33,31 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from sdeflow._utils.checks import positive_number
 from sdeflow._utils.math import Scalar, as_time, expand
 from sdeflow.denoisers.base import Denoiser, match_noise_level, trained_range
 from sdeflow.errors import unknown
-from sdeflow.process import EDM, FromBetas, Process
+from sdeflow.process import EDM, Process, Reversed, Tabulated
 
 Parametrisation = Literal["eps", "x0", "score", "v", "velocity"]
 """What a network predicts."""
+
+_ALSO = {
+    "epsilon": "eps",
+    "noise": "eps",
+    "sample": "x0",
+    "x_start": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "velocity",
+    "flow": "velocity",
+}
+"""Other libraries' words for them."""
+
+
+HALF: ContextVar[torch.dtype | None] = ContextVar("HALF", default=None)
+"""The half precision that the solve under way was asked for: that of the inputs of plain functions.
+States, and all that is computed of them, are float32 then.
+"""
 
 
 class Affine(NamedTuple):
@@ -73,6 +94,7 @@ class Network(Denoiser):
             )
         if nsr_range is not None and not 0 <= nsr_range[0] < nsr_range[1]:
             raise ValueError(f"nsr_range is (low, high) with 0 <= low < high; got {nsr_range}")
+        _check_signature(network)
         self.network = network
         self.native = self.process = native
         self.nsr_range = (
@@ -190,53 +212,45 @@ class Network(Denoiser):
         """All that the network returns, `channels` times the channels of `x`, in the dtype of
         `x`.
         """
-        output = self.network(
-            x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
-        )
-        expected = tuple(x.shape)
-        if self.channels != 1:
-            expected = (x.shape[0], self.channels * x.shape[1], *x.shape[2:])
-        if not isinstance(output, Tensor) or tuple(output.shape) != expected:
-            got = (
-                f"shape {tuple(output.shape)}"
-                if isinstance(output, Tensor)
-                else type(output).__name__
+        try:
+            output = self.network(
+                x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
             )
-            hint = ""
-            if (
-                isinstance(output, Tensor)
-                and self.channels == 1
-                and x.ndim > 1
-                and output.ndim == x.ndim
-                and output.shape[1] == 2 * x.shape[1]
-            ):
-                hint = (
-                    "; twice the channels is a learned variance: Prediction(...,"
-                    " learned_variance=True) reads it"
-                )
-            must = "the same shape" if self.channels == 1 else f"twice the channels, {expected}"
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}. {_name(self.network)} differentiates, and samplers run it without"
+                " gradients: write `with torch.enable_grad():` in it, and there"
+                " `x = x.detach().requires_grad_()`"
+            ) from error
+        expected = x.shape
+        if self.channels != 1:
+            expected = torch.Size((x.shape[0], self.channels * x.shape[1], *x.shape[2:]))
+        if not isinstance(output, Tensor) or output.shape != expected:
+            raise ValueError(_misfit(self.network, output, x, self.channels))
+        if not output.is_floating_point():
             raise ValueError(
-                f"the network returned {got} for a state of shape {tuple(x.shape)}; it must return"
-                f" {must}{hint}"
+                f"{_name(self.network)} returned {output.dtype}; it must return floating-point"
+                " numbers, such as output.float()"
             )
         return output.to(x.dtype)
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of a module's weights, to which states are cast; None for a plain function,
-        which takes what comes.
+        """The dtype of a module's weights, to which states are cast; for a plain function the half
+        precision that a solve was asked for, or None: it takes what comes.
         """
         if isinstance(self.network, nn.Module):
             for parameter in self.network.parameters():
                 if parameter.is_floating_point():
                     return parameter.dtype
-        return None
+            return None
+        return HALF.get()
 
     def check_condition(self, condition: Mapping[str, Any]) -> None:
-        target = self.network.forward if isinstance(self.network, nn.Module) else self.network
-        try:
-            parameters = inspect.signature(target).parameters.values()
-        except (TypeError, ValueError):
+        parameters = _parameters(self.network)
+        if parameters is None:
             return
         named = [
             p for p in [*parameters][2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
@@ -258,15 +272,83 @@ class Network(Denoiser):
                 )
 
 
+def _name(network: Callable[..., Any]) -> str:
+    """How an error calls a network."""
+    name = getattr(network, "__name__", type(network).__name__)
+    return "the network" if name == "<lambda>" else f"the network {name}"
+
+
+def _parameters(network: Callable[..., Any]) -> Sequence[inspect.Parameter] | None:
+    """The parameters of a network's call; None where they cannot be known."""
+    target = network.forward if isinstance(network, nn.Module) else network
+    try:
+        return tuple(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_signature(network: Callable[..., Any]) -> None:
+    """Raise `TypeError` for a network that cannot be called with a state and a time."""
+    parameters = _parameters(network)
+    if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return
+    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 2:
+        raise TypeError(
+            f"a network is called as network(x, t, **condition), and {_name(network)} takes"
+            f" {', '.join(places) or 'nothing'} by position: wrap it in a function (or module) of"
+            " x and t"
+        )
+
+
+def _misfit(network: Callable[..., Any], output: Any, x: Tensor, channels: int = 1) -> str:
+    """What is wrong with an output that is no tensor, or not of the shape of the state."""
+    hint = ""
+    if isinstance(output, Tensor):
+        got = f"shape {tuple(output.shape)}"
+        double = x.ndim > 1 and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]
+        if channels == 1 and double:
+            hint = (
+                "; twice the channels is a learned variance: Prediction(..., learned_variance=True)"
+                " reads it"
+            )
+    else:
+        got = type(output).__name__
+        within = ""
+        if isinstance(output, Mapping):
+            fitting = (k for k, v in output.items() if isinstance(v, Tensor) and v.shape == x.shape)
+            within = next((f"[{key!r}]" for key in fitting), "")
+        elif isinstance(output, list | tuple) and output and isinstance(output[0], Tensor):
+            within = "[0]"
+        for name in ("sample", "logits", "pred", "prediction", "out"):
+            if isinstance(getattr(output, name, None), Tensor):
+                within = f".{name}"
+                break
+        if within:
+            hint = (
+                f": take {within} of it, in a function (or module) `def network(x, t, **condition):"
+                f" return {_name(network).removeprefix('the network ')}(x, t, **condition){within}`"
+            )
+    must = "the same shape" if channels == 1 else "twice the channels, for learned_variance=True"
+    return (
+        f"{_name(network)} returned {got} for a state of shape {tuple(x.shape)}; it must return"
+        f" {must}{hint}"
+    )
+
+
 class Prediction(Network):
     """A network `network(x, t, **condition)` that predicts eps, x0, the score, v or the velocity.
 
-    `process` is the one it was trained under. `time` says what the network is given:
+    `predicts` takes other libraries' words too: `"epsilon"` and `"noise"` for eps, `"sample"` and
+    `"x_start"` for x0, `"v_prediction"` for v, `"flow_prediction"` for the velocity. `process` is
+    the one it was trained under. `time` says what the network is given:
     `"continuous"`, the process's own time, of shape `[B]`, float32; `"index"`, the nearest entry of
     the process's table (`Process.from_betas`), counted from 0, int64; or a function of `t`, such as
-    `lambda t: 999 * t`. `nsr_range` is the range it was trained on, by default that of the process;
-    outside it the network is asked at the nearest level it knows. (On its own process, and with no
-    range declared, it is asked wherever a given grid goes.)
+    `lambda t: 999 * t`, of tensors or of one number. It is `"continuous"` by default, but must be
+    given for a process of a table. `nsr_range` is the range it was trained on, by default that of
+    the process; outside it the network is asked at the nearest level it knows. (On its own process,
+    and with no range declared, it is asked wherever a given grid goes.) `data_std` is the standard
+    deviation of the data, for a warning where the ends of the process do not suit it.
 
         Prediction(unet, "eps", Process.from_betas(betas), time="index", shape=(3, 32, 32))
 
@@ -277,8 +359,10 @@ class Prediction(Network):
     `outputs` is `("x0", "fraction")`, and `DDPM(variance="learned")` samples with it. All other
     solvers use `x0` alone. Source: Nichol & Dhariwal 2021, equation 15.
 
-    Errors: `ValueError` for an unknown prediction, for `time="index"` without a table, and, in a
-    call, for an output of another shape or a level where the prediction does not determine x0.
+    Errors: `ValueError` for an unknown prediction, for `time="index"` without a table and a table
+    without `time`, for eps or the score of a table that ends without signal; in a call, for an
+    output of another shape or a level where the prediction does not determine x0. `TypeError` for
+    a network that takes no time.
     """
 
     def __init__(
@@ -287,28 +371,42 @@ class Prediction(Network):
         predicts: Parametrisation,
         process: Process,
         *,
-        time: Literal["continuous", "index"] | Callable[[Tensor], Tensor] = "continuous",
+        time: Literal["continuous", "index"] | Callable[[Tensor], Tensor] | None = None,
         nsr_range: tuple[float, float] | None = None,
         shape: Sequence[int] | None = None,
+        data_std: float | None = None,
         learned_variance: bool = False,
     ):
+        predicts = _ALSO.get(predicts, predicts)  # type: ignore[assignment]
         if predicts not in get_args(Parametrisation):
-            raise unknown("prediction", predicts, get_args(Parametrisation))
+            raise unknown("prediction", predicts, get_args(Parametrisation), _ALSO)
         if not isinstance(process, Process):
             raise TypeError(
                 f"Prediction needs the process that the network was trained under; got {process!r}"
             )
+        process.check()
+        if time is None and isinstance(process, Tabulated):
+            raise ValueError(
+                f"is this network given an entry of the table of {process!r}, or its time? Say"
+                ' time="index" for integers from 0, as DDPM networks take, or time="continuous" for'
+                " t from 0 to 1"
+            )
+        time = "continuous" if time is None else time
         if time not in ("continuous", "index") and not callable(time):
             raise ValueError(f'time is "continuous", "index" or a function of t; got {time!r}')
-        if time == "index" and not isinstance(process, FromBetas):
+        if time == "index" and not isinstance(process, Tabulated):
             raise ValueError(
                 'time="index" needs a table of times: use process=Process.from_betas(betas)'
             )
+        if isinstance(process, Tabulated) and predicts in ("eps", "score"):
+            _check_terminal(process, predicts, nsr_range)
         if nsr_range is None and predicts in ("eps", "score") and trained_range(process)[1] > 1e6:
             # They do not determine x0 where no signal is left (Cosine's s(1) is 6e-17): ask at the
             # nearest level that does.
             nsr_range = (0.0, 1e3)
         super().__init__(network, process, nsr_range, shape)
+        if data_std is not None:
+            self.data_std = positive_number("data_std", data_std)
         self.predicts, self.time = predicts, time
         if learned_variance:
             self.channels, self.outputs = 2, ("x0", "fraction")
@@ -343,17 +441,50 @@ class Prediction(Network):
             case "velocity":
                 ds, dsigma = self.native.ds(t), self.native.dsigma(t)
                 wronskian = s * dsigma - ds * sigma
-                skip, out = dsigma / wronskian, -sigma / wronskian
+                # Of a reversed process, the velocity along the time before it was reversed.
+                back = -1.0 if isinstance(self.native, Reversed) else 1.0
+                skip, out = dsigma / wronskian, -back * sigma / wronskian
         return Affine(skip, out, one, self._times(t))
 
     def _times(self, t: Tensor) -> Tensor:
-        if self.time == "continuous":
-            return t
         if self.time == "index":
             table = self.native
-            assert isinstance(table, FromBetas)
-            return table.index(t).round().clamp(0, len(table.betas) - 1).long()
-        return torch.as_tensor(self.time(t))
+            assert isinstance(table, Tabulated)
+            return table.index(t).round().clamp(0, table.size - 1).long()
+        t = self.native.network_time(t)
+        return t if self.time == "continuous" else _labels(self.time, t)
+
+
+def _labels(function: Callable[[Tensor], Any], t: Tensor) -> Tensor:
+    """A user's function of time at every entry of `t`, also where it only takes one number."""
+    flat = t.reshape(-1)
+    try:
+        labels = torch.as_tensor(function(flat))
+        if labels.numel() == flat.numel():
+            return labels.reshape(t.shape)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    each = [torch.as_tensor(function(one)) for one in flat]
+    if any(label.numel() != 1 for label in each):
+        raise ValueError(
+            "time= is a function of t that returns one number for each time; got shape"
+            f" {tuple(each[0].shape)} for one"
+        )
+    return torch.stack([label.reshape(()) for label in each]).reshape(t.shape)
+
+
+def _check_terminal(
+    process: Tabulated, predicts: str, nsr_range: tuple[float, float] | None
+) -> None:
+    """Refuse a prediction that does not determine x0 at the end of a table without signal."""
+    if trained_range(process)[1] < 1e6 or (nsr_range is not None and nsr_range[1] < 1e6):
+        return
+    raise ValueError(
+        f"{process!r} ends without signal (zero-terminal SNR), where {predicts} does not determine"
+        " x0. Networks of such tables predict 'v', 'x0' or 'velocity'; an eps-network was trained"
+        " on the table before it was rescaled: give that one, or nsr_range=(low, high) with the"
+        " largest sigma / s that it was trained on"
+    )
 
 
 class Preconditioned(Network):
@@ -383,7 +514,7 @@ class Preconditioned(Network):
                 f" {sigma_data}"
             )
         super().__init__(network, EDM(), nsr_range, shape)
-        self.sigma_data = float(sigma_data)
+        self.sigma_data = self.data_std = float(sigma_data)
 
     def __repr__(self) -> str:
         return f"Preconditioned({type(self.network).__name__}, sigma_data={self.sigma_data:g})"
@@ -418,5 +549,10 @@ def as_denoiser(score_fn: Any, process: Process | None) -> Denoiser:
         raise TypeError(
             "a score function score_fn(x, t) needs the process that its times belong to:"
             " process=VP(), say"
+        )
+    if isinstance(process, Tabulated):
+        raise TypeError(
+            f"is the score function given an entry of the table of {process!r}, or its time? Say"
+            ' Prediction(score_fn, \'score\', process, time="index") or time="continuous"'
         )
     return Prediction(score_fn, "score", process)

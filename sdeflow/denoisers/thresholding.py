@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.denoisers.base import Denoiser
+from sdeflow.denoisers.base import Denoiser, what_came
 from sdeflow.denoisers.wrapper import Prepared, Wrapper
 
 Projection = Callable[[Tensor], Tensor]
@@ -116,13 +116,8 @@ class Projected(Wrapper):
     def _project(self, x0: Tensor) -> Tensor:
         projected = self.projection(x0)
         if not isinstance(projected, Tensor) or projected.shape != x0.shape:
-            got = (
-                f"shape {tuple(projected.shape)}"
-                if isinstance(projected, Tensor)
-                else type(projected).__name__
-            )
             raise ValueError(
-                f"the projection of x0 of shape {tuple(x0.shape)} returned {got}; it must keep the"
-                " shape"
+                f"the projection of x0 of shape {tuple(x0.shape)} returned"
+                f" {what_came(projected)}; it must keep the shape"
             )
         return projected

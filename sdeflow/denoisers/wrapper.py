@@ -1,4 +1,6 @@
-"""Denoisers that hold denoisers: the base that hands on what they know, and a denoiser on the path of
+"""Denoisers that hold denoisers.
+
+`Wrapper` is the base, which hands on what they know. `Reprocessed` is a denoiser on the path of
 another process.
 """
 
@@ -63,14 +65,15 @@ class Wrapper(Denoiser):
         self.held: tuple[Denoiser, ...] = tuple(
             d if d.process == self.process else d.under(self.process) for d in denoisers
         )
-        self.default_grid = self.inner.default_grid
+        self.default_grid, self.data_std = self.inner.default_grid, self.inner.data_std
         shapes = {d.shape for d in self.held} - {None}
         if len(shapes) > 1:
             raise ValueError(
                 f"{name} wraps denoisers of one shape; got {' and '.join(map(str, shapes))}"
             )
         self.shape = next(iter(shapes), None)
-        low, high = max(d.nsr_range[0] for d in self.held), min(d.nsr_range[1] for d in self.held)
+        low = max(d.nsr_range[0] for d in self.held)
+        high = min(d.nsr_range[1] for d in self.held)
         if not low < high:
             raise ValueError(
                 f"{name} wraps denoisers that are trusted at common noise levels; their nsr_range"
@@ -111,8 +114,9 @@ class Wrapper(Denoiser):
     def inner_calls(
         self, condition: Mapping[str, Any]
     ) -> Sequence[tuple[Denoiser, Mapping[str, Any]]]:
-        """The calls that make one prediction, in order: a denoiser and its condition each. By
-        default each denoiser is called once, with the condition as it is.
+        """The calls that make one prediction, in order: a denoiser and its condition each.
+
+        By default each denoiser is called once, with the condition as it is.
         """
         return [(denoiser, condition) for denoiser in self.held]
 

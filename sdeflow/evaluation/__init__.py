@@ -1,5 +1,6 @@
-"""Scores of pictures against a reference."""
+"""Scores of images against a reference."""
 
-from sdeflow.evaluation.api import Evaluation, evaluate
+from sdeflow.evaluation.api import evaluate
+from sdeflow.evaluation.result import Evaluation
 
 __all__ = ["Evaluation", "evaluate"]

@@ -1,4 +1,4 @@
-"""What is known of a set of pictures through an extractor: measured once, stored with where it
+"""What is known of a set of images through an extractor: measured once, stored with where it
 comes from, checked when read.
 
 Samples and references are measured alike, by one pass that any number of extractors and processes
@@ -26,19 +26,19 @@ from sdeflow._utils.run_control import machine
 from sdeflow._version import __version__
 from sdeflow.errors import CheckpointError, SdeflowError
 from sdeflow.evaluation.features.base import Extractor
-from sdeflow.evaluation.metrics.base import Statistics
+from sdeflow.evaluation.metrics.statistics import Statistics
 from sdeflow.images.datasets import Images, load_images
 from sdeflow.models.checkpoint import read_tensors, write_tensors
 
 FORMAT = "sdeflow-statistics-1"
 
 Batch = tuple[Tensor, Tensor | None]
-"""ImageSource uint8 `[B, C, H, W]`, and labels int64 `[B]` (-1 for none) or None."""
+"""Images uint8 `[B, C, H, W]`, and labels int64 `[B]` (-1 for none) or None."""
 
 
 @dataclass
 class ImageSource:
-    """A set of pictures to be read once: this process's share of it, in batches, and what the set
+    """A set of images to be read once: this process's share of it, in batches, and what the set
     is called.
 
     `total` is how many there are over all processes, where that is known; `how` says how they were
@@ -60,30 +60,33 @@ def open_images(
     batch_size: int = 256,
     rank: Rank | None = None,
 ) -> ImageSource:
-    """The pictures that `source` means; the first `n` of them, if given.
+    """The images that `source` means; the first `n` of them, if given.
 
     `source` is a folder that `sdeflow generate` wrote; an npz file or a folder of them; anything
-    that `load_images` takes (a parquet file, a folder of pictures, a data set's name with its
+    that `load_images` takes (a parquet file, a folder of images, a data set's name with its
     `split`, a torch data set); a uint8 tensor `[N, C, H, W]`; or an iterable of such batches, or of
     pairs with labels. Of an iterable each process reads its own: it brings its share. Errors:
     `ValueError` where nothing is there, and those of the readers.
     """
     rank = rank or Rank()
     if n is not None and n < 2:
-        raise ValueError(f"n is how many pictures are measured, 2 at least; got {n}")
+        raise ValueError(f"n is how many images are measured, 2 at least; got {n}")
     if isinstance(source, ImageSource):
         return source
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_file() and path.suffix not in (".parquet", ".npz"):
             raise ValueError(
-                f"{path} holds no pictures: they are read from a folder, an npz file or a parquet"
+                f"{path} holds no images: they are read from a folder, an npz file or a parquet"
                 " file"
             )
+    total = n
     if isinstance(source, Tensor):
+        if rank.world == 1:
+            total = min(len(source), len(source) if n is None else n)
         source = [source]
     if _is_batches(source):
-        return ImageSource("an iterable", _cut(source, n, rank), n)
+        return ImageSource("an iterable", _cut(source, n, rank), total)
     images = load_images(source, split=split, memory_gb=0.0, progress=False)
     total = images.count if n is None else min(n, images.count)
     batches = images.batches(batch_size, n, rank)
@@ -91,7 +94,7 @@ def open_images(
 
 
 def _is_batches(source: Any) -> bool:
-    """Whether `source` gives batches; a torch data set gives pictures one by one."""
+    """Whether `source` gives batches; a torch data set gives images one by one."""
     if isinstance(source, str | Path | Images) or not hasattr(source, "__iter__"):
         return False
     if not hasattr(source, "__getitem__"):
@@ -109,15 +112,13 @@ def _cut(batches: Iterable[Any], n: int | None, rank: Rank) -> Iterator[Batch]:
         pixels = torch.as_tensor(pixels)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             raise TypeError(
-                f"a batch of pictures is uint8 [B, C, H, W] with C = 1 or 3; got {pixels.dtype}"
+                f"a batch of images is uint8 [B, C, H, W] with C = 1 or 3; got {pixels.dtype}"
                 f" {tuple(pixels.shape)} (sdeflow.images.render.to_uint8 turns images in [-1, 1]"
                 " into it)"
             )
         labels = None if labels is None else torch.as_tensor(labels)
         if labels is not None and labels.shape != pixels.shape[:1]:
-            raise ValueError(
-                f"{len(pixels)} pictures need as many labels; got {tuple(labels.shape)}"
-            )
+            raise ValueError(f"{len(pixels)} images need as many labels; got {tuple(labels.shape)}")
         if left is not None:
             pixels, labels = pixels[:left], None if labels is None else labels[:left]
             left -= len(pixels)
@@ -132,13 +133,13 @@ def _cut(batches: Iterable[Any], n: int | None, rank: Rank) -> Iterator[Batch]:
 
 @dataclass
 class FeatureStatistics:
-    """A set of pictures as one extractor sees it: `statistics`, `features` `[N, dim]` if they were
+    """A set of images as one extractor sees it: `statistics`, `features` `[N, dim]` if they were
     kept, and `facts`.
 
-    The facts are JSON-ready: `source`, its `pictures_sha256` (the sum modulo 2^256 of the SHA-256
-    of each picture's bytes: the same for the same pictures in any order), `n`, `shape`, `extractor`
+    The facts are JSON-ready: `source`, its `images_sha256` (the sum modulo 2^256 of the SHA-256
+    of each image's bytes: the same for the same images in any order), `n`, `shape`, `extractor`
     (name, SHA-256 of its weights, resize, ...), `accuracy` of the extractor's classifier and
-    `labelled` (over how many pictures) where labels are known, `how` the pictures were made,
+    `labelled` (over how many images) where labels are known, `how` the images were made,
     version, machine and date.
     """
 
@@ -166,9 +167,11 @@ class FeatureStatistics:
                 " and keeps them"
             )
         tensors, facts = read_tensors(path)
+        if "pictures_sha256" in facts:  # up to 0.5
+            facts["images_sha256"] = facts.pop("pictures_sha256")
         if facts.pop("format", None) != FORMAT or not {"mean", "scatter"} <= set(tensors):
             raise CheckpointError(
-                f"{path} holds no statistics of pictures ({FORMAT}), but something else that"
+                f"{path} holds no statistics of images ({FORMAT}), but something else that"
                 " sdeflow wrote"
             )
         statistics = Statistics(len(tensors["mean"]))
@@ -190,7 +193,7 @@ class FeatureStatistics:
                 raise CheckpointError(
                     f"the statistics {where} were measured with another extractor ({key}"
                     f" {mine.get(key)!r}, not {wanted[key]!r}): their distance would mean nothing."
-                    " Compute them again, from the pictures"
+                    " Compute them again, from the images"
                 )
 
 
@@ -225,8 +228,7 @@ class _FeatureAccumulator:
         self.statistics.all_reduce()
         if self.statistics.n < 2:
             raise ValueError(
-                f"{facts['source']} holds {self.statistics.n} pictures; two at least have"
-                " statistics"
+                f"{facts['source']} holds {self.statistics.n} images; two at least have statistics"
             )
         facts = {"n": self.statistics.n, "extractor": self.extractor.describe(), **facts}
         right = int(distributed.all_gather(self.right).sum())
@@ -245,71 +247,74 @@ class _FeatureAccumulator:
 
 
 def measure(
-    pictures: ImageSource,
+    images: ImageSource,
     extractors: Sequence[Extractor],
     *,
     features: Sequence[str] = (),
     rank: Rank | None = None,
     progress: bool = False,
 ) -> list[FeatureStatistics]:
-    """One pass over `pictures`, through each of `extractors`; under torchrun the same result on
+    """One pass over `images`, through each of `extractors`; under torchrun the same result on
     every process.
 
     `features` names the scores of the extractors whose features are kept (precision and recall need
-    them). A picture of one channel counts as grey. Errors: `ValueError` for fewer than two pictures
-    or pictures of several sizes, those of the reader.
+    them). An image of one channel counts as grey. Errors: `ValueError` for fewer than two images
+    or images of several sizes, those of the reader.
     """
     rank = rank or Rank()
-    gauges = [_FeatureAccumulator(e, e.score in features) for e in extractors]
+    accumulators = [_FeatureAccumulator(e, e.score in features) for e in extractors]
     digest, labelled, shape = 0, 0, None
     hidden = not (progress and rank.first)
     with tqdm(
-        total=pictures.total,
-        desc=f"measuring {pictures.name}",
+        total=images.total,
+        desc=f"measuring {images.name}",
         unit="img",
         disable=hidden,
         leave=False,
     ) as bar:
-        for pixels, labels in pictures.batches:
+        for pixels, labels in images.batches:
             shape = shape or tuple(pixels.shape[1:])
             if tuple(pixels.shape[1:]) != shape:
                 raise ValueError(
-                    f"the pictures of {pictures.name} differ in shape: {shape} and"
+                    f"the images of {images.name} differ in shape: {shape} and"
                     f" {tuple(pixels.shape[1:])}"
                 )
             digest += _digest(pixels)
             labelled += 0 if labels is None else int((labels >= 0).sum())
-            for gauge in gauges:
-                gauge.add(pixels, labels)
+            for accumulator in accumulators:
+                accumulator.add(pixels, labels)
             bar.update(min(len(pixels) * rank.world, (bar.total or 1 << 62) - bar.n))
     digest, labelled = (
-        _summed(number % (1 << 256), gauges[0].place) for number in (digest, labelled)
+        _summed(number % (1 << 256), accumulators[0].place) for number in (digest, labelled)
     )
-    shape = _one_shape(shape, pictures.name, gauges[0].place)
+    shape = _one_shape(shape, images.name, accumulators[0].place)
     facts = {
-        "source": pictures.name, "pictures_sha256": f"{digest:064x}", "shape": list(shape), "how": pictures.how,
-        "version": __version__, "torch": str(torch.__version__), "machine": machine(extractors[0].device, rank.world),
+        "source": images.name, "images_sha256": f"{digest:064x}", "shape": list(shape),
+        "how": images.how,
+        "source_classes": list(images.class_names),
+        "version": __version__, "torch": str(torch.__version__),
+        "machine": machine(extractors[0].device, rank.world),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    return [gauge.result(facts, labelled) for gauge in gauges]
+    return [accumulator.result(facts, labelled) for accumulator in accumulators]
 
 
 def _digest(pixels: Tensor) -> int:
-    """The sum of the SHA-256 of each picture: its shape [H, W, C], then its bytes."""
+    """The sum of the SHA-256 of each image: its shape [H, W, C], then its bytes."""
     total = 0
-    for picture in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+    for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy():
         total += int.from_bytes(
-            hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).digest(), "big"
+            hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest(), "big"
         )
     return total
 
 
 def _one_shape(shape: tuple[int, ...] | None, name: str, device: torch.device) -> tuple[int, ...]:
-    """The shape of the pictures of all processes, some of which may have seen none."""
+    """The shape of the images of all processes, some of which may have seen none."""
     table = distributed.all_gather(torch.tensor([shape or (0, 0, 0)], device=device)).tolist()
     seen = sorted({tuple(row) for row in table if any(row)})
     if len(seen) > 1:
-        raise ValueError(f"the pictures of {name} differ in shape: {seen[0]} and {seen[1]}")
+        raise ValueError(f"the images of {name} differ in shape: {seen[0]} and {seen[1]}")
     return seen[0] if seen else ()
 
 
@@ -351,7 +356,7 @@ def reference(
         if len(extractors) > 1:
             raise ValueError(
                 f"one file of statistics serves one extractor, but {len(extractors)} are asked for;"
-                " name the pictures"
+                " name the images"
             )
         for extractor in extractors:
             found.check(extractor, where)
@@ -359,7 +364,7 @@ def reference(
         return [found] * len(extractors)
     if statistics is not None and source is not None and not isinstance(source, str | Path):
         raise ValueError(
-            "a folder of statistics serves pictures with a path or a name, by which they are known"
+            "a folder of statistics serves images with a path or a name, by which they are known"
             " again"
         )
     files = [
@@ -380,11 +385,11 @@ def reference(
     if missing:
         if source is None:
             raise ValueError(
-                "a reference is needed: a data set, a folder of pictures, or stored statistics"
+                "a reference is needed: a data set, a folder of images, or stored statistics"
             )
-        pictures = open_images(source, split=split, n=n, batch_size=batch_size, rank=rank)
+        images = open_images(source, split=split, n=n, batch_size=batch_size, rank=rank)
         measured = measure(
-            pictures,
+            images,
             [extractors[i] for i in missing],
             features=features,
             rank=rank,
@@ -404,14 +409,14 @@ def _check_features(
     if extractor.score in features and found.features is None:
         raise CheckpointError(
             f"the statistics {where} hold no features, which precision and recall need; measure the"
-            " pictures again with those metrics, or leave them out"
+            " images again with those metrics, or leave them out"
         )
 
 
 def _check_source(
     found: FeatureStatistics, source: Any, split: str, n: int | None, file: Path
 ) -> None:
-    """Stored statistics stand for a source by its name, split and number; the pictures are not read
+    """Stored statistics stand for a source by its name, split and number; the images are not read
     again.
     """
     if source is None:

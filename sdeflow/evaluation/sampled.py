@@ -1,6 +1,4 @@
-"""Images sampled from a denoiser as an evaluation needs them, the same ones that `generate`
-writes.
-"""
+"""Samples of a denoiser for an evaluation: the same images as those of `generate`."""
 
 from __future__ import annotations
 
@@ -14,23 +12,24 @@ from sdeflow._utils.distributed import Rank
 from sdeflow.denoisers import Denoiser
 from sdeflow.denoisers.fingerprint import model_sha256
 from sdeflow.evaluation.measure import Batch, ImageSource
-from sdeflow.evaluation.metrics.base import ENOUGH
+from sdeflow.evaluation.metrics import ENOUGH
 from sdeflow.generate.api import dtype_of, sentence
 from sdeflow.images.labels import Labels
 from sdeflow.images.render import to_uint8
-from sdeflow.sampling.api import device_of, solve
+from sdeflow.sampling.api import solve
 from sdeflow.sampling.batch_size import window
+from sdeflow.sampling.inputs import device_of
 from sdeflow.sampling.request import GraphMode, Request
 from sdeflow.solvers.base import Solver
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn from a denoiser that is evaluated: `n` of them, picture i with seed
+    """How a denoiser that is evaluated is sampled: `n` of them, image i with seed
     `seed + i`.
 
     `solver`, `nfe`, `grid`, `noise` and `compile` are those of `sample`; `classes` those of
-    `generate`, taken in turn. Picture i is the same whatever `batch_size` and the number of
+    `generate`, taken in turn. Image i is the same whatever `batch_size` and the number of
     processes, as with `generate`. `model` is its name, which the result tells.
     """
 
@@ -54,9 +53,9 @@ class Sampling:
                 )
 
 
-def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
-    """Images sampled from a denoiser where it is, as they are needed, this process's share of
-    them; nothing is written.
+def samples_of(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
+    """Samples of a denoiser on its device, made as they are needed: this process's share of them.
+    Nothing is written.
     """
     labels = Labels.of(denoiser, sampling.classes)
     names = tuple(getattr(denoiser, "class_names", ()))
@@ -67,17 +66,18 @@ def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
         "noise": sampling.noise,
     }
     how: dict[str, Any] = {
-        "model": sampling.model, "n": sampling.n, "seed": sampling.seed, "classes": list(labels.recorded),
-        "class_names": list(names), "model_sha256": model_sha256(denoiser), **sentence(Request(score_fn=denoiser, **asked)),
-        "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser), "network_compiled": _compiled(denoiser),
-        "compiled": "no",
+        "model": sampling.model, "n": sampling.n, "seed": sampling.seed,
+        "classes": list(labels.recorded), "class_names": list(names),
+        "model_sha256": model_sha256(denoiser), **sentence(Request(score_fn=denoiser, **asked)),
+        "batch_size": sampling.batch_size, "dtype": dtype_of(denoiser),
+        "network_compiled": _compiled(denoiser), "compiled": "no",
     }  # fmt: skip
 
     def batches() -> Iterator[Batch]:
         share = rank.share(sampling.n)
         for first in range(share.start, share.stop, sampling.batch_size):
             stop = min(first + sampling.batch_size, share.stop)
-            # A last, smaller batch would be compiled anew: it is drawn with pictures before it,
+            # A last, smaller batch would be compiled anew: it is filled with images before it,
             # which are dropped.
             start = (
                 window(slice(first, stop), sampling.batch_size).start if sampling.compile else first
@@ -85,7 +85,8 @@ def drawn(denoiser: Denoiser, sampling: Sampling, rank: Rank) -> ImageSource:
             label = labels.given(range(start, stop))
             mine = denoiser.rows(torch.arange(start, stop))
             solution = solve(
-                mine, **asked, n=stop - start, seeds=sampling.seed + start, compile=sampling.compile,
+                mine, **asked, n=stop - start, seeds=sampling.seed + start,
+                compile=sampling.compile,
                 condition=None if label is None else {"label": label}, device=device_of(denoiser),
             )  # fmt: skip
             how["compiled"] = str(solution.statistics.get("compiled", "no"))

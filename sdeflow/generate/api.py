@@ -1,5 +1,6 @@
-"""Many images into a folder, on any number of processes; it can be stopped and continued at any
-moment.
+"""Many images into a folder, on any number of processes.
+
+It can be stopped and continued at any moment.
 
 Image i has seed `seed + i` and a label that depends on i alone. So it is the same image whatever
 the batch size and the number of processes: its noise bit for bit, and all of it where the network
@@ -27,7 +28,9 @@ from tqdm import tqdm
 
 from sdeflow import registry
 from sdeflow._utils import distributed
-from sdeflow._utils.checks import whole_number
+from sdeflow._utils.checks import listed, whole_number
+from sdeflow._utils.lock import locked
+from sdeflow._utils.math import not_finite
 from sdeflow._utils.run_control import Stop
 from sdeflow._version import __version__
 from sdeflow.denoisers import Denoiser, as_denoiser
@@ -118,8 +121,9 @@ def generate(
     model: str = "",
     progress: bool = False,
 ) -> GenerationResult:
-    """Write `n` images of a model into the folder `out`, in shards; called again it makes what is
-    missing or damaged.
+    """Write `n` images of a model into the folder `out`, in shards.
+
+    Called again it makes what is missing or damaged.
 
         generate(sdeflow.load("cifar10"), "images", n=50_000, nfe=35)
 
@@ -143,15 +147,16 @@ def generate(
 
     Errors: `ValueError` for a folder made with other settings (it names them) or holding other
     things; those of `sample`; `SdeflowError` where a shard cannot be written, `NonFiniteError` for
-    NaN: both name the images. Finished shards stay.
+    NaN: both name the images; `SdeflowError` where another run is writing into `out` (the lock ends
+    with its process). Finished shards stay.
     """
     began = time.perf_counter()
     rank = distributed.this_rank()
     stop = Stop(max_seconds)
     denoiser = as_denoiser(score_fn, None if process is None else registry.process(process))
     place = rank.device(device_of(denoiser) if device is None else check_device(device))
-    image_shape, names = _image_shape(denoiser, shape), _class_names(denoiser)
-    shards = Shards(Path(out), format, n, shard_size, image_shape, names)
+    names = tuple(getattr(denoiser, "class_names", ()))
+    shards = Shards(Path(out), format, n, shard_size, _image_shape(denoiser, shape), names)
     labels = Labels.of(denoiser, classes)
     SeededNoise((seed, seed + n - 1), (1,))  # refuses seeds out of range
     batch = _batch_size(batch_size, place)
@@ -182,20 +187,22 @@ def generate(
     }
     check_settings(shards.folder, settings)
     coordinator = Coordinator(rank)
-    if rank.first:
-        shards.sweep()
-        write_settings(shards.folder, settings)
     shown = progress and rank.first
-    missing = missing_shards(shards, labels, coordinator, shown)
-    there = n - sum(len(shards.indices(k)) for k in missing)
-    title = f"generating {n}"
-    bar = tqdm(total=n, initial=there, unit="img", desc=title, smoothing=0.1, disable=not shown)
     current = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
-    with bar, current, stop.listening(), coordinator.leaving_announced():
-        maker = Maker(request, shards, labels, index(seed), stop, coordinator, bar)
-        maker.make(missing[rank.index :: rank.world])
+    with locked(shards.folder, "sdeflow generate", rank.first), current, stop.listening():
         if rank.first:
-            maker.wait(n - there)
+            check_settings(shards.folder, settings)  # of a run that held the lock until now
+            shards.sweep()
+            write_settings(shards.folder, settings)
+        missing = missing_shards(shards, labels, coordinator, shown)
+        there = n - sum(len(shards.indices(k)) for k in missing)
+        title = f"generating {n}"
+        bar = tqdm(total=n, initial=there, unit="img", desc=title, smoothing=0.1, disable=not shown)
+        with bar, coordinator.leaving_announced():
+            maker = Maker(request, shards, labels, index(seed), stop, coordinator, bar)
+            maker.make(missing[rank.index :: rank.world])
+            if rank.first:
+                maker.wait(n - there)
     made, calls = coordinator.read("images"), coordinator.read("calls")
     seconds = time.perf_counter() - began
     return GenerationResult(
@@ -219,16 +226,15 @@ class Maker:
     def make(self, shards: Sequence[int]) -> None:
         """Make these, until it is asked to stop. What was finished is written in any case."""
         with ThreadPoolExecutor(1) as writer:
-            writing: Future[None] | None = None
+            writing: Future[None] = Future()
+            writing.set_result(None)  # there is nothing to wait for yet
             for k in shards:
                 images = self.images(k)
                 if images is None:
                     break
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(self.write, k, images)
-            if writing is not None:
                 writing.result()
+                writing = writer.submit(self.write, k, images)
+            writing.result()
 
     def images(self, k: int) -> Tensor | None:
         """The images of a shard, uint8 [k, H, W, C] on the CPU; None if it is asked to stop."""
@@ -282,8 +288,9 @@ class Maker:
             self.bar.update(self.bar.initial + self.coordinator.read("shown") - self.bar.n)
 
     def wait(self, wanted: int) -> None:
-        """Wait until the other processes have made their part, or have left. If a signal ends all
-        of them, wait 5 s at most.
+        """Wait until the other processes have made their part, or have left.
+
+        If a signal ends all of them, wait 5 s at most.
         """
         until, read = None, self.coordinator.read
         while read("images") < wanted and read("left") < self.coordinator.others:
@@ -309,19 +316,14 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} is of {stored['n']} images, and n={asked['n']} is fewer: n may grow but"
             " not shrink; choose another folder"
         )
-    names = [
-        name
-        for name in asked
-        if name not in GROWS | INFORMATIVE and stored.get(name) != asked[name]
-    ]
+    fixed = [name for name in asked if name not in GROWS | INFORMATIVE]
+    names = [name for name in fixed if stored.get(name) != asked[name]]
     if len(names) > 1:
         # Another budget or solver has other times, another dtype another hash: those say more.
         follows = {"times", *(["model_sha256"] if "dtype" in names else [])}
         names = [name for name in names if name not in follows]
     if names:
-        old, new = (
-            ", ".join(f"{name}={_short(of.get(name))}" for name in names) for of in (stored, asked)
-        )
+        old, new = (", ".join(f"{n}={_short(of.get(n))}" for n in names) for of in (stored, asked))
         raise ValueError(
             f"{folder} was made with {old}, not with {new}: continuing would mix two sets of"
             " images. Take the same settings, or another folder"
@@ -331,8 +333,9 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def missing_shards(
     shards: Shards, labels: Labels, coordinator: Coordinator, progress: bool
 ) -> list[int]:
-    """The shards that are missing or damaged. Each process verifies its part; all get the same
-    answer.
+    """The shards that are missing or damaged.
+
+    Each process verifies its part; all get the same answer.
     """
     there = [k for k in range(len(shards)) if shards.path(k).exists()]
     mine = [k for k in there if k % coordinator.rank.world == coordinator.rank.index]
@@ -346,8 +349,9 @@ def missing_shards(
 
 
 class _StandIn(Wrapper):
-    """Stands for a denoiser where only the sentence around it is asked for: process, grid and
-    budget. It takes samples of any shape and calls no network.
+    """Stands for a denoiser where only process, grid and budget are asked for.
+
+    It takes samples of any shape and calls no network.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -367,21 +371,20 @@ class _StandIn(Wrapper):
 
 
 def sentence(request: Request) -> dict[str, Any]:
-    """Solver, process, times and budget of a request, from a solve that costs no network call;
-    raises what `sample` raises.
+    """Solver, process, times and budget of a request.
+
+    They are those of a solve that costs no network call. Raises what `sample` raises.
     """
     if not isinstance(request.noise, str):
         raise TypeError("noise is 'seeded' or 'brownian': a noise of your own serves one batch")
     free = _StandIn(as_denoiser(request.score_fn, None))
     asked = {f: getattr(request, f) for f in ("solver", "nfe", "grid", "noise")}
     how = run(Request(score_fn=free, **asked, shape=(1,), n=1, seeds=0))
-    method, plan = how.solver, request.solver
+    method, plan, name = how.solver, request.solver, repr(how.solver)
+    if isinstance(plan, Plan):
+        name = f"plan {hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()}"
     return {
-        "solver": (
-            f"plan {_sha256(json.dumps(plan.to_dict()))}"
-            if isinstance(plan, Plan)
-            else repr(method)
-        ),
+        "solver": name,
         "process": repr(how.process),
         "nfe": None if method is not None and method.adaptive else how.nfe,
         "grid": how.grid,
@@ -390,19 +393,11 @@ def sentence(request: Request) -> dict[str, Any]:
     }
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def dtype_of(denoiser: Denoiser) -> str:
     """The dtype of the network's parameters, or of the states."""
     parameters = (p for network in denoiser.networks for p in network.parameters())
     first = next(parameters, None)
     return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
-
-
-def _class_names(denoiser: Denoiser) -> tuple[str, ...]:
-    return tuple(getattr(denoiser, "class_names", ()))
 
 
 def _image_shape(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, int, int]:
@@ -429,13 +424,10 @@ def _named(error: NonFiniteError | SolverError, rows: range, seed: int, shard: i
     """The error of a batch, with the numbers of the images."""
     bad: Sequence[int] = rows
     if error.partial is not None:
-        x = error.partial.x
-        wrong = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
         before = rows.start if error.finished is None else rows.start + len(error.finished.x)
-        bad = [before + i for i in wrong] or rows
-    which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        bad = [before + i for i in not_finite(error.partial.x)] or rows
     named = type(error)(
-        f"{'image' if len(bad) == 1 else 'images'} {which} (seed {seed} + number) failed, and"
+        f"{'image' if len(bad) == 1 else 'images'} {listed(bad)} (seed {seed} + number) failed, and"
         f" nothing was written of shard {shard}; the shards that are finished stay. In the batch"
         f" that begins with image {rows.start}: {error}"
     )

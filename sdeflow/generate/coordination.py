@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -23,8 +22,7 @@ class Coordinator:
 
     def __init__(self, rank: Rank) -> None:
         self.rank, self.others = rank, rank.world - 1
-        self._own: dict[str, int] = {}
-        self._store: Any = None
+        self._store: dist.Store = dist.HashStore()
         if rank.world > 1:
             read = os.environ.get
             elsewhere = read("TORCHELASTIC_USE_AGENT_STORE") == "True" or dist.is_initialized()
@@ -43,26 +41,22 @@ class Coordinator:
 
     def add(self, name: str, count: int) -> int:
         """Add to a count, and return what it has become."""
-        if self._store is not None:
-            return int(self._store.add(name, count))
-        self._own[name] = self._own.get(name, 0) + count
-        return self._own[name]
+        return self._store.add(name, count)
 
     def read(self, name: str) -> int:
         """A count as it is now."""
-        return self._own.get(name, 0) if self._store is None else self.add(name, 0)
+        return self.add(name, 0)
 
     def all_gather(self, name: str, value: list[int]) -> list[list[int]]:
         """The values of all processes, by rank; waits until all have called it."""
-        if self._store is None:
-            return [value]
         self._store.set(f"{name}-{self.rank.index}", json.dumps(value))
         return [json.loads(self._store.get(f"{name}-{i}")) for i in range(self.rank.world)]
 
     @contextmanager
     def leaving_announced(self) -> Iterator[None]:
-        """Within the block; at its end, even by an error, the first process learns that this one
-        has left, and waits for it no longer.
+        """Tell the first process at the end of the block, even by an error, that this one has left.
+
+        The first process then waits for it no longer.
         """
         try:
             yield

@@ -1,5 +1,6 @@
-r"""Time grids: the levels of a solver. Float64 on the CPU, decreasing, `n` levels from `t_max` to
-`t_min`.
+r"""Time grids: the levels of a solver.
+
+Float64 on the CPU, decreasing, `n` levels from `t_max` to `t_min`.
 
 Every grid is a function `grid(process, n, *, t_min=None, t_max=None, ...)`. `grid=` takes any
 function of that form, and any strictly monotone vector of times, and uses it exactly. The step from
@@ -9,6 +10,9 @@ A grid in the noise-to-signal ratio needs a finite top. Where `nsr(t_max)` is in
 `NSR_TOP`, the grid is made from `NSR_TOP` down and `t_max` itself is put in front.
 """
 
+from functools import partial
+
+from sdeflow._utils.moved import renamed
 from sdeflow.grid.base import NSR_TOP, GridFunction
 from sdeflow.grid.continuous import (
     cosine_t,
@@ -86,3 +90,5 @@ __all__ = [
     "uniform_vp",
     "without_last",
 ]
+
+__getattr__ = partial(renamed, "grid")

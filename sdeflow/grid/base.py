@@ -32,10 +32,8 @@ def count(n: int) -> int:
 def ends(process: Process, n: int, t_min: float | None, t_max: float | None) -> tuple[float, float]:
     """The time at the end and at the start of a grid of `n` levels."""
     count(n)
-    low, high = (
-        process.t_min if t_min is None else float(t_min),
-        process.t_max if t_max is None else float(t_max),
-    )
+    low = process.t_min if t_min is None else float(t_min)
+    high = process.t_max if t_max is None else float(t_max)
     if not low < high:
         raise GridError(
             f"a grid runs from t_max down to a smaller t_min; got t_max={high:g}, t_min={low:g}"
@@ -86,7 +84,7 @@ def in_nsr(
     last: bool = True,
     endless: bool = False,
 ) -> Tensor:
-    """A grid made by `place(top, bottom, n)` in nsr, between the process's ends or the given bounds.
+    """A grid made by `place(top, bottom, n)` in nsr, between the ends of the process or the bounds.
 
     Where the top is beyond `NSR_TOP`, `t_max` itself is put in front of a grid from there, except
     where `place` is `endless` and can begin at infinity. Without `last` it is the first `n` of

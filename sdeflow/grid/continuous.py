@@ -46,8 +46,9 @@ def uniform_t(
 def uniform_sqrt_t(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """Uniform in the square root of time: finer near the data. Source: DDIM's "quadratic" grid
-    (Song et al., 2020).
+    """Uniform in the square root of time: finer near the data.
+
+    Source: DDIM's "quadratic" grid (Song et al., 2020).
     """
     return power_t(process, n, rho=2.0, t_min=t_min, t_max=t_max)
 
@@ -60,8 +61,9 @@ def cosine_t(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """Half a cosine in time, fine at both ends (Chebyshev's nodes). Without `both` a quarter, fine
-    at the data only.
+    """Half a cosine in time, fine at both ends (Chebyshev's nodes).
+
+    Without `both` a quarter, fine at the data only.
 
     Source: the Chebyshev-Lobatto points of numerical quadrature.
     """
@@ -300,8 +302,9 @@ def uniform_cosine(
 ) -> Tensor:
     """Uniform in the time of a `Cosine` at the same noise-to-signal ratio, whatever the process.
 
-    It can begin at infinity. Without `last`, the first `n` of `n + 1` levels. Source: Nichol & Dhariwal, "Improved DDPM"
-    (2021), equation 17.
+    It can begin at infinity. Without `last`, the first `n` of `n + 1` levels.
+
+    Source: Nichol & Dhariwal, "Improved DDPM" (2021), equation 17.
     """
     clock = Cosine(offset=offset)
 

@@ -14,24 +14,24 @@ from sdeflow._utils.checks import is_whole
 from sdeflow.errors import GridError
 from sdeflow.grid.base import count, ends, falling, in_nsr, positive, ramp
 from sdeflow.grid.continuous import uniform_t
-from sdeflow.process import FromBetas, Process
+from sdeflow.process import Process, Tabulated
 
 
 def _table_of(
     process: Process, n: int, t_min: float | None, t_max: float | None
-) -> tuple[FromBetas, int]:
+) -> tuple[Tabulated, int]:
     """The table behind a discrete grid, and how many of its entries lie at or below `t_max`."""
-    if not isinstance(process, FromBetas):
+    if not isinstance(process, Tabulated):
         raise GridError(
             f"this grid consists of entries of a table of betas; {type(process).__name__} has"
-            " none: use uniform_t, or Process.from_betas"
+            " none: use uniform_t, or Process.from_betas or from_table"
         )
     if t_min is not None and t_min > process.t_min:
         raise GridError(
             f"grids on a table run down to its first entry, t={process.t_min:g}; for"
             f" t_min={t_min:g} use uniform_t"
         )
-    size = len(process.betas)
+    size = process.size
     if t_max is not None:
         size = math.floor(float(process.index(t_max)) + 1.0 + 1e-9)
     if not is_whole(n, 1, size):
@@ -108,8 +108,9 @@ def linspace(
 def quadratic(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """Entries nearest to `(N - 1) u^2`, `u` uniform from 1 to 0, no entry twice. Source: DDIM (Song
-    et al., 2020), section D.2.
+    """Entries nearest to `(N - 1) u^2`, `u` uniform from 1 to 0, no entry twice.
+
+    Source: DDIM (Song et al., 2020), section D.2.
     """
     table, size = _table_of(process, n, t_min, t_max)
     up = (
@@ -138,15 +139,16 @@ def _to_zero(
 def simple(
     process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
 ) -> Tensor:
-    """`n` equal steps in time from the start to `t = 0`, `t_max (1 - j/n)`. The last one is the
-    solver's step to zero noise.
+    """`n` equal steps in time from the start to `t = 0`, `t_max (1 - j/n)`.
+
+    The last one is the solver's step to zero noise.
 
     On a table of betas the entries `N - 1 - floor(j N/n)`: `trailing` but for the rounding. With
     `t_min`, the steps end there.
 
     Source: ComfyUI's "simple"; the grid of flow models in practice.
     """
-    if isinstance(process, FromBetas):
+    if isinstance(process, Tabulated):
         table, size = _table_of(process, n, t_min, t_max)
         return table.time(size - 1 - torch.arange(n) * size // n)
     end, high = _to_zero(process, n, t_min, t_max)

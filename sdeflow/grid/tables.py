@@ -31,8 +31,9 @@ ALIGN_YOUR_STEPS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A grid given as a list of noise-to-signal ratios, or of times. Other numbers of levels are
-    interpolated.
+    """A grid given as a list of noise-to-signal ratios, or of times.
+
+    Other numbers of levels are interpolated.
 
         solve(model, solver="dpmpp_2m", nfe=10, grid=grid.table([14.6, 3.9, 1.9, 0.96, 0.4, 0.03]))
 
@@ -64,14 +65,10 @@ class Table:
             and bool((np.diff(given) < 0).all())
         )
         if not fine or (self.of == "nsr" and given[-1] <= 0):
+            positive = " and are positive (zero is the solver's own last step)"
             raise GridError(
                 "a table is a list of at least two finite numbers that fall strictly"
-                + (
-                    " and are positive (zero is the solver's own last step)"
-                    if self.of == "nsr"
-                    else ""
-                )
-                + f"; got {self.values}"
+                f"{positive if self.of == 'nsr' else ''}; got {self.values}"
             )
 
     def __call__(

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,8 @@ class Images(ABC):
     def decoded(self, progress: bool = True) -> Decoded:
         """All of it in memory."""
         pixels, labels, done = None, [], 0
-        hidden = not progress
-        with tqdm(
-            total=self.count, desc="decoding", unit="img", leave=False, disable=hidden
-        ) as bar:
+        shown = {"desc": "decoding", "unit": "img", "leave": False, "disable": not progress}
+        with tqdm(total=self.count, **shown) as bar:
             for part, label in self.batches(256):
                 pixels = part.new_empty(self.count, *part.shape[1:]) if pixels is None else pixels
                 pixels[done : done + len(part)] = part
@@ -187,11 +185,8 @@ class Generated(Images):
         for k in (rank or Rank()).share(-(-total // self.shards.size)):
             indices, pixels, labels = self.shards.read(k)
             kept = int((indices < total).sum())
-            yield from zip(
-                pixels[:kept].permute(0, 3, 1, 2).split(batch),
-                labels[:kept].split(batch),
-                strict=True,
-            )
+            images = pixels[:kept].permute(0, 3, 1, 2)
+            yield from zip(images.split(batch), labels[:kept].split(batch), strict=True)
 
 
 def _known(labels: Tensor) -> Tensor | None:
@@ -205,8 +200,9 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def to_pixels(image: Image.Image | Tensor | np.ndarray, size: int) -> Tensor:
-    """An image as uint8 [3, size, size]: RGB, centre-cropped to a square and resized if it has
-    another size.
+    """An image as uint8 [3, size, size], RGB.
+
+    It is cropped to a square at its centre and resized if it has another size.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
@@ -232,8 +228,9 @@ def load_images(
     memory_gb: float = 4.0,
     progress: bool = True,
 ) -> Images:
-    """The images that `source` means, of `size` x `size` pixels (by default the first image's
-    shorter side).
+    """The images that `source` means, of `size` x `size` pixels.
+
+    By default `size` is the first image's shorter side.
 
     `source` is one of
 
@@ -252,15 +249,13 @@ def load_images(
     if isinstance(source, Images):
         return source
     images: Images
-    if not isinstance(source, str | Path):
-        images = _from_dataset(source, size)
-    elif (found := _open_path(Path(source), split, size)) is not None:
-        images = found
+    if isinstance(source, str | Path):
+        images = _open_path(Path(source), split, size) or _from_hub(str(source), split, size)
     else:
-        images = _from_hub(str(source), split, size)
+        images = _from_dataset(source, size)
+    if (memory_gb or size) and not isinstance(images, Encoded):
+        images = _resized(images, size or images.size)  # to train: square, of three channels
     small = images.count * 3 * images.size**2 <= memory_gb * 1e9
-    if memory_gb and not isinstance(images, Encoded):  # to train: square, of three channels
-        images = _resized(images, size or images.size)
     if memory_gb and not small and isinstance(images, Generated):  # read one by one, not by shard
         plain = _open_files(Path(str(source)), split, size)
         images = replace(plain, labels=images.labels, class_names=images.class_names)
@@ -268,8 +263,9 @@ def load_images(
 
 
 def read_images(path: str | os.PathLike[str], *, batch: int = 256) -> Iterator[Batch]:
-    """The images at `path`, at most `batch` at a time: (indices int64 [k], uint8 [k, H, W, C],
-    labels int64 [k]).
+    """The images at `path`, at most `batch` at a time.
+
+    Each batch is (indices int64 [k], uint8 [k, H, W, C], labels int64 [k]).
 
     `path` is a folder or a file that `load_images` takes. Nothing is cropped or resized: all images
     must have one size. The shards of a folder that `sdeflow generate` wrote are verified as they
@@ -299,10 +295,7 @@ def _numbered(images: Images, batch: int) -> Iterator[Batch]:
 
 def _open_path(path: Path, split: str, size: int | None, crop: bool = True) -> Images | None:
     """The images in a folder or a file; None for what is neither."""
-    if (path / RUN).is_file():
-        images = Generated(path)
-        return images if size is None else _resized(images, size)
-    return _open_files(path, split, size, crop)
+    return Generated(path) if (path / RUN).is_file() else _open_files(path, split, size, crop)
 
 
 def _open_files(path: Path, split: str, size: int | None, crop: bool = True) -> Any:
@@ -326,8 +319,8 @@ def _resized(images: Images, size: int) -> Images:
     def read(index: int) -> Tensor:
         return images.get(torch.tensor([index]))[0]
 
-    labels, names, how = images.labels, images.class_names, images.how
-    return Encoded(read, images.count, size, labels, names, images.name, how=how)
+    about = {name: getattr(images, name) for name in ("labels", "class_names", "name", "how")}
+    return Encoded(read, images.count, size, **about)
 
 
 def _opened(source: Path | io.BytesIO, name: object) -> Image.Image:
@@ -384,8 +377,7 @@ def _from_npz(files: list[Path], name: str, size: int | None, crop: bool) -> Ima
         parts.append(array)
         labelled.append(labels.astype(np.int64))
     pixels = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
-    images = Decoded(pixels, _known(torch.from_numpy(np.concatenate(labelled))), name=name)
-    return images if size is None else _resized(images, size)
+    return Decoded(pixels, _known(torch.from_numpy(np.concatenate(labelled))), name=name)
 
 
 def _from_parquet(files: list[Path], name: str, size: int | None, crop: bool) -> Encoded:
@@ -440,26 +432,24 @@ def _from_hub(name: str, split: str, size: int | None) -> Encoded:
             f"the data set {name!r} (split {split!r}) could not be loaded: {error}. Check the name"
             " and the connection, or give a parquet file or a folder of images"
         ) from error
-    column = next(
-        (c for c, kind in table.features.items() if isinstance(kind, datasets.Image)), None
-    )
+
+    def first(kind: type) -> str | None:
+        return next((c for c, found in table.features.items() if isinstance(found, kind)), None)
+
+    column, label = first(datasets.Image), first(datasets.ClassLabel)
     if column is None:
         raise ValueError(
             f"the data set {name!r} has no column of images; it has {', '.join(table.features)}"
         )
-    label = next(
-        (c for c, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)), None
-    )
     names = tuple(table.features[label].names) if label else ()
     labels = torch.tensor(table[label][:]) if label else None
 
     def read(index: int) -> Image.Image:
         return table[index][column]
 
+    size = size or min(read(0).size)
     # The library's readers are not made for threads that share one table.
-    return Encoded(
-        read, len(table), size or min(read(0).size), labels, names, f"{name} [{split}]", workers=1
-    )
+    return Encoded(read, len(table), size, labels, names, f"{name} [{split}]", workers=1)
 
 
 def _from_dataset(dataset: Any, size: int | None) -> Encoded:
@@ -475,21 +465,18 @@ def _from_dataset(dataset: Any, size: int | None) -> Encoded:
     side = min(image.shape[-2:]) if isinstance(image, Tensor) else min(getattr(image, "size", (0,)))
     labels = None
     if paired and len(first) > 1:
-        targets = getattr(
-            dataset, "targets", None
-        )  # torchvision's list, which spares decoding every image for its label
-        labels = torch.as_tensor(
-            targets if targets is not None else [int(dataset[i][1]) for i in range(len(dataset))]
-        )
+        # torchvision's list spares decoding every image for its label.
+        targets = getattr(dataset, "targets", None)
+        if targets is None:
+            targets = [int(dataset[i][1]) for i in range(len(dataset))]
+        labels = torch.as_tensor(targets)
 
     def read(index: int) -> Any:
         item = dataset[index]
         return item[0] if paired else item
 
-    names = tuple(getattr(dataset, "classes", ()))
-    return Encoded(
-        read, len(dataset), size or int(side), labels, names, type(dataset).__name__, workers=1
-    )
+    size, names, name = size or int(side), getattr(dataset, "classes", ()), type(dataset).__name__
+    return Encoded(read, len(dataset), size, labels, tuple(names), name, workers=1)
 
 
 def mix(*numbers: int) -> int:
@@ -527,31 +514,22 @@ class Stream:
         self.device = torch.device(device)
         if isinstance(images, Decoded):
             self.images = images.to(self.device)
-        self._orders: dict[int, Tensor] = {}
+        self._order = lru_cache(maxsize=2)(self._permutation)  # a batch may span two passes
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._pool = ThreadPoolExecutor(1) if isinstance(images, Encoded) else None
 
     def indices(self, step: int) -> Tensor:
         """Which images this rank sees at `step`."""
-        share = self.rank.share(self.batch)
-        place, stop = step * self.batch + share.start, step * self.batch + share.stop
-        parts = []
-        while place < stop:
-            epoch, offset = divmod(place, self.images.count)
-            taken = min(stop - place, self.images.count - offset)
-            parts.append(self._order(epoch)[offset : offset + taken])
-            place += taken
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        share, count = self.rank.share(self.batch), self.images.count
+        start, stop = (step * self.batch + place for place in (share.start, share.stop))
+        passes = range(start // count, (stop - 1) // count + 1)
+        places = [slice(max(start - k * count, 0), stop - k * count) for k in passes]
+        return torch.cat([self._order(k)[part] for k, part in zip(passes, places, strict=True)])
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(mix(self.seed, 1, epoch))
-            order = torch.randperm(self.images.count, generator=generator)
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = (
-                order.to(self.device) if isinstance(self.images, Decoded) else order
-            )
-        return self._orders[epoch]
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(mix(self.seed, 1, epoch))
+        order = torch.randperm(self.images.count, generator=generator)
+        return order.to(self.device) if isinstance(self.images, Decoded) else order
 
     def pixels(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The images (uint8) and labels of `step`, on the device."""
@@ -568,8 +546,9 @@ class Stream:
     def __call__(
         self, step: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The batch of `step`: `x0` float32 [b, 3, S, S] in [-1, 1] and labels; `generator` flips
-        half of it left to right.
+        """The batch of `step`: `x0` float32 [b, 3, S, S] in [-1, 1] and labels.
+
+        `generator` flips half of it left to right.
         """
         pixels, labels = self.pixels(step)
         return prepared(pixels, generator), labels

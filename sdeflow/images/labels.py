@@ -15,8 +15,9 @@ from sdeflow.images.shards import NO_LABEL
 
 @dataclass(frozen=True)
 class Labels:
-    """The label of each image, a function of its index: those of `cycle` in turn; none if it is
-    empty.
+    """The label of each image, a function of its index.
+
+    The labels of `cycle` are taken in turn; there are none if it is empty.
 
     `null` is the label that means "no label" to a network that was trained with labels.
     """

@@ -1,5 +1,6 @@
-"""Samples side by side in one image, with labels; PNG files that say how they were made; GIFs. With
-Pillow alone.
+"""Samples side by side in one image, PNG files with facts, GIFs.
+
+Pillow alone is needed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from sdeflow._utils.checks import one_of, whole_number
+from sdeflow._utils.checks import listed, one_of, whole_number
 from sdeflow._utils.files import write_atomically
+from sdeflow._utils.math import not_finite
 from sdeflow.errors import NonFiniteError, SdeflowError
 
 CELL = 128
@@ -32,8 +34,9 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Pixels of images in [-1, 1]: `round(127.5 (x + 1))`, cut off at 0 and 255, of the same shape,
-    on the same device.
+    """Pixels of images in [-1, 1]: `round(127.5 (x + 1))`, cut off at 0 and 255.
+
+    The result has the same shape and is on the same device.
 
     Errors: `TypeError` unless `x` is floating-point, `NonFiniteError` where it holds NaN or
     infinity.
@@ -41,11 +44,10 @@ def to_uint8(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"to_uint8 takes floating-point images in [-1, 1]; got {x.dtype}")
     if not bool(torch.isfinite(x).all()):
-        rows = (~torch.isfinite(x)).reshape(len(x) if x.ndim > 3 else 1, -1).any(1)
-        bad = rows.nonzero().flatten().tolist()
-        which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        bad = not_finite(x if x.ndim > 3 else x[None])
         raise NonFiniteError(
-            f"NaN or infinity in {len(bad)} of the images (number {which}): they have no pixels"
+            f"NaN or infinity in {len(bad)} of the images (number {listed(bad)}): they have no"
+            " pixels"
         )
     return ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -61,8 +63,9 @@ def grid(
     resample: Resample = "lanczos",
     gap: int = 4,
 ) -> Image.Image:
-    """One image of many: `images` (`[B, C, H, W]`, float in [-1, 1] or uint8, C = 1 or 3) in rows
-    of `columns`.
+    """One image of many, in rows of `columns`.
+
+    `images` has shape `[B, C, H, W]`, float in [-1, 1] or uint8, with C = 1 or 3.
 
     - `columns`: by default as many as make the grid square.
     - `labels`: a text for each image, written above it; above the first row only, where all rows
@@ -119,16 +122,14 @@ def _tiles(images: Tensor, zoom: int | None, resample: Resample) -> list[Image.I
         raise ValueError(
             f"images have shape [B, C, H, W] with C = 1 or 3 and B >= 1; got {tuple(images.shape)}"
         )
-    one_of("resample", resample, ("lanczos", "nearest"))
+    method = Image.Resampling[one_of("resample", resample, ("lanczos", "nearest")).upper()]
     height, width = images.shape[2:]
     zoom = max(1, round(CELL / width)) if zoom is None else zoom
     whole_number("zoom", zoom, of="pixels")
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     arrays = pixels.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-    method = Image.Resampling.LANCZOS if resample == "lanczos" else Image.Resampling.NEAREST
-    return [
-        Image.fromarray(array).resize((width * zoom, height * zoom), method) for array in arrays
-    ]
+    size = (width * zoom, height * zoom)
+    return [Image.fromarray(array).resize(size, method) for array in arrays]
 
 
 def _font() -> Font:
@@ -163,12 +164,17 @@ def save_png(
     before stays as it was.
     """
     image = image if isinstance(image, Image.Image) else grid(image)
+    return write_atomically(path, encode_png(image, facts), "image")
+
+
+def encode_png(image: Image.Image, facts: Mapping[str, Any] | None = None) -> bytes:
+    """The PNG of an image, with its `facts`."""
     text = PngImagePlugin.PngInfo()
     if facts is not None:
         text.add_text(FACTS, json.dumps(dict(facts)))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=text)
-    return write_atomically(path, buffer.getvalue(), "image")
+    return buffer.getvalue()
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -198,9 +204,8 @@ def save_gif(
     if not frames or len({frame.size for frame in frames}) > 1:
         sizes = sorted({frame.size for frame in frames})
         raise ValueError(f"an animation has at least one frame, all of one size; got sizes {sizes}")
-    first, *rest = [
-        frame.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT) for frame in frames
-    ]
+    colours = (frame.convert("RGB") for frame in frames)
+    first, *rest = [frame.quantize(256, Image.Quantize.MEDIANCUT) for frame in colours]
     times = [round(1000 * seconds)] * len(rest) + [round(1000 * hold)]
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0)

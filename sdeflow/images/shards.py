@@ -1,5 +1,6 @@
-"""Folders of many images, in shards that are fixed by index: shard k holds the images k*size to
-(k+1)*size - 1.
+"""Folders of many images, in shards that are fixed by index.
+
+Shard k holds the images k*size to (k+1)*size - 1.
 
 Each shard is written completely or not at all, and is verified when it is read: it holds all of its
 images, in order, and every one can be decoded. So a folder itself says what is still to be made.
@@ -30,15 +31,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
-from sdeflow._utils.checks import whole_number
+from sdeflow._utils.checks import listed, whole_number
 from sdeflow._utils.files import check_writable, write_atomically
 from sdeflow.errors import SdeflowError, missing_extra
+from sdeflow.images.render import FACTS, encode_png
 
 RUN = "run.json"
-FACTS = "sdeflow"
 NO_LABEL = -1
 """The label of an image without one."""
 
@@ -57,8 +58,9 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class Shards:
-    """`n` images of `shape` (H, W, C) in `folder`, `size` to a shard. A shard is missing,
-    damaged or sound.
+    """`n` images of `shape` (H, W, C) in `folder`, `size` to a shard.
+
+    A shard is missing, damaged or sound.
 
     Errors: `ValueError` for an unknown format and numbers below 1, `MissingExtraError` for parquet
     without pyarrow.
@@ -96,8 +98,9 @@ class Shards:
         return self.folder / (f"shard-{k:05d}" + ("" if self.kind == "png" else f".{self.kind}"))
 
     def write(self, k: int, images: Tensor, labels: Tensor) -> Path:
-        """Write shard `k`, completely or not at all: `images` uint8 [k, H, W, C] and `labels` int64
-        [k], on the CPU.
+        """Write shard `k`, completely or not at all.
+
+        `images` is uint8 [k, H, W, C] and `labels` int64 [k], both on the CPU.
 
         Errors: `SdeflowError` where it cannot be written (a full disk, say); what was there is then
         unchanged.
@@ -113,19 +116,16 @@ class Shards:
             return _write_images(path, indices, pixels, classes)
         buffer = io.BytesIO()
         if self.kind == "npz":
-            np.savez(
-                buffer,
-                images=pixels,
-                labels=labels.numpy(),
-                indices=np.array(indices, dtype=np.int64),
-            )
+            where = np.array(indices, dtype=np.int64)
+            np.savez(buffer, images=pixels, labels=labels.numpy(), indices=where)
         else:
             _write_table(buffer, indices, pixels, classes, self.class_names)
         return write_atomically(path, buffer.getvalue(), "shard")
 
     def read(self, k: int) -> Batch:
-        """Shard `k`, verified. Errors: `SdeflowError` where it is missing, damaged, or not what it
-        should be.
+        """Shard `k`, verified.
+
+        Errors: `SdeflowError` where it is missing, damaged, or not what it should be.
         """
         path, indices = self.path(k), self.indices(k)
         try:
@@ -152,11 +152,8 @@ class Shards:
                 " sdeflow generate with the same options again: it makes what is missing or"
                 " damaged, and keeps the rest"
             ) from error
-        return (
-            torch.from_numpy(found.astype(np.int64)),
-            torch.from_numpy(images),
-            torch.from_numpy(labels).long(),
-        )
+        numbers, classes = torch.from_numpy(found), torch.from_numpy(labels)
+        return numbers.long(), torch.from_numpy(images), classes.long()
 
     def is_sound(self, k: int, labels: Tensor | None = None) -> bool:
         """Whether shard `k` is there, undamaged, and has these labels."""
@@ -179,8 +176,9 @@ class Shards:
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the images of a folder that `sdeflow generate` wrote were made; `SdeflowError` if it
-    does not say.
+    """How the images of a folder that `sdeflow generate` wrote were made.
+
+    Errors: `SdeflowError` if it does not say.
     """
     path = Path(folder) / RUN
     try:
@@ -203,16 +201,9 @@ def write_settings(folder: str | os.PathLike[str], settings: Mapping[str, Any]) 
 
 def opened(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Shards:
     """The shards that settings describe."""
-    height, width, channels = settings["shape"]
-    names = tuple(settings.get("class_names", ()))
-    return Shards(
-        Path(folder),
-        settings["format"],
-        settings["n"],
-        settings["shard_size"],
-        (height, width, channels),
-        names,
-    )
+    kind, n, size = (settings[name] for name in ("format", "n", "shard_size"))
+    shape: Any = tuple(settings["shape"])
+    return Shards(Path(folder), kind, n, size, shape, tuple(settings.get("class_names", ())))
 
 
 def open_finished(folder: Path) -> tuple[Shards, dict[str, Any]]:
@@ -220,10 +211,9 @@ def open_finished(folder: Path) -> tuple[Shards, dict[str, Any]]:
     settings = read_settings(folder)
     shards = opened(folder, settings)
     if missing := [k for k in range(len(shards)) if not shards.path(k).exists()]:
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise SdeflowError(
             f"{folder} is not finished: {len(missing)} of its {len(shards)} shards are missing"
-            f" (number {shown}); run sdeflow generate with the same options again"
+            f" (number {listed(missing)}); run sdeflow generate with the same options again"
         )
     return shards, settings
 
@@ -233,14 +223,7 @@ def open_finished(folder: Path) -> tuple[Shards, dict[str, Any]]:
 
 def _encode(pixels: np.ndarray, facts: Mapping[str, int] | None = None) -> bytes:
     """The PNG of an image [H, W, C]; `facts` travel in it."""
-    text = PngImagePlugin.PngInfo()
-    if facts is not None:
-        text.add_text(FACTS, json.dumps(dict(facts)))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(
-        buffer, "PNG", pnginfo=text
-    )
-    return buffer.getvalue()
+    return encode_png(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), facts)
 
 
 def _decode(content: bytes) -> tuple[np.ndarray, dict[Any, Any]]:
@@ -253,8 +236,9 @@ def _decode(content: bytes) -> tuple[np.ndarray, dict[Any, Any]]:
 
 
 def _write_images(path: Path, indices: range, pixels: np.ndarray, labels: list[int]) -> Path:
-    """A folder of images, made beside its place and moved there; where there is one already, file
-    by file.
+    """A folder of images, made beside its place and moved there.
+
+    Where there is one already, the images are moved file by file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,14 +263,10 @@ def _write_images(path: Path, indices: range, pixels: np.ndarray, labels: list[i
 
 
 def _read_images(path: Path, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    images, labels, found = [], [], []
-    for index in indices:
-        pixels, info = _decode(_image(path, index).read_bytes())
-        facts = json.loads(info[FACTS])
-        images.append(pixels)
-        labels.append(facts["label"])
-        found.append(facts["index"])
-    return np.stack(images), np.array(labels, dtype=np.int64), np.array(found, dtype=np.int64)
+    read = [_decode(_image(path, index).read_bytes()) for index in indices]
+    facts = [json.loads(info[FACTS]) for _, info in read]
+    labels, found = (np.array([f[n] for f in facts], dtype=np.int64) for n in ("label", "index"))
+    return np.stack([pixels for pixels, _ in read]), labels, found
 
 
 def _image(folder: Path, index: int) -> Path:
@@ -314,16 +294,9 @@ def _write_table(
     class_names: tuple[str, ...],
 ) -> None:
     pa = arrow("a shard")
-    label = (
-        {"names": list(class_names), "_type": "ClassLabel"}
-        if class_names
-        else {"dtype": "int64", "_type": "Value"}
-    )
-    features = {
-        "img": {"_type": "Image"},
-        "label": label,
-        "index": {"dtype": "int64", "_type": "Value"},
-    }
+    number = {"dtype": "int64", "_type": "Value"}
+    label = {"names": list(class_names), "_type": "ClassLabel"} if class_names else number
+    features = {"img": {"_type": "Image"}, "label": label, "index": number}
     rows = zip(indices, pixels, strict=True)
     images = [{"bytes": _encode(p), "path": f"{i:08d}.png"} for i, p in rows]
     encoded = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -339,15 +312,11 @@ def _write_table(
 
 def _read_table(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pa = arrow(path)
-    table = pa.parquet.read_table(
-        path, columns=["img", "label", "index"], page_checksum_verification=True
-    )
+    columns = ["img", "label", "index"]
+    table = pa.parquet.read_table(path, columns=columns, page_checksum_verification=True)
     images = [_decode(value["bytes"])[0] for value in table["img"].to_pylist()]
-    return (
-        np.stack(images),
-        table["label"].to_numpy().astype(np.int64),
-        table["index"].to_numpy().astype(np.int64),
-    )
+    labels, found = (table[name].to_numpy().astype(np.int64) for name in columns[1:])
+    return np.stack(images), labels, found
 
 
 def reason(error: BaseException) -> str:
@@ -368,6 +337,5 @@ def check_folder(folder: Path) -> None:
     if there:
         raise ValueError(
             f"{folder} holds other things already"
-            f" ({', '.join(there[:3])}{', ...' if len(there) > 3 else ''}) and no {RUN}; choose an"
-            " empty or a new folder"
+            f" ({listed(there, 3)}) and no {RUN}; choose an empty or a new folder"
         )

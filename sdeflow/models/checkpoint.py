@@ -30,11 +30,17 @@ BUNDLED = {"cifar10": Path(__file__).parent / "checkpoints" / "cifar10.safetenso
 
 FORMAT = "sdeflow-unet-1"
 HEADER = "sdeflow"
+FOREIGN = (
+    "load the network with its own code, and tell sdeflow what it predicts, as in"
+    " Prediction(network, 'eps', process)"
+)
+"""What to do with the weights of another project."""
 
 
 class Pretrained(Preconditioned):
-    """A trained network as a denoiser that knows its shape, its noise levels, its classes and where
-    it comes from.
+    """A trained network as a denoiser.
+
+    It knows its shape, its noise levels, its classes and where it comes from.
 
     `card` holds the facts of its training; `num_classes` is 0 for an unconditional network, and
     label `num_classes` otherwise means "no label".
@@ -54,27 +60,40 @@ class Pretrained(Preconditioned):
         self.card = dict(card or {})
 
     def check_condition(self, condition: Mapping[str, Any]) -> None:
-        """Raise for a condition that is no label, or a label that is no class: whole numbers from 0
-        to `num_classes`.
+        """Raise for a condition that is no label, or a label that is no class.
+
+        Labels are whole numbers from 0 to `num_classes`.
         """
         super().check_condition(condition)
         label = condition.get("label")
         # Reading a label on the GPU would wait for the device.
         if label is None or (isinstance(label, Tensor) and label.is_cuda):
             return
-        labels = torch.as_tensor(label) if isinstance(label, int) else label
-        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+        labels = torch.as_tensor(label) if type(label) is int else label
+        whole = isinstance(labels, Tensor) and not (
+            labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1
+        )
         if not whole or bool(((labels < 0) | (labels > self.num_classes)).any()):
             names = f" ({', '.join(self.class_names)})" if self.class_names else ""
             raise ValueError(
                 "label is a whole number, or one a sample, from 0 to"
-                f" {self.num_classes - 1}{names}, or {self.num_classes} for no label; got {label!r}"
+                f" {self.num_classes - 1}{names}, or {self.num_classes} for no label (integers of"
+                f" shape [B]); got {_shown(label)}"
             )
 
 
+def _shown(label: Any) -> str:
+    """A label, in an error."""
+    if isinstance(label, Tensor) and label.ndim != 0:
+        flat = ", label.flatten() would do" if label.ndim > 1 else ""
+        return f"a {label.dtype} tensor of shape {tuple(label.shape)}{flat}"
+    return repr(label)
+
+
 def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """SHA-256 over `facts` and the names, dtypes, shapes and bytes of `tensors`, in the order of
-    their names.
+    """SHA-256 over `facts` and `tensors`.
+
+    Of the tensors it takes names, dtypes, shapes and bytes, in the order of their names.
     """
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -85,10 +104,13 @@ def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: Path | None = None,
 ) -> None:
     """Write `tensors` and the JSON-ready `facts` to `path`, atomically: afterwards the file is the
-    old one or the new one.
+    old one or the new one. The old one stays as `keep`, if that is given.
 
     Raises `CheckpointError` if it cannot be written (a full disk, say); the old file is then
     unchanged.
@@ -98,14 +120,16 @@ def write_tensors(
     # the same file.
     header = {HEADER: json.dumps({**facts, "sha256": digest(plain, dict(facts))})}
     try:
-        write_atomically(path, serialise(plain, header), "checkpoint")
+        write_atomically(path, serialise(plain, header), "checkpoint", keep)
     except SdeflowError as error:
         raise CheckpointError(str(error)) from error
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    path: str | os.PathLike[str], remedy: str = "fetch or train it again"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and facts that `write_tensors` wrote; raises `CheckpointError` if
-    the file is missing or damaged.
+    the file is missing or damaged, and then says the `remedy`.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,19 +140,34 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(header[HEADER]) if HEADER in header else {}
     except (SafetensorError, OSError, ValueError) as error:
+        if _is_pickle(path):
+            raise CheckpointError(
+                f"{path} is a file of torch.save, and not one of sdeflow, which opens no pickles:"
+                f" {FOREIGN}"
+            ) from error
         raise CheckpointError(
-            f"{path} is damaged or not a safetensors file of sdeflow ({error}); fetch or train it"
-            " again"
+            f"{path} is damaged or not a safetensors file of sdeflow ({error}); {remedy}"
         ) from error
     stated = facts.pop("sha256", None)
     if stated is None:
-        raise CheckpointError(f"{path} is a safetensors file, but not one that sdeflow wrote")
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not one that sdeflow wrote: {FOREIGN}"
+        )
     if (found := digest(tensors, facts)) != stated:
         raise CheckpointError(
             f"{path} is damaged: its content has SHA-256 {found[:12]}..., its header says"
-            f" {stated[:12]}...; fetch or train it again"
+            f" {stated[:12]}...; {remedy}"
         )
     return tensors, facts
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file looks like one of `torch.save`: a zip archive or a bare pickle."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4)[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+    except OSError:
+        return False
 
 
 def save_model(
@@ -142,17 +181,13 @@ def save_model(
     card: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write `network` for inference, in half precision: with its own parameters, or with
-    `parameters` (an EMA's, say).
+    """Write `network` for inference, in half precision.
+
+    Its own parameters are written, or `parameters` (an EMA's, say).
 
     Raises `CheckpointError` if a parameter is not finite in `dtype` or the file cannot be written.
     """
     source = dict(network.named_parameters()) if parameters is None else parameters
-    tensors = {name: value.detach().to("cpu", dtype) for name, value in source.items()}
-    if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
-        raise CheckpointError(
-            f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
-        )
     facts = {
         "format": FORMAT,
         "config": network.config.to_dict(),
@@ -161,12 +196,27 @@ def save_model(
         "class_names": list(class_names),
         "card": dict(card or {}),
     }
-    write_tensors(path, tensors, facts)
+    write_tensors(path, finite(source, dtype, path), facts)
+
+
+def finite(tensors: Mapping[str, Tensor], dtype: torch.dtype, path: object) -> dict[str, Tensor]:
+    """`tensors` in `dtype` on the CPU, to be saved to `path`.
+
+    Raises `CheckpointError` if one is not finite there.
+    """
+    cast = {name: value.detach().to("cpu", dtype) for name, value in tensors.items()}
+    if bad := [name for name, value in cast.items() if not bool(value.isfinite().all())]:
+        raise CheckpointError(
+            f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
+        )
+    return cast
 
 
 def network_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object) -> UNet:
-    """The network of the configuration in `facts`, with these parameters as float32, in evaluation
-    mode, without gradients. Raises `CheckpointError` if they do not fit.
+    """The network of the configuration in `facts`, with `tensors` as parameters.
+
+    It is in float32 and evaluation mode, without gradients. Raises `CheckpointError` if they do not
+    fit.
     """
     try:
         network = UNet(UNetConfig.from_dict(facts["config"]))
@@ -176,6 +226,12 @@ def network_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], path: ob
             f"{path} does not fit the configuration in its own header: {error}"
         ) from error
     return network.eval().requires_grad_(False)
+
+
+def about(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Pretrained` and `save_model` take beside the network, from the facts in a header."""
+    kept = {name: facts[name] for name in ("sigma_data", "class_names", "card")}
+    return kept | {"nsr_range": tuple(facts["nsr_range"])}
 
 
 def load_model(
@@ -197,10 +253,7 @@ def load_model(
         )
     place = torch.get_default_device() if device is None else torch.device(device)
     network = network_of(facts, tensors, path).to(device=place, dtype=dtype)
-    low, high = facts["nsr_range"]
-    return Pretrained(
-        network, facts["sigma_data"], (low, high), facts["class_names"], facts["card"]
-    )
+    return Pretrained(network, **about(facts))
 
 
 def load(

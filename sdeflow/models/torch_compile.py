@@ -21,8 +21,9 @@ def say(text: str) -> None:
 
 
 def compile_network(network: nn.Module, report: Callable[[str], None] = say) -> None:
-    """Compile `network` in place, for each shape of its inputs at the first call with that shape;
-    `report` is called with a line before and after.
+    """Compile `network` in place, for each shape of its inputs.
+
+    That happens at the first call with the shape; `report` is called with a line before and after.
 
     One program for all shapes is a fifth slower and takes twice as long to compile. PyTorch
     compiles eight shapes, and runs further ones without compilation, with a warning. It keeps what

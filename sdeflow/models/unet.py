@@ -79,13 +79,8 @@ class UNetConfig:
                 f"UNetConfig: channels={self.channels} must be a multiple of"
                 f" group_size={self.group_size}"
             )
-        resolutions = [self.size >> level for level in range(len(self.multipliers))]
-        heads = {
-            self.channels * m
-            for m, r in zip(self.multipliers, resolutions, strict=True)
-            if r in self.attention
-        }
-        heads.add(self.channels * self.multipliers[-1])
+        levels = [(self.size >> i, self.channels * m) for i, m in enumerate(self.multipliers)]
+        heads = {width for side, width in levels if side in self.attention} | {levels[-1][1]}
         if odd := [c for c in sorted(heads) if c % self.head_channels]:
             raise ValueError(
                 f"UNetConfig: attention over {odd} channels cannot be cut in heads of"
@@ -146,9 +141,8 @@ class AdaptiveNorm(nn.Module):
         if scale is None:
             return F.group_norm(x, self.groups, weight, bias, self.eps)
         y = F.group_norm(x, self.groups, eps=self.eps)
-        return torch.addcmul(
-            bias[:, :, None, None].to(y.dtype), y, weight[:, :, None, None].to(y.dtype)
-        )
+        weight, bias = (p[:, :, None, None].to(y.dtype) for p in (weight, bias))
+        return torch.addcmul(bias, y, weight)
 
     def _by_channel(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         b, c = x.shape[:2]
@@ -162,8 +156,9 @@ class AdaptiveNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, with queries and keys of unit size so that its logits stay
-    bounded in bf16.
+    """Self-attention over pixels.
+
+    Queries and keys have unit size, so that the logits stay bounded in bf16.
     """
 
     def __init__(self, channels: int, head_channels: int, group_size: int) -> None:
@@ -177,12 +172,8 @@ class Attention(nn.Module):
         """Mix the pixels of `x` [B, C, H, W]."""
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # channels-last: a view
-        q, k, v = (
-            self.qkv(tokens)
-            .view(b, h * w, 3, self.heads, c // self.heads)
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )
+        qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = (F.rms_norm(y.float(), (y.shape[-1],), eps=1e-6).to(v.dtype) for y in (q, k))
         y = F.scaled_dot_product_attention(q, k, v)
         y = self.out(y.transpose(1, 2).reshape(b, h * w, c))
@@ -237,8 +228,9 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """A UNet for images: `unet(x, time, label=None)` with `x` [B, C, H, W], `time` 0-d or [B],
-    `label` int64 [B].
+    """A UNet for images: `unet(x, time, label=None)`.
+
+    `x` is [B, C, H, W], `time` 0-d or [B], and `label` int64 [B].
 
     `time` is any number of order one that gives the noise level, such as `log(nsr) / 4` (see
     `Preconditioned`); `label=None` means the null class everywhere. The output has the shape of
@@ -257,30 +249,26 @@ class UNet(nn.Module):
 
         width = config.channels
         self.stem = nn.Conv2d(config.in_channels, width, 3, padding=1)
-        self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.encoder = nn.ModuleList()
+        self.middle = nn.ModuleList()
+        self.decoder = nn.ModuleList()
         skips = [width]
         for level, multiplier in enumerate(config.multipliers):
-            attends = config.size >> level in config.attention
+            attends, wide = config.size >> level in config.attention, config.channels * multiplier
             if level:
                 self.encoder.append(Block(config, width, width, "down"))
                 skips.append(width)
             for _ in range(config.blocks):
-                self.encoder.append(
-                    Block(config, width, config.channels * multiplier, attention=attends)
-                )
-                width = config.channels * multiplier
+                self.encoder.append(Block(config, width, wide, attention=attends))
+                width = wide
                 skips.append(width)
         self.middle.append(Block(config, width, width, attention=True))
         self.middle.append(Block(config, width, width))
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
-            attends = config.size >> level in config.attention
+            attends, wide = config.size >> level in config.attention, config.channels * multiplier
             for _ in range(config.blocks + 1):
-                self.decoder.append(
-                    Block(
-                        config, width + skips.pop(), config.channels * multiplier, attention=attends
-                    )
-                )
-                width = config.channels * multiplier
+                self.decoder.append(Block(config, width + skips.pop(), wide, attention=attends))
+                width = wide
             if level:
                 self.decoder.append(Block(config, width, width, "up"))
         self.norm = AdaptiveNorm(width, config.group_size)
@@ -308,14 +296,15 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, embedding)
         for block in self.decoder:
-            x = block(
-                x if block.resample == "up" else torch.cat([x, skips.pop()], dim=1), embedding
-            )
+            if block.resample != "up":
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, embedding)
         return self.head(F.silu(self.norm(x)))
 
     def _embed(self, time: Tensor, label: Tensor | int | None) -> Tensor:
-        """The embedding of noise level and class, a row a sample, or one row where all share
-        them.
+        """The embedding of noise level and class.
+
+        It has a row a sample, or one row where all share them.
         """
         if time.ndim and time.stride(0) == 0:  # expanded: one level for all
             time = time[:1]
@@ -331,6 +320,11 @@ class UNet(nn.Module):
             # A 0-d time gives one row, which broadcasts over the labels.
             label = self.config.num_classes if label is None else label
             index = torch.full((1,), label, device=time.device) if isinstance(label, int) else label
+            if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+                raise ValueError(
+                    f"labels are integers of shape [B]; got {index.dtype} of shape"
+                    f" {tuple(index.shape)}"
+                )
             embedding = embedding + self.label(index)
         elif label is not None:
             raise ValueError(

@@ -10,7 +10,8 @@ it the variance at every call. Its error there is the error of the steps themsel
 $x_+ = \frac{\rho_+}{\rho}x + \sum_j b_j F_j$. It is of order $p$ only if it is right wherever $F$
 is a polynomial of degree less than $p$ in some clock $c$:
 
-$$\sum_j b_j\, u_j^m = \rho_+ \int_q^{q_+} u^m\,dq, \qquad u = \frac{c - c_0}{c_+ - c_0}, \qquad m = 0, \dots, p - 1.$$
+$$\sum_j b_j\, u_j^m = \rho_+ \int_q^{q_+} u^m\,dq,
+\qquad u = \frac{c - c_0}{c_+ - c_0}, \qquad m = 0, \dots, p - 1.$$
 
 For multistep methods these conditions suffice. A step that the next prediction corrects is measured
 as predicted, since that is the state that the call sees. A Runge-Kutta step also needs good enough
@@ -22,7 +23,7 @@ SDE. The rate of noise is read from the share of the state that a step keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +49,9 @@ class PlanReport:
     - `signal`: the error of the share of `x0`, on data of one point.
     - `noise`: the relative error of the noise's standard deviation there.
     - `gaussian`: the relative error of the standard deviation on data `N(0, std^2)`.
-    - `degrees`: the degree up to which polynomials of `predicts` in `clock` are reproduced by the step
-      that leads to the row; -1 where not even constants are, None where no step leads there (the
-      first call, several at one level, no signal).
+    - `degrees`: the degree up to which polynomials of `predicts` in `clock` are reproduced by the
+      step that leads to the row; -1 where not even constants are, None where no step leads there
+      (the first call, several at one level, no signal).
     - `defects`: `[rows, 6]`, the relative error on the monomials; NaN where there is no step. A
       method that holds its last prediction is wrong by 1 on all but the constant.
     - `stages`: which rows are stages within a step.
@@ -84,11 +85,7 @@ class PlanReport:
     @property
     def steps(self) -> tuple[int, ...]:
         """The degrees of the steps from level to level, without the stages within them."""
-        return tuple(
-            d
-            for d, stage in zip(self.degrees, self.stages, strict=True)
-            if d is not None and not stage
-        )
+        return _steps(self.degrees, self.stages)
 
     @property
     def degree(self) -> int | None:
@@ -162,14 +159,10 @@ class PlanReport:
         ties = f" (and {len(self.ties)} other pairs of function and clock)" if self.ties else ""
         start = f", after {self.starts_with} of less at the start" if self.starts_with else ""
         lines.append(f"order       degree {degree} of {self.function} in most steps{start}{ties}")
-        return (
-            [
-                *lines,
-                f"            and nearly of the next degree: off by {nearly:.1%} in the median",
-            ]
-            if nearly < 0.3
-            else lines
-        )
+        if nearly < 0.3:
+            text = f"and nearly of the next degree: off by {nearly:.1%} in the median"
+            lines.append(f"            {text}")
+        return lines
 
 
 def check(
@@ -210,7 +203,8 @@ def check(
             found.append((f, c, nodes.defects(f, c)))
     if not found:
         raise ValueError(
-            f"predicts={predicts!r} is checked in the clock {_own_clock(predicts)} alone; got {clock}"
+            f"predicts={predicts!r} is checked in the clock {_own_clock(predicts)} alone; got"
+            f" {clock}"
         )
     stages = _stages(rows, times)
     scored = [(f, c, d, _score(d, stages)) for f, c, d in found]
@@ -218,11 +212,22 @@ def check(
     ties = tuple((a, b) for a, b, _, score in scored if score == best and (a, b) != (f, c))
     finite = rows.sigma > 0.0
     law = torch.sqrt((rows.s * std) ** 2 + rows.sigma**2)
+    spread = rows.spread()
     return PlanReport(
-        title, rows.t, rows.nsr, (rows.signal - rows.s).detach(),
-        torch.where(finite, rows.spread() / torch.where(finite, rows.sigma, 1.0) - 1.0, rows.spread()).detach(),
-        (rows.spread(std) / law - 1.0).detach(), std, f, c, _degrees(defects), defects, stages, ties,
-    )  # fmt: skip
+        title=title,
+        t=rows.t,
+        nsr=rows.nsr,
+        signal=(rows.signal - rows.s).detach(),
+        noise=torch.where(finite, spread / rows.sigma - 1.0, spread).detach(),
+        gaussian=(rows.spread(std) / law - 1.0).detach(),
+        std=std,
+        predicts=f,
+        clock=c,
+        degrees=_degrees(defects),
+        defects=defects,
+        stages=stages,
+        ties=ties,
+    )
 
 
 def _own_clock(predicts: str | None) -> str | None:
@@ -244,13 +249,15 @@ def _stages(rows: Unrolled, times: set[float]) -> tuple[bool, ...]:
     )
 
 
+def _steps(degrees: Sequence[int | None], stages: Sequence[bool]) -> tuple[int, ...]:
+    """The degrees of the rows that steps lead to, without the stages within them."""
+    rows = zip(degrees, stages, strict=True)
+    return tuple(degree for degree, stage in rows if degree is not None and not stage)
+
+
 def _score(defects: Tensor, stages: tuple[bool, ...]) -> tuple[int, float]:
     """How much a pair explains: first what is reproduced, then how nearly the next degree is."""
-    total = sum(
-        d + 1
-        for d, stage in zip(_degrees(defects), stages, strict=True)
-        if d is not None and not stage
-    )
+    total = sum(d + 1 for d in _steps(_degrees(defects), stages))
     return total, -round(_nearly(defects, stages), 3)
 
 

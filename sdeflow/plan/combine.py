@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow._utils.math import transformed
 from sdeflow.plan.instructions import Combine
 
 Held = list[Any]
@@ -23,7 +24,7 @@ Backend = Callable[[Sequence[Combine], Held, Owned, Tensor], None]
 
 def backend(x: Tensor) -> Backend:
     """The fastest backend for states like `x`."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or transformed(x):
         return with_gradients
     return cuda_kernel if x.is_cuda and _jit(2) else torch_passes
 

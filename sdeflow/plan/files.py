@@ -1,10 +1,10 @@
 """Plans as files: JSON to read, or safetensors to lie beside a checkpoint; written whole or not at
 all, read with care.
 
-Both hold the same dictionary (`Plan.to_dict`). In the safetensors form the numbers are float64
+Both hold the same dictionary (`Plan.to_dict`) and a SHA-256 of it. A JSON file without one, as
+0.5 wrote them, is read too. In the safetensors form the numbers are float64
 tensors, `coefficients`, `times`, `levels`, `draws` and `grid`, and the header holds the rest: the
-instructions without their numbers, solver, process, version, and a SHA-256 of everything. Nothing
-in either is executable.
+instructions without their numbers, solver, process and version. Nothing in either is executable.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ from sdeflow.errors import CheckpointError, SdeflowError
 FORMAT = "sdeflow-plan-1"
 HEADER = "sdeflow"
 SUFFIX = ".safetensors"
+DIGEST = "sha256"
+DAMAGE = KeyError, TypeError, IndexError, ValueError, ArithmeticError, StopIteration
+"""What reading a damaged dictionary raises."""
+LARGEST = 2**28
+"""Bytes of the largest file that is read: a plan of a thousand calls takes less than a megabyte."""
 
 
 def write_plan(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
@@ -37,7 +42,8 @@ def write_plan(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
     if Path(path).suffix == SUFFIX:
         content = _to_tensors(data)
     else:
-        content = (json.dumps(data, indent=1) + "\n").encode()
+        whole = {**data, DIGEST: _digest({}, data)}
+        content = (json.dumps(whole, indent=1) + "\n").encode()
     try:
         return write_atomically(path, content, "plan")
     except SdeflowError as error:
@@ -51,6 +57,10 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise CheckpointError(
+                f"{path} is not a plan: it has {size:,} bytes, and a plan at most {LARGEST:,}"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read the plan {path} ({error.strerror or error})") from error
@@ -58,11 +68,23 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
         # A safetensors file begins with the length of its header, eight bytes, the last of which
         # are zero.
         return _from_tensors(content) if content[6:9] == b"\0\0{" else json.loads(content)
-    except (SafetensorError, KeyError, TypeError, IndexError, ValueError, StopIteration) as error:
+    except (SafetensorError, RecursionError, AttributeError, *DAMAGE) as error:
         reason = str(error) or type(error).__name__
         raise CheckpointError(
             f"{path} is not a plan saved by sdeflow, or damaged: {reason}"
         ) from error
+
+
+def verified(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan's dictionary without its checksum; `ValueError` where it has one that differs."""
+    facts = {key: value for key, value in data.items() if key != DIGEST}
+    if DIGEST in data and data[DIGEST] != (found := _digest({}, facts)):
+        raise ValueError(
+            f"its content has SHA-256 {found[:12]}..., and its entry {DIGEST!r} says"
+            f" {str(data[DIGEST])[:12]}...; take a sound copy (whoever changed it on purpose deletes"
+            " that entry)"
+        )
+    return facts
 
 
 def _to_tensors(data: dict[str, Any]) -> bytes:
@@ -93,7 +115,7 @@ def _to_tensors(data: dict[str, Any]) -> bytes:
         "grid": torch.tensor(data["grid"], dtype=torch.float64).reshape(-1, 3),
     }
     facts = {**{key: value for key, value in data.items() if key != "grid"}, "instructions": rows}
-    header = json.dumps({**facts, "sha256": _digest(tensors, facts)})
+    header = json.dumps({**facts, DIGEST: _digest(tensors, facts)})
     return serialise(tensors, {HEADER: header})
 
 
@@ -108,7 +130,7 @@ def _from_tensors(content: bytes) -> dict[str, Any]:
             f" {FORMAT!r}"
         )
     tensors = parse(content)
-    stated = facts.pop("sha256", "")
+    stated = facts.pop(DIGEST, "")
     if stated != (found := _digest(tensors, facts)):
         raise ValueError(
             f"its content has SHA-256 {found[:12]}..., its header says {stated[:12]}..."

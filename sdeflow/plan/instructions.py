@@ -4,6 +4,7 @@ recorded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,13 @@ class Draw:
     out: int
     nsr: float | None = None
     nsr_next: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The two ratios, both infinite for an independent draw."""
+        if self.nsr is None or self.nsr_next is None:
+            return math.inf, math.inf
+        return self.nsr, self.nsr_next
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,26 +19,36 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sdeflow._utils.checks import one_of
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow._version import __version__
+from sdeflow.denoisers.network import Network
 from sdeflow.errors import CheckpointError, SolverError
-from sdeflow.noise import Noise
+from sdeflow.noise import BrownianNoise, Noise, SeededNoise, seeds_of
 from sdeflow.plan.check import PlanReport, check
 from sdeflow.plan.execute import OnCall, execute, outliving
-from sdeflow.plan.files import FORMAT, read_plan, write_plan
+from sdeflow.plan.files import DAMAGE, FORMAT, read_plan, verified, write_plan
 from sdeflow.plan.instructions import Call, Combine, Draw, Instruction, Record, reads
 from sdeflow.plan.plot import plot_unrolled
+from sdeflow.plan.run import Run
 from sdeflow.plan.unroll import Difference, Unrolled, as_vector, difference, unroll
 from sdeflow.process import Process
 from sdeflow.reverse import Reverse
+
+KEYS = (
+    *("format", "version", "registers", "result", "grid", "finished", "solver", "process"),
+    "instructions",
+)
+"""The entries of a plan's dictionary."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +68,36 @@ class Plan:
     finished: bool
     solver: str = ""
     process: str = ""
-    _calls: tuple[Call, ...] = field(init=False, repr=False, compare=False)
-    _tensors: bool = field(init=False, repr=False, compare=False)
-    _outlive: frozenset[int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "_calls", tuple(i for i in self.instructions if isinstance(i, Call))
-        )
-        object.__setattr__(
-            self, "_tensors", any(isinstance(number, Tensor) for number in self._numbers())
-        )
-        object.__setattr__(self, "_outlive", outliving(self.instructions))
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """The network calls, in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Call))
 
     @property
     def nfe(self) -> int:
         """Network calls that an execution makes."""
-        return len(self._calls)
+        return len(self.calls)
+
+    @cached_property
+    def _tensors(self) -> bool:
+        """Whether a coefficient or a time is a tensor."""
+        return any(isinstance(number, Tensor) for number in self._numbers())
+
+    @cached_property
+    def _outlive(self) -> frozenset[int]:
+        """The calls whose outputs are read after the next call."""
+        return outliving(self.instructions)
 
     @property
-    def calls(self) -> tuple[Call, ...]:
-        """The network calls, in order."""
-        return self._calls
+    def finish(self) -> str:
+        """The step to zero noise: `"prediction"`, where the result is the last prediction as it is,
+        `"integrated"`, where it is a combination of more, or `"none"`.
+        """
+        if not self.finished:
+            return "none"
+        last = next(i for i in reversed(self.instructions) if not isinstance(i, Record))
+        return "prediction" if isinstance(last, Call) else "integrated"
 
     @cached_property
     def draws(self) -> int:
@@ -94,7 +112,7 @@ class Plan:
     @property
     def times(self) -> Tensor:
         """The times of the calls, float64, `[nfe]`."""
-        return as_vector([call.t for call in self._calls])
+        return as_vector([call.t for call in self.calls])
 
     @cached_property
     def _times(self) -> Tensor:
@@ -116,7 +134,7 @@ class Plan:
 
     def _numbers(self) -> list[Scalar]:
         return [c for i in self.instructions if isinstance(i, Combine) for _, c in i.terms] + [
-            c.t for c in self._calls
+            c.t for c in self.calls
         ]
 
     def with_numbers(self, coefficients: Tensor | None = None, times: Tensor | None = None) -> Plan:
@@ -176,8 +194,8 @@ class Plan:
         return unroll(self.instructions, self.result, self.grid, self.finished).predicting(predicts)
 
     def matrix(self, predicts: str = "x0") -> Tensor:
-        """`unrolled(predicts)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call, and
-        the result.
+        """`unrolled(predicts)` as one float64 matrix `[nfe + 1, 1 + nfe + draws]`: a row a call,
+        and the result.
         """
         return self.unrolled(predicts).matrix
 
@@ -202,79 +220,28 @@ class Plan:
         Errors: `ValueError` for another process than the plan's.
         """
         if process is not None:
-            for level, mine in zip(
-                process.levels([t for t, _, _ in self.grid]), self.grid, strict=True
-            ):
-                if max(abs(level.s - mine[1]), abs(level.sigma - mine[2])) > 1e-9 * (1.0 + mine[2]):
-                    raise ValueError(
-                        f"this plan was traced under {self.process}; {process!r} differs at"
-                        f" t={mine[0]:g}"
-                    )
-        return check(
-            self.unrolled(),
-            self._head(),
-            {t for t, _, _ in self.grid},
-            process,
-            predicts,
-            clock,
-            std,
-        )
+            self._check_process(process)
+        times = {t for t, _, _ in self.grid}
+        return check(self.unrolled(), self._head(), times, process, predicts, clock, std)
 
     def compare(self, other: Plan) -> Difference:
         """How far two plans are from being one method, whatever their registers;
         `compare(other).close()` says whether.
         """
-        drawn = tuple(
-            [(math.inf if i.nsr is None else i.nsr, math.inf if i.nsr_next is None else i.nsr_next)
-             for i in plan.instructions if isinstance(i, Draw)]
-            for plan in (self, other)
-        )  # fmt: skip
-        return difference(
-            self.unrolled(), other.unrolled(), (drawn[0], drawn[1]), self.finished == other.finished
-        )
+        drawn = [
+            [i.interval for i in plan.instructions if isinstance(i, Draw)] for plan in (self, other)
+        ]
+        ends = self.finished == other.finished
+        return difference(self.unrolled(), other.unrolled(), drawn, ends)
 
     def allclose(self, other: Plan, rtol: float = 1e-12, atol: float = 1e-14) -> bool:
         """Whether two plans are the same instructions with the same numbers to rounding; `compare`
         looks past registers.
         """
-        if (self._skeleton(), self.result, self.finished) != (
-            other._skeleton(),
-            other.result,
-            other.finished,
-        ):
-            return False
-        return all(
-            torch.allclose(a, b, rtol=rtol, atol=atol)
-            for a, b in zip(self._all(), other._all(), strict=True)
+        (table, numbers), (other_table, other_numbers) = (
+            _split([plan._rows(), plan.result, plan.finished]) for plan in (self, other)
         )
-
-    def _skeleton(self) -> list[Any]:
-        """The instructions without their numbers."""
-        skeleton: list[Any] = []
-        for i in self.instructions:
-            match i:
-                case Draw():
-                    skeleton.append(("draw", i.out, i.nsr is None))
-                case Combine():
-                    skeleton.append(("combine", i.out, *(register for register, _ in i.terms)))
-                case Call():
-                    skeleton.append(("call", i.out, i.input))
-                case Record():
-                    skeleton.append(i)
-        return skeleton
-
-    def _all(self) -> list[Tensor]:
-        """Every number of the instructions: coefficients, times, and the levels of calls and
-        draws.
-        """
-        levels = [n for call in self._calls for n in (call.s, call.sigma)]
-        draws = [
-            n
-            for i in self.instructions
-            if isinstance(i, Draw) and i.nsr is not None
-            for n in (i.nsr, i.nsr_next)
-        ]
-        return [self.coefficients, self.times, as_vector(levels), as_vector(draws)]
+        return table == other_table and torch.allclose(numbers, other_numbers, rtol=rtol, atol=atol)
 
     # ------------------------------------------------------------------------- printing and storing
 
@@ -284,11 +251,16 @@ class Plan:
             f"{self.solver or 'plan'} under {self.process or '?'}: t {self.grid[0][0]:g} ->"
             f" {self.grid[-1][0]:g}"
         )
-        return head + (" -> zero noise" if self.finished else "")
+        ends = {
+            "none": "",
+            "prediction": " -> zero noise",
+            "integrated": " -> zero noise, integrated",
+        }
+        return head + ends[self.finish]
 
     def plot(self, path: str | os.PathLike[str] | None = None, predicts: str = "x0") -> Any:
-        """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as PNG
-        in `path` too if given.
+        """The plan as a `matplotlib` figure (heat map of `matrix(predicts)`, levels, weights); as
+        PNG in `path` too if given.
 
         Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
         """
@@ -325,8 +297,8 @@ class Plan:
         )
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain numbers and strings; floats survive JSON exactly."""
+    def _rows(self) -> list[list[Any]]:
+        """The instructions as lists of plain numbers and strings."""
         rows: list[list[Any]] = []
         for i in self.instructions:
             match i:
@@ -340,37 +312,56 @@ class Plan:
                     )
                 case Record():
                     rows.append(["record", i.index, i.input])
-        keys = ("registers", "result", "grid", "finished", "solver", "process")
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers and strings; floats survive JSON exactly."""
+        keys = KEYS[2:-1]
         facts = {
             "format": FORMAT,
             "version": __version__,
             **{key: getattr(self, key) for key in keys},
         }
-        return {**facts, "instructions": rows}
+        return {**facts, "instructions": self._rows()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` described; `ValueError` for anything else."""
+        """The plan that `to_dict` described; `ValueError` for anything else: another format, a
+        number that is not finite, a register that is out of bounds or read before it is written.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
+            stated = data.get("format") if isinstance(data, dict) else None
+            if str(stated).startswith(FORMAT.rstrip("0123456789")):
+                raise ValueError(
+                    f"its format is {stated!r} (written by sdeflow {data.get('version')}), and"
+                    f" sdeflow {__version__} reads {FORMAT!r}: install a version that reads it"
+                )
             raise ValueError(
                 f"this is not a plan saved by sdeflow (its format should be {FORMAT!r})"
             )
+        data = verified(data)
+        if unknown := sorted(map(str, data.keys() - set(KEYS))):
+            raise ValueError(
+                f"a plan saved by sdeflow has no entry {unknown[0]!r}: the file is damaged"
+            )
         try:
             instructions = tuple(map(_instruction, data["instructions"]))
-            grid = tuple((float(t), float(s), float(sigma)) for t, s, sigma in data["grid"])
-            registers, result = int(data["registers"]), int(data["result"])
-            finished, solver, process = (
-                bool(data["finished"]),
-                str(data["solver"]),
-                str(data["process"]),
-            )
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            grid = tuple((_real(t), _real(s), _real(sigma)) for t, s, sigma in data["grid"])
+            registers, result = _whole(data["registers"]), _whole(data["result"])
+            finished, solver, process = data["finished"], data["solver"], data["process"]
+            if (type(finished), type(solver), type(process)) != (bool, str, str):
+                raise TypeError("finished is a truth value, solver and process are text")
+            if not re.fullmatch(r"\d+\.\d+[\w.+-]*", data["version"]):
+                raise ValueError(f"{data['version']!r} is no version of sdeflow")
+        except (AttributeError, *DAMAGE) as error:
             raise ValueError(
                 f"this is not a plan saved by sdeflow, or damaged: {type(error).__name__} {error}"
             ) from error
         _check_registers(instructions, registers, result)
         if not grid:
             raise ValueError("a damaged plan: it has no grid")
+        if any(isinstance(i, Record) and i.index >= len(grid) for i in instructions):
+            raise ValueError("a damaged plan: it records levels that its grid does not have")
         return cls(instructions, registers, result, grid, finished, solver, process)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -394,6 +385,66 @@ class Plan:
 
     # ------------------------------------------------------------------------------------ execution
 
+    def start(
+        self,
+        x: Tensor,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        noise: Literal["seeded", "brownian"] | Noise = "seeded",
+        model: Network | None = None,
+        requires_grad: bool = False,
+    ) -> Run:
+        """Begin an execution on the state `x` (`[B, *shape]`, at the first level of `grid`) whose
+        network calls are made outside, one `send` a call: see `Run`.
+
+        - `seeds`: one a sample, or the first of consecutive ones; needed where the plan draws noise
+          of a kind. `noise`: as in `sample`.
+        - `model`: a `Prediction` or `Preconditioned`. The run then scales its input, says its time
+          and takes its raw output; the network itself is not called.
+        - `requires_grad`: let gradients flow through the run.
+
+        Errors: `ValueError` for a plan that draws noise without seeds, or a model on another path.
+        """
+        if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point():
+            raise TypeError("x is the state to start from, a floating-point tensor [B, *shape]")
+        if self._tensors and not requires_grad:
+            return self.with_numbers(self.coefficients.detach(), self.times.detach()).start(
+                x, seeds=seeds, noise=noise, model=model
+            )
+        if model is not None:
+            if not isinstance(model, Network):
+                raise TypeError(
+                    "model is a Prediction or a Preconditioned network; of any other denoiser send"
+                    f" the predictions of x0, denoiser(run.x, run.t); got {type(model).__name__}"
+                )
+            self._check_process(model.process)
+        source = noise if isinstance(noise, Noise) else None
+        if source is None and self.draws:
+            if seeds is None:
+                raise ValueError(
+                    f"{self.solver or 'this plan'} draws noise: give it seeds=, one a sample or"
+                    " the first of them"
+                )
+            kinds: dict[str, type[Noise]] = {"seeded": SeededNoise, "brownian": BrownianNoise}
+            one_of("noise", noise, kinds)
+            each = seeds_of(seeds, len(x))
+            source = kinds[str(noise)](each, x.shape[1:], device=x.device, dtype=x.dtype)
+        if source is not None and (len(source.seeds), *source.shape) != tuple(x.shape):
+            raise ValueError(
+                f"the noise is of {len(source.seeds)} samples of shape {source.shape}, and the state"
+                f" has shape {tuple(x.shape)}: they must fit"
+            )
+        return Run(self, x, source, model, requires_grad)
+
+    def _check_process(self, process: Process) -> None:
+        """Raise `ValueError` for another process than the plan's."""
+        levels = process.levels([t for t, _, _ in self.grid])
+        for level, (t, s, sigma) in zip(levels, self.grid, strict=True):
+            if max(abs(level.s - s), abs(level.sigma - sigma)) > 1e-9 * (1.0 + sigma):
+                raise ValueError(
+                    f"this plan was traced under {self.process}; {process!r} differs at t={t:g}"
+                )
+
     def execute(
         self,
         reverse: Reverse,
@@ -407,9 +458,10 @@ class Plan:
 
         On a device nothing here waits for it. Where gradients flow, combinations make new tensors
         instead of writing into buffers. `on_call(k, call, input, x0)` is called after each network
-        call; what it keeps, it must clone. A network may return its own input, or one tensor at
-        every call; one that alternates between several must clone. `networks` are the denoisers at
-        the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
+        call; it may keep both, and change neither. A network may return its own input, or one
+        tensor at every call. One that alternates between several is a `SolverError` where the solver
+        still needs what was overwritten. `networks` are the denoisers at the calls' times, if
+        `reverse.calls(plan.times, x)` has prepared them already.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())
@@ -443,34 +495,76 @@ def _instruction(row: Any) -> Instruction:
         out, terms = numbers
         if not terms:
             raise ValueError("a damaged plan: it combines nothing")
-        return Combine(int(out), tuple((int(r), float(c)) for r, c in terms))
+        return Combine(_whole(out), tuple((_whole(r), _real(c)) for r, c in terms))
     if kind == "draw":
         out, nsr, nsr_next = numbers
-        return Draw(
-            int(out),
-            None if nsr is None else float(nsr),
-            None if nsr_next is None else float(nsr_next),
-        )
+        if (nsr is None) != (nsr_next is None):
+            raise ValueError("a damaged plan: a draw has one level")
+        return Draw(_whole(out), _ratio(nsr), _ratio(nsr_next))
     if kind == "call":
         out, given, t, s, sigma = numbers
-        return Call(int(out), int(given), float(t), float(s), float(sigma))
+        return Call(_whole(out), _whole(given), _real(t), _real(s), _real(sigma))
     if kind == "record":
         index, given = numbers
-        return Record(int(index), int(given))
+        return Record(_whole(index), _whole(given))
     raise ValueError(f"a damaged plan: it has an instruction {kind!r}")
 
 
+def _whole(number: Any) -> int:
+    """A register or a count as it was written: a whole number that is not negative."""
+    if type(number) is not int or number < 0:
+        raise ValueError(f"a damaged plan: {number!r} is no whole number from 0 on")
+    return number
+
+
+def _real(number: Any) -> float:
+    """A coefficient, a time or a level as it was written: a finite number."""
+    if type(number) not in (int, float) or not math.isfinite(number):
+        raise ValueError(f"a damaged plan: {number!r} is no finite number")
+    return float(number)
+
+
+def _ratio(number: Any) -> float | None:
+    """A draw's noise-to-signal ratio: None, or a number from 0 to infinity."""
+    if number is None:
+        return None
+    if type(number) not in (int, float) or not number >= 0.0:
+        raise ValueError(f"a damaged plan: {number!r} is no noise-to-signal ratio")
+    return float(number)
+
+
 def _check_registers(instructions: Sequence[Instruction], registers: int, result: int) -> None:
-    """Raise `ValueError` unless every register exists and is written before it is read."""
+    """Raise `ValueError` unless every register exists and is written before it is read, and each
+    has a use, so that no number in a file asks for memory.
+    """
     written = {0}
     for i in instructions:
         if not set(reads(i)) <= written:
             raise ValueError("a damaged plan: it reads a register that nothing wrote")
         if not isinstance(i, Record):
             written.add(i.out)
+    if registers > 1 + len(instructions):
+        raise ValueError(
+            f"a damaged plan: it has {registers} registers for {len(instructions)} instructions"
+        )
     if result not in written or not all(0 <= register < registers for register in written):
         raise ValueError(f"a damaged plan: it has {registers} registers and uses others")
 
 
 def _scalars(vector: Tensor) -> list[Scalar]:
     return list(vector.unbind()) if vector.requires_grad else vector.tolist()
+
+
+def _split(value: list[Any]) -> tuple[list[Any], Tensor]:
+    """Nested lists with `float` in the place of every number that is one, and those numbers."""
+    numbers: list[float] = []
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(entry) for entry in value]
+        if not isinstance(value, float):
+            return value
+        numbers.append(value)
+        return float
+
+    return without(value), torch.tensor(numbers, dtype=torch.float64)

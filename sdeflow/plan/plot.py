@@ -47,7 +47,8 @@ def plot_unrolled(
     heat, levels, weights = figure.subplots(1, 3, width_ratios=(1.6, 1.0, 1.0))
     top = max(float(matrix.abs().max()), 1e-12)
     image = heat.imshow(
-        torch.where(matrix == 0.0, torch.nan, matrix).numpy(), cmap="RdBu_r", aspect="auto", interpolation="nearest",
+        torch.where(matrix == 0.0, torch.nan, matrix).numpy(),
+        cmap="RdBu_r", aspect="auto", interpolation="nearest",
         norm=SymLogNorm(1e-2 * top, vmin=-top, vmax=top),
     )  # fmt: skip
     figure.colorbar(image, ax=heat, label="weight")

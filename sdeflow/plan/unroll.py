@@ -106,18 +106,8 @@ class Unrolled:
     def detach(self) -> Unrolled:
         """The same without gradients, with predictions of x0."""
         plain = self._plain or self
-        start, predictions, draws, t, s, sigma = (
-            column.detach()
-            for column in (
-                plain.start,
-                plain.predictions,
-                plain.draws,
-                plain.t,
-                plain.s,
-                plain.sigma,
-            )
-        )
-        return Unrolled(start, predictions, draws, t, s, sigma, self.origin)
+        names = ("start", "predictions", "draws", "t", "s", "sigma")
+        return replace(plain, **{name: getattr(plain, name).detach() for name in names})
 
     def predicting(self, predicts: str) -> Unrolled:
         """The same method with `F_j` another function of the prediction: `"x0"`, `"eps"`, `"v"` or
@@ -231,7 +221,8 @@ class Difference:
     difference of the unrolled matrices, the largest entry of which is `scale`; `times`, `levels`
     and `intervals` are those of the calls' times, of their `s` and `sigma`, and of the
     noise-to-signal ratios between which noise is drawn. All are infinite where the plans do not
-    have the same numbers of calls and draws. `ends` says whether both end at zero noise, or both do not.
+    have the same numbers of calls and draws. `ends` says whether both end at zero noise, or both do
+    not.
     """
 
     nfe: tuple[int, int]
@@ -268,7 +259,7 @@ class Difference:
 def difference(
     a: Unrolled,
     b: Unrolled,
-    drawn: tuple[list[tuple[float, float]], list[tuple[float, float]]],
+    drawn: Sequence[Sequence[tuple[float, float]]],
     ends: bool,
 ) -> Difference:
     """How the unrolled plan `b` differs from `a`; `drawn` are the noise-to-signal ratios of their

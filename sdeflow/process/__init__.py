@@ -5,7 +5,9 @@ from sdeflow.process.base import Level, Process
 from sdeflow.process.clock import Clock
 from sdeflow.process.from_betas import FromBetas
 from sdeflow.process.from_sde import FromSDE
+from sdeflow.process.from_table import FromTable, Tabulated
 from sdeflow.process.learned import LearnedBetas
+from sdeflow.process.reversed import Reversed
 from sdeflow.process.standard import EDM, VE, VP, Cosine, RectifiedFlow, SubVP
 
 __all__ = [
@@ -16,10 +18,13 @@ __all__ = [
     "Cosine",
     "FromBetas",
     "FromSDE",
+    "FromTable",
     "LearnedBetas",
     "Level",
     "Process",
     "RectifiedFlow",
+    "Reversed",
     "SubVP",
+    "Tabulated",
     "betas",
 ]

@@ -7,7 +7,8 @@ $$x(t) = s(t)\,x_0 + \sigma(t)\,\varepsilon, \qquad \varepsilon \sim N(0, I).$$
 Matching the mean and the variance of this with those of the linear SDE
 $dx = f(t)\,x\,dt + g(t)\,dw$ gives $m' = f m$ and $v' = 2 f v + g^2$, hence
 
-$$f = s'/s, \qquad g^2 = (\sigma^2)' - 2 f \sigma^2 = 2(\sigma\sigma' - f\sigma^2) = s^2\,\frac{d\,\mathrm{nsr}^2}{dt},
+$$f = s'/s, \qquad g^2 = (\sigma^2)' - 2 f \sigma^2 = 2(\sigma\sigma' - f\sigma^2)
+= s^2\,\frac{d\,\mathrm{nsr}^2}{dt},
 \qquad \mathrm{nsr} = \sigma/s,$$
 
 and back again $s = s_0 \exp\int f$, $\sigma^2 = s^2(\sigma_0^2/s_0^2 + \int g^2/s^2)$ (`from_sde`).
@@ -17,12 +18,14 @@ it once, before its loop (`Process.levels`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +36,8 @@ from sdeflow._utils.math import Scalar, as_time, derivative, expand, with_deriva
 if TYPE_CHECKING:
     from sdeflow.process.from_betas import FromBetas
     from sdeflow.process.from_sde import FromSDE
+    from sdeflow.process.from_table import FromTable
+    from sdeflow.process.reversed import Reversed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +78,17 @@ class Level:
 
 
 class Process(ABC):
-    """A noising process $x(t) = s(t) x_0 + \\sigma(t) \\varepsilon$. A subclass defines `s` and
-    `sigma`; the rest is derived.
+    """A noising process $x(t) = s(t) x_0 + \\sigma(t) \\varepsilon$.
+
+    A subclass defines `s` and `sigma`; the rest is derived.
 
     `s` is positive (zero is allowed at `t_max`) and `sigma / s` increases with `t`. Both are
     written in torch and are called with float64 tensors of any shape. Samplers start at `t_max` and
     take the step to zero noise at `t_min`.
+
+    A subclass of a process that overrides `s` or `sigma` loses the closed forms and the default
+    grid that its parent has for its own law; they are derived again. `check` says where a process
+    breaks these rules; `Prediction`, `sample` and `plan` call it.
 
         class Trigonometric(Process):
             def s(self, t): return torch.cos(t * torch.pi / 2)
@@ -98,8 +108,10 @@ class Process(ABC):
     """The clock in which Runge-Kutta methods step by default, chosen in the same way."""
 
     def __init_subclass__(cls) -> None:
-        # A user's s may return one number, or a tensor of one, which then holds at every time.
         super().__init_subclass__()
+        _check_fields(cls)
+        _drop_what_no_longer_follows(cls)
+        # A user's s may return one number, or a tensor of one, which then holds at every time.
         for name in ("s", "sigma", "variance"):
             if name in vars(cls):
                 setattr(cls, name, _filled(vars(cls)[name]))
@@ -113,8 +125,9 @@ class Process(ABC):
         """Standard deviation of the noise in `x(t)`, of the shape of `t`."""
 
     def variance(self, t: Tensor) -> Tensor:
-        """`sigma(t)^2`. Override it where `sigma` is a square root that reaches zero: `g2` then is
-        finite there.
+        """`sigma(t)^2`.
+
+        Override it where `sigma` is a square root that reaches zero: `g2` then is finite there.
         """
         return self.sigma(t) ** 2
 
@@ -135,7 +148,11 @@ class Process(ABC):
     def g2(self, t: float | Tensor) -> Tensor:
         """Squared diffusion coefficient `g(t)^2 = (sigma^2)' - 2 f sigma^2` of the SDE."""
         t = as_time(t)
-        return derivative(self.variance, t) - 2.0 * self.f(t) * self.variance(t)
+        if type(self).dsigma is Process.dsigma:
+            growth = derivative(self.variance, t)
+        else:
+            growth = 2.0 * self.sigma(t) * self.dsigma(t)
+        return growth - 2.0 * self.f(t) * self.variance(t)
 
     def g(self, t: float | Tensor) -> Tensor:
         """Diffusion coefficient `g(t)`."""
@@ -182,8 +199,15 @@ class Process(ABC):
         process.
         """
         t = torch.as_tensor(times, dtype=torch.float64)
-        s, ds = with_derivative(self.s, t)
-        sigma, dsigma = with_derivative(self.sigma, t)
+        kind = type(self)
+        if kind.ds is Process.ds:
+            s, ds = with_derivative(self.s, t)
+        else:
+            s, ds = self.s(t), self.ds(t)
+        if kind.dsigma is Process.dsigma:
+            sigma, dsigma = with_derivative(self.sigma, t)
+        else:
+            sigma, dsigma = self.sigma(t), self.dsigma(t)
         # A signal as small as rounding counts as zero: cos(pi/2) may be 6e-17 or -6e-17.
         s = torch.where(s.abs() < 1e-15 * sigma, torch.zeros_like(s), s)
         columns = [torch.broadcast_to(column, t.shape) for column in (t, s, sigma, ds, dsigma)]
@@ -196,6 +220,42 @@ class Process(ABC):
     def level(self, t: float | Tensor) -> Level:
         """The process at one time."""
         return self.levels(as_time(t).reshape(1))[0]
+
+    def check(self) -> None:
+        """Raise `ValueError` where this is no process.
+
+        Between `t_min` and `t_max`, `s` and `sigma` are finite and not negative, `sigma / s` does
+        not fall, and the derivatives, closed forms and inverse are those of `s` and `sigma`.
+        """
+        from sdeflow.process.checks import check_process
+
+        check_process(self)
+
+    # ------------------------------------------------------------------- the time that networks know
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The time that a network of this process is given at `t`: `t` itself, and for a reversed
+        process the time before it was reversed.
+        """
+        return t
+
+    def reversed(self, total: float | None = None) -> Reversed:
+        """This process with its time reversed, for one that is written with noise at small times;
+        see `Reversed`.
+        """
+        from sdeflow.process.reversed import Reversed
+
+        return Reversed(self, self.t_min + self.t_max if total is None else total)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The process as a `matplotlib` figure: `s` and `sigma`, `nsr` and `g2` over time; as PNG in
+        `path` too if given.
+
+        Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
+        """
+        from sdeflow.process.plot import plot_process
+
+        return plot_process(self, path)
 
     # -------------------------------------------------------------------- kernel, SDEs, and the ODE
 
@@ -360,6 +420,80 @@ class Process(ABC):
         from sdeflow.process.from_betas import FromBetas
 
         return FromBetas(tuple(torch.as_tensor(betas, dtype=torch.float64).tolist()))
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | Tensor) -> FromBetas:
+        """The process of a table of $\\bar\\alpha_i = s_i^2$, the products of `1 - beta`.
+
+        It falls from below 1; the last entry may be 0 (zero-terminal SNR). See `FromBetas`.
+        """
+        from sdeflow.process.from_betas import betas_of
+
+        return cls.from_betas(betas_of(torch.as_tensor(alphas_cumprod, dtype=torch.float64)))
+
+    @classmethod
+    def from_table(cls, s: Sequence[float] | Tensor, sigma: Sequence[float] | Tensor) -> FromTable:
+        """The process of a table of pairs `(s, sigma)`, from data to noise; see `FromTable`."""
+        from sdeflow.process.from_table import FromTable
+
+        columns = (torch.as_tensor(c, dtype=torch.float64).tolist() for c in (s, sigma))
+        return FromTable(*(tuple(c) if isinstance(c, list) else (c,) for c in columns))
+
+
+_LAW = ("s", "sigma", "variance")
+_KEPT = {*_LAW, "t_min", "t_max", "from_sde", "from_betas", "from_alphas_cumprod", "from_table"}
+
+
+def _drop_what_no_longer_follows(cls: type[Process]) -> None:
+    """Give `cls` the derived functions of `Process` in place of those that its ancestors have for a
+    law that `cls`, or a class before them, overrides.
+    """
+    order = cls.__mro__
+    base = order.index(Process)
+
+    def place(name: str) -> int:
+        """Where in the order of resolution a name is defined."""
+        return next(i for i, kind in enumerate(order) if name in vars(kind))
+
+    where = {name: place(name) for name in _LAW}
+    for name, at in where.items():
+        if 0 < at < base and not issubclass(order[at], Process):  # a mixin
+            setattr(cls, name, vars(order[at])[name])
+    sigma = min(where["sigma"], where["variance"])
+    if where["s"] < sigma and "_one_law" in vars(order[sigma]):
+        parent = order[sigma].__name__
+        raise TypeError(
+            f"{cls.__name__} overrides s, but the sigma of {parent} comes from the same function as"
+            f" the s of {parent}: define sigma too, or derive from Process"
+        )
+    if where["sigma"] < where["variance"] < base:
+        cls.variance = Process.variance  # type: ignore[method-assign]
+    elif where["variance"] < where["sigma"]:
+        cls.sigma = _root_of_variance  # type: ignore[method-assign]
+    law = min(where.values())
+    for name, value in vars(Process).items():
+        if not name.startswith("_") and name not in _KEPT and law < place(name) < base:
+            setattr(cls, name, value)
+
+
+def _check_fields(cls: type[Process]) -> None:
+    """Refuse a class attribute that the constructor of a parent would overwrite."""
+    if "__init__" in vars(cls):
+        return
+    parents = [kind for kind in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(kind)]
+    known = {f.name: kind.__name__ for kind in parents for f in dataclasses.fields(kind) if f.init}
+    for name, value in vars(cls).items():
+        if name in known and name not in cls.__annotations__ and not hasattr(value, "__get__"):
+            raise TypeError(
+                f"{cls.__name__}.{name} has no effect, as {known[name]} takes {name} as an"
+                f" argument: pass {cls.__name__}({name}={value!r}), or write"
+                f" `{name}: {type(value).__name__} = {value!r}` in a dataclass"
+            )
+
+
+def _root_of_variance(self: Process, t: Tensor) -> Tensor:
+    """`sqrt(variance)`."""
+    return self.variance(t).sqrt()
 
 
 def _filled(function: Callable[[Process, Tensor], Tensor]) -> Callable[[Process, Tensor], Tensor]:

@@ -47,8 +47,9 @@ class Clock:
             raise unknown("clock", self.name, CLOCKS)
 
     def reading(self, t: Level) -> Scalar:
-        """The clock's value at a level. A level whose entries are tensors gives a tensor of
-        values.
+        """The clock's value at a level.
+
+        A level whose entries are tensors gives a tensor of values.
         """
         match self.name:
             case "t":
@@ -67,34 +68,26 @@ class Clock:
 
     def readings(self, process: Process, times: Tensor) -> Tensor:
         """The clock's value at each of some times."""
-        s, sigma = (torch.broadcast_to(c, times.shape) for c in process.kernel(times))
+        s, sigma = process.kernel(times)
         shown: Tensor = self.reading(Level(times, s, sigma, math.nan, math.nan))
         return shown
 
     def of_lam(self, lam: Tensor, process: Process | None = None) -> Tensor:
         """The clock's value where `log(s / sigma) = lam`. The clock `t` needs the process."""
-        match self.name:
-            case "t":
-                if process is None:
-                    raise ValueError(
-                        "the time at a given lam depends on the process: pass process="
-                    )
-                return process.t_of_lam(lam)
-            case "lam":
-                return lam
-            case "nsr":
-                return torch.exp(-lam)
-            case "asinh":
-                return torch.asinh(torch.exp(lam))
-            case "angle":
-                return torch.atan(torch.exp(-lam) / self.scale)
-            case "flow":
-                return 1.0 / (1.0 + self.scale * torch.exp(lam))
-        return torch.log(torch.exp(lam) + 1.0 / self.scale)
+        if self.name == "lam":
+            return lam
+        if self.name == "t":
+            if process is None:
+                raise ValueError("the time at a given lam depends on the process: pass process=")
+            return process.t_of_lam(lam)
+        level = Level(math.nan, torch.exp(lam), torch.ones_like(lam), math.nan, math.nan)
+        shown: Tensor = self.reading(level)
+        return shown
 
     def lam(self, reading: Scalar) -> Scalar:
-        """`log(s / sigma)` where the clock has a given value; the inverse of `of_lam`. The clock
-        `t` has none without a process: see `times`.
+        """`log(s / sigma)` where the clock has a given value; the inverse of `of_lam`.
+
+        The clock `t` has none without a process: see `times`.
         """
         match self.name:
             case "lam":
@@ -115,7 +108,7 @@ class Clock:
         """The times at which the clock has given values; the inverse of `readings`."""
         return readings if self.name == "t" else process.t_of_lam(self.lam(readings))
 
-    # ---------------------------------------------------------------------- the state that it scales
+    # --------------------------------------------------------------------- the state that it scales
 
     def state_scale(self, t: Level) -> Scalar:
         """`x / z`: how many times the state `z` of the ODE in this clock `x` is, at a level."""
@@ -176,13 +169,14 @@ class ClockRange:
     def read(
         self, reading: Tensor, what: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`what(reading, t, s, sigma)` where the clock has given values (of any shape). No entry
-        depends on how many others there are, to the last bit.
+        """`what(reading, t, s, sigma)` where the clock has given values (of any shape).
+
+        No entry depends on how many others there are, to the last bit.
         """
 
         def numbers(reading: Tensor) -> Tensor:
             t = self.time(reading)
-            s, sigma = (torch.broadcast_to(c, t.shape) for c in self.process.kernel(t))
+            s, sigma = self.process.kernel(t)
             return torch.stack(what(reading, t, s, sigma))
 
         return tuple(batch_invariant(numbers, reading))

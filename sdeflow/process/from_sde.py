@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class FromSDE(Process):
     _edges: Tensor = field(init=False, repr=False)
     _log_s: Tensor = field(init=False, repr=False)
     _nsr2: Tensor = field(init=False, repr=False)
+    _one_law: ClassVar[bool] = True  # sigma comes from the same function as s
 
     @torch.inference_mode(False)
     def __post_init__(self) -> None:
@@ -41,7 +43,7 @@ class FromSDE(Process):
         if self.s0 <= 0 or self.sigma0 < 0 or self.t_min < 0:
             raise ValueError("from_sde needs s0 > 0, sigma0 >= 0 and t_min >= 0")
         probe = torch.linspace(0.0, self.t_max, 257, dtype=torch.float64)
-        for name, values in (("f", self.f(probe)), ("g2", self.g2(probe))):
+        for name, values in (("f", self._f(probe)), ("g2", self._g2(probe))):
             bad = ~torch.isfinite(values)
             if name == "g2":
                 bad |= values < 0
@@ -71,12 +73,14 @@ class FromSDE(Process):
 
     def g2(self, t: float | Tensor) -> Tensor:
         """The `g2` that was given."""
-        t = as_time(t)
+        return self._g2(as_time(t))
+
+    def _g2(self, t: Tensor) -> Tensor:
         return torch.broadcast_to(torch.as_tensor(self.g2_given(t), dtype=t.dtype), t.shape)
 
     def _growth(self, t: Tensor) -> Tensor:
         """`d nsr^2 / dt = g2 / s^2`."""
-        return self.g2(t) * torch.exp(-2.0 * self._log_signal(t)) / self.s0**2
+        return self._g2(t) * torch.exp(-2.0 * self._log_signal(t)) / self.s0**2
 
     @staticmethod
     def _integrate(
@@ -96,7 +100,7 @@ class FromSDE(Process):
 
             def growth(t: Tensor, a: Tensor = a) -> Tensor:
                 """`g2 / s^2` in units of `s(a)`, `a` the panel's start."""
-                return self.g2(t) * torch.exp(
+                return self._g2(t) * torch.exp(
                     -2.0 * self._integrate(self._f, a.unsqueeze(-1).expand_as(t), t)
                 )
 

@@ -39,8 +39,9 @@ class _LinearBeta(Process):
         return t * (0.5 * self.beta_min + 0.25 * (self.beta_max - self.beta_min) * t)
 
     def _t_of_decay(self, decay: Tensor) -> Tensor:
-        """The positive root of the quadratic `-log s(t) = decay`. It is large, but finite, where no
-        signal is left.
+        """The positive root of the quadratic `-log s(t) = decay`.
+
+        It is large, but finite, where no signal is left.
         """
         decay = decay.clamp_max(torch.finfo(decay.dtype).max / 1e8)
         half = 0.5 * self.beta_min
@@ -60,6 +61,8 @@ class VP(_LinearBeta):
 
     Source: Song et al. (2021), equation 11; the continuous form of DDPM (Ho et al., 2020).
     """
+
+    _one_law: ClassVar[bool] = True  # sigma comes from the same function as s
 
     def variance(self, t: Tensor) -> Tensor:
         """`1 - s^2`, without cancellation."""
@@ -81,6 +84,8 @@ class SubVP(_LinearBeta):
 
     Source: Song et al. (2021), equation 12.
     """
+
+    _one_law: ClassVar[bool] = True  # sigma comes from the same function as s
 
     def sigma(self, t: Tensor) -> Tensor:
         """`1 - s^2`, without cancellation."""
@@ -104,6 +109,7 @@ class Cosine(Process):
     offset: float = 0.008
     t_min: float = 1e-3
     t_max: float = 1.0 - 1.008 * 2.0 / math.pi * 1e-3
+    _one_law: ClassVar[bool] = True  # sigma comes from the same function as s
 
     def __post_init__(self) -> None:
         check_span(self)

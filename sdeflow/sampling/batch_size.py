@@ -6,6 +6,7 @@ batches.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
@@ -62,27 +63,30 @@ class BatchSize:
         return -(-self.n // self.now)
 
     def find(self, device: torch.device, entries: int, bytes_a_row: Callable[[int], int]) -> None:
-        """Choose where `"auto"` begins: what worked before, or what should fit. `bytes_a_row(rows)`
-        measures that, on CUDA alone.
+        """Choose where `"auto"` begins: what worked before, or what should fit.
+
+        `bytes_a_row(rows)` measures that, on CUDA alone.
         """
         if not self.auto:
             return
-        known = _known(self._owner, self._key)
+        known = _WORKED.get(self._owner, self._key)
+        if known is None and device.type != "cuda":
+            known = _power(_ON_CPU // max(entries, 1))
+        elif known is None and self.n > _PROBE:
+            known = fitting(device, bytes_a_row)
         if known is not None:
             self.limit, self._known_to_fit = known, True
-        elif device.type != "cuda":
-            self.limit, self._known_to_fit = _power(_ON_CPU // max(entries, 1)), True
-        elif self.n > _PROBE:
-            self.limit, self._known_to_fit = fitting(device, bytes_a_row), True
 
     def remember(self) -> None:
         """Remember what has worked, for the next call."""
         if self.auto and self._known_to_fit:
-            _remember(self._owner, self._key, self.limit)
+            with contextlib.suppress(TypeError):  # an owner without weak references
+                _WORKED.put(self._owner, self._key, self.limit)
 
     def shrink(self, error: BaseException, rows: slice) -> None:
-        """After an out-of-memory `error` for some rows: half the size, or an error that says what to
-        do.
+        """Halve the size after an out-of-memory `error` for some rows.
+
+        Where that is not possible, raise an error that says what to do.
         """
         tried = rows.stop - rows.start
         if self.auto and tried > 1:
@@ -109,8 +113,10 @@ class BatchSize:
 
 
 def in_batches(size: BatchSize, run: Callable[[slice], None], release: Callable[[], None]) -> None:
-    """Call `run` with the rows of one batch after the other. If a batch does not fit, call
-    `release()` and take its rows in smaller batches; other errors are raised.
+    """Call `run` with the rows of one batch after the other.
+
+    If a batch does not fit, call `release()` and take its rows in smaller batches; other errors are
+    raised.
     """
     first = 0
     while first < size.n:
@@ -147,21 +153,11 @@ def fitting(device: torch.device, bytes_a_row: Callable[[int], int]) -> int:
 
 
 def window(rows: slice, size: int) -> slice:
-    """The batch of `size` rows that ends where `rows` do: a captured solve pads a last, smaller
-    batch with the rows before it.
+    """The batch of `size` rows that ends where `rows` do.
+
+    A captured solve pads a last, smaller batch with the rows before it.
     """
     return slice(max(min(rows.start, rows.stop - size), 0), rows.stop)
-
-
-def _known(owner: Any, key: Hashable) -> int | None:
-    return _WORKED.get(owner, key)
-
-
-def _remember(owner: Any, key: Hashable, limit: int) -> None:
-    try:
-        _WORKED.put(owner, key, limit)
-    except TypeError:  # no weak reference is possible: do not remember it
-        return
 
 
 def _power(number: int) -> int:

@@ -1,47 +1,48 @@
-"""The loop over the batches of a solve: each is integrated or replayed, checked, and joined to the
-others.
+"""The loop over the batches of a solve.
+
+Each batch is integrated or replayed, checked, and joined to the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow._utils import memory as _memory
+from sdeflow._utils.math import transformed
 from sdeflow._utils.memory import Memory
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import NonFiniteError, OutOfMemoryError, SolverError
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
+from sdeflow.plan.execute import version
 from sdeflow.plan.instructions import Call, Record
 from sdeflow.plan.plan import Plan
 from sdeflow.reverse import Reverse
 from sdeflow.sampling import cuda_graphs
 from sdeflow.sampling.batch_size import BatchSize, in_batches, window
 from sdeflow.sampling.cuda_graphs import GraphCache
+from sdeflow.sampling.faults import Faults, Stopped
 from sdeflow.sampling.inputs import Conditions, Inputs
 from sdeflow.sampling.request import CallInfo, Request
 from sdeflow.solvers.base import GridSolver, OnCall, Solution, Solver, run_plan
 
 
 class ProgressBar:
-    """The progress bar of a solve, one step a network call; or none."""
+    """The progress bar of a solve, one step a network call; or none, where not `shown`."""
 
     def __init__(self, shown: bool, n: int, calls: int | None):
-        self._calls, self._at = calls, 0
+        self.shown, self._calls, self._at = shown, calls, 0
         self.title = f"sampling {n}"
         self._bar = tqdm(unit="call", desc=self.title, dynamic_ncols=True) if shown else None
-
-    @property
-    def shown(self) -> bool:
-        """Whether there is one."""
-        return self._bar is not None
 
     def begin(self, batches: int) -> None:
         """A batch begins, of so many that are left. The count of an abandoned batch is undone."""
@@ -103,12 +104,20 @@ class Loop:
         try:
             in_batches(self.size, self._batch, self._release)
             self._settle()
-        except (SolverError, NonFiniteError) as error:
+        except BaseException as error:  # Ctrl-C and errors of the network too
             with contextlib.suppress(NonFiniteError):
                 self._settle()
-            error.finished = self._finished()
+            self._keep_finished(error)
             raise
-        whole = self._whole()
+        whole, fits = self._joined()
+        if not fits:
+            spent = OutOfMemoryError(
+                f"all {self.inputs.n} samples are done, but do not fit twice on {device}, as"
+                " joining the batches takes: ask for fewer at a time. They are in this error's"
+                " `finished`, on the CPU"
+            )
+            spent.finished = whole
+            raise spent
         return dataclasses.replace(
             whole, statistics={**whole.statistics, **self.graphs.statistics(), **self._memory()}
         )
@@ -125,7 +134,8 @@ class Loop:
             done = self.graphs.solve(self._plan, state, self.conditions.rows(wide), source)
             if done is not None:
                 self._settle()  # of the batch before, now that the device has the next one
-                self._pending = rows, _last(done[0], rows.stop - rows.start), done[1]
+                part = _cast(_last(done[0], rows.stop - rows.start), self.inputs.dtype)
+                self._pending = rows, part, done[1]
                 if self.bar.shown:
                     self._settle()
                 return
@@ -142,25 +152,37 @@ class Loop:
         return self.denoiser.rows(torch.arange(rows.start, rows.stop))
 
     def _reverse(self, rows: slice) -> Reverse:
-        return Reverse(self._denoiser(rows), self.conditions.rows(rows))
+        return Reverse(self._denoiser(rows), self.conditions.cut(rows))
 
     def _begin(self, rows: slice) -> tuple[Noise, Tensor]:
         inputs = self.inputs
         source = noise_of(self.request.noise, inputs, rows)
-        return source, inputs.state(
-            self.denoiser.process, float(self.times[0].detach()), rows, source
-        )
+        start = float(self.times[0].detach())
+        return source, inputs.state(self.denoiser.process, start, rows, source)
 
     def _integrated(self, rows: slice, source: Noise, state: Tensor) -> Solution:
         reverse = self._reverse(rows)
         collected: list[Tensor] = []
-        part = self._integrate(
-            reverse, state, source, self._watcher(collected if self.request.x0s else None, rows)
-        )
-        if not torch.isfinite(part.x).all():
-            self._refuse(rows, part)
+        # Adaptive solvers refuse steps that are not finite, and say so themselves.
+        # The transforms of torch.func show no values.
+        hidden = getattr(self.method, "adaptive", False) or transformed(state)
+        faults = None if hidden else Faults(state.device)
+        watch = self._watcher(collected if self.request.x0s else None, rows, faults)
+        try:
+            part = self._integrate(reverse, state, source, watch)
+        except Stopped as stopped:
+            assert faults is not None
+            part = Solution(stopped.x, stopped.nfe)
+            self._refuse(rows, part, faults, reverse)
+        except (SolverError, NonFiniteError) as error:
+            if rows.start:
+                error.add_note(f"Sample 0 of this batch is number {rows.start} of all samples.")
+            raise
+        part = _cast(part, self.inputs.dtype)
+        if not (transformed(part.x) or bool(torch.isfinite(part.x).all())):
+            self._refuse(rows, part, faults or Faults(state.device), reverse)
         part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
-        part.x0s = torch.stack(collected) if collected else None
+        part.x0s = torch.stack(collected).to(part.x.dtype) if collected else None
         return part
 
     def _integrate(
@@ -185,26 +207,34 @@ class Loop:
                 )
             return self.method
         assert isinstance(self.method, GridSolver)
-        return self.method.plan(
-            self.denoiser.process,
-            self.times,
-            finish=self.request.finish,
-            record=self.request.trajectory,
-        )
+        finish, record = self.request.finish, self.request.trajectory
+        return self.method.plan(self.denoiser.process, self.times, finish=finish, record=record)
 
-    def _watcher(self, x0s: list[Tensor] | None, rows: slice) -> OnCall | None:
+    def _watcher(
+        self, x0s: list[Tensor] | None, rows: slice, faults: Faults | None
+    ) -> OnCall | None:
         """What is done after each network call, or None where nothing is."""
         callback = self.request.callback
         if not self.bar.shown and callback is None and x0s is None:
-            return None
+            return None if faults is None else faults.see
 
         def watch(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
+            if faults is not None:
+                faults.see(index, call, x, x0)
+            if x0s is not None or callback is not None:
+                # A network may write into its output at its next call.
+                x0 = x0.clone()
             if x0s is not None:
-                x0s.append(x0.clone())
+                x0s.append(x0)
             if callback is not None:
                 s = float(call.s)
                 nsr = float(call.sigma) / s if s else float("inf")
+                before = version(x), version(x0)
                 callback(CallInfo(index, index + 1, float(call.t), nsr, x, x0, rows))
+                if (version(x), version(x0)) != before:
+                    raise SolverError(
+                        "a callback changed the state in place: let it work on a clone"
+                    )
             self.bar.update()
 
         return watch
@@ -217,68 +247,59 @@ class Loop:
             return
         (rows, part, finite), self._pending = self._pending, None
         # Rows that only filled the batch up do not matter.
-        if not bool(finite) and not bool(torch.isfinite(part.x).all()):
-            self._refuse(rows, part)
+        sound = bool(finite) and part.x.dtype != torch.float16  # whose cast may overflow
+        if not sound and not bool(torch.isfinite(part.x).all()):
+            self._refuse_replayed(rows, part)
         self.parts.append(part)
         self.bar.update(part.nfe)
         self.bar.end()
 
-    def _refuse(self, rows: slice, part: Solution) -> None:
-        """Raise the error for a result that is not finite, after running the batch again to find
-        the first call at fault.
-        """
-        bad = (~torch.isfinite(part.x).reshape(len(part.x), -1).all(1)).nonzero().flatten().tolist()
-        names = ", ".join(str(rows.start + i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        where = ""
-        if isinstance(self.request.noise, str):  # the same seeds make the same solve
-
-            def check(index: int, call: Call, x: Tensor, x0: Tensor) -> None:
-                if not bool(torch.isfinite(x0).all()):
-                    sound = bool(torch.isfinite(x).all())
-                    why = "the network returned it" if sound else "its input was not finite"
-                    raise _Found(f" first at call {index + 1} (t={float(call.t):.6g}): {why}.")
-
-            source, state = self._begin(rows)
-            reverse = self._reverse(rows)
-            try:
-                self._integrate(reverse, state, source, check, plain=True)
-            except _Found as found:
-                where = str(found)
-        error = NonFiniteError(
-            f"NaN or infinity in {len(bad)} of {len(part.x)} samples (number {names}).{where} The"
-            " usual causes: half precision overflows, an eps-prediction far outside its training"
-            " range, a score of the wrong scale."
-        )
+    def _refuse(self, rows: slice, part: Solution, faults: Faults, reverse: Reverse) -> NoReturn:
+        """Raise the error for a result that is not finite."""
+        part.network_calls, part.network_gradients = reverse.forwards, reverse.gradients
+        error = faults.error(part.x, rows.start)
         error.partial = part
         raise error
 
-    def _finished(self) -> Solution | None:
-        """The finished batches; on the CPU if the device has no memory to join them."""
-        if not self.parts:
-            return None
-        try:
-            return join(self.parts)
-        except (MemoryError, RuntimeError) as error:
-            if not _memory.out_of_memory(error):
-                raise
-        return join([_on_cpu(part) for part in self.parts])
+    def _refuse_replayed(self, rows: slice, part: Solution) -> NoReturn:
+        """Raise the error for a replayed batch that is not finite. A graph shows no call, so that
+        the batch is solved again without one, to find the first call at fault.
+        """
+        faults = Faults(part.x.device)
+        if isinstance(self.request.noise, str):  # the same seeds make the same solve
+            source, state = self._begin(rows)
+            reverse = self._reverse(rows)
+            with contextlib.suppress(Stopped):
+                self._integrate(reverse, state, source, faults.see, plain=True)
+        error = faults.error(part.x, rows.start)
+        error.partial = part
+        raise error
 
-    def _whole(self) -> Solution:
-        """All batches as one; `OutOfMemoryError`, with all of them, if the device has no memory to
-        join them.
+    def _keep_finished(self, error: BaseException) -> None:
+        """Give an error the finished batches, as its `finished`, and a note that says so."""
+        finished = self._joined()[0] if self.parts else None
+        own = isinstance(error, SolverError | NonFiniteError)
+        if own or finished is not None:
+            with contextlib.suppress(AttributeError, TypeError):  # it takes no attributes
+                error.finished = finished  # type: ignore[attr-defined]
+        if finished is not None and not own:
+            error.add_note(
+                f"{len(finished.x)} of {self.inputs.n} samples were finished before. They are not"
+                " lost: this exception's `finished` is their Solution (after an error in a"
+                " notebook or at the prompt, sys.last_value.finished)."
+            )
+
+    def _joined(self) -> tuple[Solution, bool]:
+        """The finished batches as one, and whether they fit on the device.
+
+        If the device has no memory to join them, they are on the CPU.
         """
         try:
-            return join(self.parts)
+            return join(self.parts), True
         except (MemoryError, RuntimeError) as error:
             if not _memory.out_of_memory(error):
                 raise
-            spent = OutOfMemoryError(
-                f"all {self.inputs.n} samples are done, but do not fit twice on"
-                f" {self.inputs.device}, as joining the batches takes: ask for fewer at a time. They are in this error's"
-                " `finished`, on the CPU"
-            )
-        spent.finished = join([_on_cpu(part) for part in self.parts])
-        raise spent
+        return join([_on_cpu(part) for part in self.parts]), False
 
     # --------------------------------------------------------------------------------------- memory
 
@@ -291,14 +312,12 @@ class Loop:
     @property
     def _entries(self) -> int:
         """Entries of one sample's state."""
-        entries = 1
-        for size in self.inputs.shape:
-            entries *= size
-        return entries
+        return math.prod(self.inputs.shape)
 
     def _bytes_a_row(self, rows: int) -> int:
-        """The bytes that a row of a batch takes on CUDA: the network's are measured by one call
-        with a few rows, the plan's states are counted.
+        """The bytes that a row of a batch takes on CUDA.
+
+        One call with a few rows measures the network's; the plan's states are counted.
         """
         device = self.inputs.device
         some = slice(0, rows)
@@ -312,27 +331,20 @@ class Loop:
         states = 16  # of an adaptive solver
         if isinstance(self.method, Plan) or cuda_graphs.is_planned(self.method):
             plan = self._plan
-            kept = (len(plan.grid) + 1 if self.request.trajectory else 0) + (
-                plan.nfe if self.request.x0s else 0
-            )
+            kept = len(plan.grid) + 1 if self.request.trajectory else 0
+            kept += plan.nfe if self.request.x0s else 0
             states = 4 + plan.buffers + 2 * kept + (plan.draws if self.graphs else 0)
-        return -(-(peak - before) // rows) + states * self._entries * self.inputs.dtype.itemsize
+        return (
+            -(-(peak - before) // rows) + states * self._entries * self.inputs.computed_in.itemsize
+        )
 
     def _memory(self) -> dict[str, Memory]:
         """The entry of `Solution.statistics` about memory."""
         first = self.parts[0]
-        buffers = (
-            None
-            if first.plan is None
-            else first.plan.buffers * first.x.numel() * first.x.element_size()
-        )
+        buffers = None if first.plan is None else first.plan.buffers * first.x.nbytes
         peak = _memory.peak(self.inputs.device)
         took = Memory(peak, buffers, self.graphs.bytes if self.graphs else None)
         return {} if took == Memory() else {"memory": took}
-
-
-class _Found(Exception):
-    pass
 
 
 def noise_of(noise: str | Noise, inputs: Inputs, rows: slice) -> Noise:
@@ -349,7 +361,7 @@ def noise_of(noise: str | Noise, inputs: Inputs, rows: slice) -> Noise:
     kinds = {"seeded": SeededNoise, "brownian": BrownianNoise}
     if noise not in kinds:
         raise ValueError(f"noise is 'seeded', 'brownian' or a Noise; got {noise!r}")
-    return kinds[noise](seeds, shape, device=inputs.device, dtype=inputs.dtype)
+    return kinds[noise](seeds, shape, device=inputs.device, dtype=inputs.computed_in)
 
 
 def _last(part: Solution, rows: int) -> Solution:
@@ -362,38 +374,44 @@ def _last(part: Solution, rows: int) -> Solution:
     return dataclasses.replace(part, x=part.x[-rows:], trajectory=trajectory, x0s=x0s)
 
 
+def _cast(part: Solution, dtype: torch.dtype) -> Solution:
+    """A part in the dtype that was asked for."""
+    if part.x.dtype == dtype:
+        return part
+    x0s, trajectory = (
+        None if kept is None else kept.to(dtype) for kept in (part.x0s, part.trajectory)
+    )
+    return dataclasses.replace(part, x=part.x.to(dtype), x0s=x0s, trajectory=trajectory)
+
+
 def _on_cpu(part: Solution) -> Solution:
     x0s, trajectory = (None if kept is None else kept.cpu() for kept in (part.x0s, part.trajectory))
-    statistics = {
-        name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in part.statistics.items()
-    }
-    return dataclasses.replace(
-        part, x=part.x.cpu(), trajectory=trajectory, x0s=x0s, statistics=statistics
-    )
+    found = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in part.statistics.items()}
+    x = part.x.cpu()
+    return dataclasses.replace(part, x=x, trajectory=trajectory, x0s=x0s, statistics=found)
 
 
 def join(parts: list[Solution]) -> Solution:
-    """The solutions of consecutive batches as one."""
+    """The solutions of consecutive batches as one.
+
+    Batches of an adaptive solver differ in their number of calls: the last prediction of a shorter
+    one stands for the calls that it did not make, as it does for a sample that has finished.
+    """
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
+    calls = max(0 if part.x0s is None else len(part.x0s) for part in parts)
 
-    def cat(tensors: list[Tensor | None], dim: int) -> Tensor | None:
-        return (
-            torch.cat([tensor for tensor in tensors if tensor is not None], dim)
-            if tensors[0] is not None
-            else None
-        )
+    def stacked(name: str) -> Tensor | None:
+        kept = [getattr(part, name) for part in parts]
+        if name == "x0s":
+            kept = [_padded(x0s, calls) for x0s in kept]
+        return None if kept[0] is None else torch.cat(kept, 1)
 
-    statistics = {
-        key: (
-            torch.cat([part.statistics[key] for part in parts])
-            if isinstance(value, Tensor) and value.ndim
-            else value
-        )
-        for key, value in first.statistics.items()
-    }
+    statistics = dict(first.statistics)
+    for key, value in first.statistics.items():
+        if isinstance(value, Tensor) and value.ndim:
+            statistics[key] = torch.cat([part.statistics[key] for part in parts])
     return dataclasses.replace(
         first,
         x=torch.cat([part.x for part in parts]),
@@ -401,7 +419,14 @@ def join(parts: list[Solution]) -> Solution:
         network_calls=sum(part.network_calls for part in parts),
         network_gradients=sum(part.network_gradients for part in parts),
         statistics=statistics,
-        trajectory=cat([part.trajectory for part in parts], 1),
-        x0s=cat([part.x0s for part in parts], 1),
+        trajectory=stacked("trajectory"),
+        x0s=stacked("x0s"),
         interpolant=None,
     )
+
+
+def _padded(x0s: Tensor | None, calls: int) -> Tensor | None:
+    """Predictions `[nfe, ...]` as those of so many calls, the last one repeated."""
+    if x0s is None or len(x0s) == calls:
+        return x0s
+    return torch.cat([x0s, x0s[-1:].expand(calls - len(x0s), *x0s.shape[1:])])

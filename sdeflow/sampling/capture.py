@@ -1,5 +1,6 @@
-"""A complete solve as one CUDA graph: network and solver are captured once, then replayed without
-Python between the calls.
+"""A complete solve as one CUDA graph.
+
+Network and solver are captured once, then replayed without Python between the calls.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class CapturedSolve:
         self.plan = plan
         self.condition = dict(condition or {})
         self.bytes = 0
-        self._x0s: list[Tensor] | None = [] if x0s else None
+        self._x0s: list[Tensor] = []
+        self._watch = self._keep if x0s else None
         self._turn = threading.Lock()
         # The buffers are written at each replay, in inference mode or not.
         with torch.inference_mode(False), torch.no_grad():
@@ -91,7 +93,9 @@ class CapturedSolve:
     def _capture(self, reverse: Reverse) -> None:
         device = self._x.device
         try:
-            with _CAPTURING, torch.cuda.device(device), _restored_stream():
+            # A failed capture may leave its own stream current: restore the present one.
+            present = torch.cuda.current_stream(device)
+            with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(present):
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
@@ -103,8 +107,7 @@ class CapturedSolve:
                 torch.cuda.current_stream().wait_stream(side)
                 # Their numbers are on the device before the capture begins.
                 networks = reverse.calls(self.plan.times, self._x)
-                if self._x0s is not None:
-                    self._x0s.clear()
+                self._x0s.clear()
                 torch.clear_autocast_cache()  # the graph must not read weights that autocast cast
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
@@ -133,13 +136,10 @@ class CapturedSolve:
 
     def _run(self, reverse: Reverse, networks: Any = None) -> tuple[Tensor, list[Tensor]]:
         self._drawn.rewind()
-        if self._x0s is not None:
-            self._x0s.clear()
-        watch = None if self._x0s is None else self._keep
-        return self.plan.execute(reverse, self._x, self._drawn, watch, networks)
+        self._x0s.clear()
+        return self.plan.execute(reverse, self._x, self._drawn, self._watch, networks)
 
     def _keep(self, number: int, call: Call, x: Tensor, x0: Tensor) -> None:
-        assert self._x0s is not None
         self._x0s.append(x0.clone())
 
     def __call__(
@@ -151,8 +151,9 @@ class CapturedSolve:
     def replay(
         self, x: Tensor, noise: Noise | None = None, condition: Mapping[str, Any] | None = None
     ) -> Replay:
-        """The results of a replay from `x`; the tensors of `condition` are copied into those of the
-        capture.
+        """The results of a replay from `x`.
+
+        The tensors of `condition` are copied into those of the capture.
         """
         if x.shape != self._x.shape:
             raise ValueError(
@@ -164,12 +165,9 @@ class CapturedSolve:
             for name, value in (condition or {}).items():
                 self._set_condition(name, value)
             self._replay()
-            return Replay(
-                self._result.clone(),
-                torch.stack(self._states) if self._states else None,
-                torch.stack(self._x0s) if self._x0s else None,
-                self._finite.clone(),
-            )
+            trajectory = torch.stack(self._states) if self._states else None
+            x0s = torch.stack(self._x0s) if self._x0s else None
+            return Replay(self._result.clone(), trajectory, x0s, self._finite.clone())
 
     def _set_condition(self, name: str, value: Any) -> None:
         held = self.condition.get(name)
@@ -210,11 +208,6 @@ def _out_of_memory_behind(error: BaseException | None) -> BaseException | None:
     while error is not None and not out_of_memory(error):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _restored_stream() -> torch.cuda.StreamContext:
-    """A block after which the present stream is current again: a failed capture may leave its own."""
-    return torch.cuda.stream(torch.cuda.current_stream())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""`compile=True`: batches run as replays of captured CUDA graphs, which are kept between calls; or
-the reason why not.
+"""`compile=True`: batches run as replays of captured CUDA graphs.
+
+Graphs are kept between calls. Where there can be none, a warning says why.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from sdeflow._utils.weak_cache import WeakTable
 from sdeflow.denoisers import Denoiser, as_denoiser
+from sdeflow.denoisers.network import HALF
 from sdeflow.errors import SolverError
 from sdeflow.noise import Noise
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Process
 from sdeflow.reverse import Spent
-from sdeflow.sampling.capture import CapturedSolve, Replay
+from sdeflow.sampling.capture import CapturedSolve
 from sdeflow.sampling.request import Request
 from sdeflow.solvers.base import GridSolver, Solution, Solver
 
@@ -78,8 +80,9 @@ class GraphCache:
         return self.asked and self.reason is None
 
     def refuse(self, reason: str | None) -> None:
-        """Run without graphs from here on, with one warning that gives the reason; or raise, if
-        graphs are required.
+        """Run without graphs from here on, with one warning that gives the reason.
+
+        If graphs are required, that is an error.
         """
         if not self or reason is None:
             return
@@ -93,8 +96,9 @@ class GraphCache:
     def solve(
         self, plan: Plan, x: Tensor, condition: Mapping[str, Any], noise: Noise
     ) -> tuple[Solution, Tensor] | None:
-        """The solution of a batch and, on the device, whether it is finite; None if it cannot be
-        captured.
+        """The solution of a batch; None if it cannot be captured.
+
+        Beside it, on the device, whether it is finite.
         """
         reason = CapturedSolve.refusal(x.device, plan)
         captured = reason if reason is not None else self._graph(plan, x, condition)
@@ -105,7 +109,17 @@ class GraphCache:
         self.bytes = max(self.bytes, captured.bytes)
         replay = captured.replay(x, noise, condition)
         spent = Spent().add(self._denoiser, condition, plan.times)
-        return _solution(plan, replay, spent), replay.finite
+        solution = Solution(
+            replay.x,
+            plan.nfe,
+            spent.forwards,
+            spent.gradients,
+            plan=plan,
+            trajectory=replay.trajectory,
+            x0s=replay.x0s,
+            statistics={"draws": plan.draws, "buffers": plan.buffers},
+        )
+        return solution, replay.finite
 
     def _graph(self, plan: Plan, x: Tensor, condition: Mapping[str, Any]) -> CapturedSolve | str:
         if self._known is None:
@@ -169,19 +183,6 @@ def is_planned(method: Solver) -> bool:
     return isinstance(method, GridSolver) and method.without_plan is None
 
 
-def _solution(plan: Plan, replay: Replay, spent: Spent) -> Solution:
-    return Solution(
-        replay.x,
-        plan.nfe,
-        spent.forwards,
-        spent.gradients,
-        plan=plan,
-        trajectory=replay.trajectory,
-        x0s=replay.x0s,
-        statistics={"draws": plan.draws, "buffers": plan.buffers},
-    )
-
-
 # ----------------------------------------------------------------------- what is fixed at a capture
 
 
@@ -195,12 +196,8 @@ def capture_key(value: Any) -> Hashable:
         case None | bool() | int() | float() | str():
             return type(value), value
         case Tensor():
-            return (
-                "tensor",
-                value.data_ptr(),
-                0 if value.is_inference() else value._version,
-                *_layout(value),
-            )
+            version = 0 if value.is_inference() else value._version
+            return "tensor", value.data_ptr(), version, *_layout(value)
         case nn.Module():
             return "module", id(value), *_places(value)
         case Denoiser():
@@ -219,22 +216,17 @@ def capture_key(value: Any) -> Hashable:
 
 
 def _places(network: nn.Module) -> Iterator[int]:
-    """The places of a network's tensors in memory, which modules are in training, and which are
-    compiled; faster than `parameters()`.
+    """What of a network's modules a graph depends on.
+
+    The places of their tensors in memory, which are in training, and which are compiled.
     """
-    left, seen = [network], {id(network)}
-    while left:
-        module = left.pop()
+    for module in network.modules():
         yield module.training
         yield id(module._compiled_call_impl)  # of Module.compile()
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
                     yield tensor.data_ptr()
-        for inner in module._modules.values():
-            if inner is not None and id(inner) not in seen:
-                seen.add(id(inner))
-                left.append(inner)
 
 
 def _layout(x: Tensor) -> tuple[Hashable, ...]:
@@ -249,23 +241,19 @@ def _plain(value: Any) -> bool:
 
 def _fixed(condition: Mapping[str, Any]) -> Hashable:
     """A condition but for the values of its tensors."""
-    return tuple(
-        (name, ("tensor", *_layout(value)) if isinstance(value, Tensor) else capture_key(value))
-        for name, value in sorted(condition.items())
-    )
+    key = {n: _layout(v) if isinstance(v, Tensor) else capture_key(v) for n, v in condition.items()}
+    return tuple(sorted(key.items()))
 
 
 def _buffers(condition: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of a condition's tensors, to be overwritten later, in inference mode or not."""
     with torch.inference_mode(False), torch.no_grad():
-        return {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in condition.items()
-        }
+        return {n: v.clone() if isinstance(v, Tensor) else v for n, v in condition.items()}
 
 
 def _settings() -> Iterator[Hashable]:
-    """The settings of torch that choose kernels."""
+    """The settings that choose kernels."""
+    yield HALF.get()
     yield torch.is_autocast_enabled("cuda")
     yield torch.get_autocast_dtype("cuda")
     yield torch.are_deterministic_algorithms_enabled()
@@ -276,8 +264,9 @@ def _settings() -> Iterator[Hashable]:
 
 
 def _twin(score_fn: Any) -> Any:
-    """A shallow copy for a graph to hold, so that the original can be freed, and the graph with it;
-    None where there is none.
+    """A shallow copy for a graph to hold; None where there is none.
+
+    The original can then be freed, and the graph with it.
     """
     if isinstance(score_fn, FunctionType):
         f = score_fn

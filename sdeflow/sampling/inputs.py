@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from operator import index
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sdeflow._utils.checks import whole_number
+from sdeflow._utils.math import transformed
 from sdeflow.denoisers import Denoiser
+from sdeflow.denoisers.condition import cut, plain, prepared
 from sdeflow.errors import NonFiniteError
 from sdeflow.noise import Noise
 from sdeflow.process import Process
@@ -41,22 +43,20 @@ class Inputs:
             not isinstance(given, Tensor) or given.ndim < 1 or not given.is_floating_point()
         ):
             raise TypeError("x and x0 are floating-point tensors of shape [n, *shape]")
-        if given is not None and not bool(torch.isfinite(given).all()):
+        if given is not None and not (transformed(given) or bool(torch.isfinite(given).all())):
             raise NonFiniteError("the state to start from holds NaN or infinity")
         if given is not None and denoiser.shape not in (None, tuple(given.shape[1:])):
             raise ValueError(
                 f"samples of this model have the shape {denoiser.shape}; x and x0 add a batch in"
                 f" front: got {tuple(given.shape)}"
             )
-        number = isinstance(t, int | float) or (isinstance(t, Tensor) and t.ndim == 0)
+        number = isinstance(t, Real) or (isinstance(t, Tensor) and t.ndim == 0)
         if t is not None and not number:
             raise TypeError(f"t is one number for all samples; got {t!r}")
         known = tuple(given.shape[1:]) if given is not None else denoiser.shape
         if shape is not None:
-            asked = tuple(
-                whole_number("shape", size)
-                for size in ([shape] if isinstance(shape, int) else shape)
-            )
+            sizes = [shape] if isinstance(shape, Integral) else shape
+            asked = tuple(whole_number("shape", size) for size in sizes)
             if known is not None and asked != known:
                 raise ValueError(
                     f"shape is that of one sample, without the batch: {known} here, not {asked}; n="
@@ -77,6 +77,8 @@ class Inputs:
                 raise TypeError(
                     f"seeds are integers, one a sample, or the first of n; got {seeds!r}"
                 ) from error
+        # A state made in inference mode could not be differentiated by a network.
+        x, x0 = (g.clone() if g is not None and g.is_inference() else g for g in (x, x0))
         self.shape, self.x, self.x0 = known, x, x0
         self.n = _count(n, seeds, given)
         self.seeds = _seeds(seeds, self.n)
@@ -89,18 +91,23 @@ class Inputs:
                 f" {self.dtype!r}"
             )
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The dtype of the states of the solve: float32 where the result is in half precision."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def state(self, process: Process, t: float, rows: slice, noise: Noise) -> Tensor:
         """The states of some rows at the time where the solve begins."""
         if self.x is not None:
-            return self.x[rows].to(self.device, self.dtype)
-        eps = noise.start().to(self.device, self.dtype)
+            return self.x[rows].to(self.device, self.computed_in)
+        eps = noise.start().to(self.device, self.computed_in)
         if self.x0 is not None:
-            return process.perturb(self.x0[rows].to(self.device, self.dtype), t, eps)
+            return process.perturb(self.x0[rows].to(self.device, self.computed_in), t, eps)
         return eps * process.level(t).sigma
 
 
 class Conditions:
-    """The network's keyword arguments, cut along with the batch."""
+    """The network's keyword arguments, cut along with the batch (`sdeflow.denoisers.condition`)."""
 
     def __init__(self, condition: Mapping[str, Any] | None, n: int, device: torch.device):
         if condition is not None and not isinstance(condition, Mapping):
@@ -108,34 +115,18 @@ class Conditions:
                 "condition is a mapping of names to values, such as {'label': labels}; got"
                 f" {type(condition).__name__}"
             )
-        self.n = n
-        self.values: dict[str, Any] = {}
-        for name, value in (condition or {}).items():
-            if isinstance(value, np.ndarray):
-                value = torch.from_numpy(value)
-            listed = isinstance(value, list | tuple) and len(value) > 0
-            if listed and all(isinstance(v, int | float) for v in value):
-                value = torch.tensor(value)
-            if isinstance(value, Tensor):
-                if value.ndim and value.shape[0] not in (1, n):
-                    raise ValueError(
-                        f"condition {name!r} has {value.shape[0]} rows for {n} samples: give one"
-                        " row a sample, or one for all"
-                    )
-                value = value.to(device)
-                value = value.expand(n, *value.shape[1:]) if value.ndim else value
-            self.values[name] = value
+        self.nodes = {
+            name: prepared(name, value, n, device) for name, value in (condition or {}).items()
+        }
+        self.values = {name: plain(node) for name, node in self.nodes.items()}
 
     def rows(self, rows: slice) -> dict[str, Any]:
-        """The condition of some rows; lists with one entry a sample are cut too."""
+        """The condition of some rows, as the network gets it."""
+        return {name: plain(node) for name, node in self.cut(rows).items()}
 
-        def cut(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value[rows] if value.ndim else value
-            listed = isinstance(value, list | tuple) and len(value) == self.n
-            return value[rows] if listed else value
-
-        return {name: cut(value) for name, value in self.values.items()}
+    def cut(self, rows: slice) -> dict[str, Any]:
+        """The condition of some rows, which can be cut further."""
+        return {name: cut(node, rows) for name, node in self.nodes.items()}
 
 
 def check_device(name: str | torch.device) -> torch.device:
@@ -152,8 +143,9 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one. `ValueError` for one that is not on
-    this machine.
+    """The device of a name; "auto" is a GPU where there is one.
+
+    `ValueError` for one that is not on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,11 +174,17 @@ def _count(n: int | None, seeds: int | Sequence[int] | None, given: Tensor | Non
     return whole_number("the number of samples", count)
 
 
+def fresh_seeds(n: int) -> tuple[int, ...]:
+    """`n` consecutive seeds that nobody chose, without torch's global generator, whose state a
+    sampler must not change.
+    """
+    first = int.from_bytes(os.urandom(4), "little")
+    return tuple(range(first, first + n))
+
+
 def _seeds(seeds: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
     if seeds is None:
-        # Fresh, and without torch's global generator, whose state a sampler must not change.
-        first = int.from_bytes(os.urandom(4), "little")
-        return tuple(range(first, first + n))
+        return fresh_seeds(n)
     if isinstance(seeds, int):
         return tuple(range(seeds, seeds + n))
     return tuple(index(seed) for seed in seeds)

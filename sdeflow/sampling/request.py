@@ -24,7 +24,7 @@ they cannot.
 
 @dataclass(frozen=True)
 class CallInfo:
-    """What a callback gets after a network call; to keep a tensor, clone it.
+    """What a callback gets after a network call. Its tensors may be kept, and not be changed.
 
     `samples` is the slice of all samples that this batch is.
     """

@@ -39,7 +39,7 @@ def times_of(method: Solver | Plan, denoiser: Denoiser, request: Request) -> tup
                     f"this plan was traced under {method.process}, and {process!r} differs from it"
                     f" at t={time:g}: pass process="
                 )
-        if t is not None and t != method.grid[0][0]:
+        if t is not None and not same_time(t, method.grid[0][0]):
             raise ValueError(f"this plan starts at t={method.grid[0][0]:g}, not at t={t:g}")
         if finish != method.finished:
             raise ValueError(f"this plan was traced with finish={method.finished}")
@@ -49,16 +49,17 @@ def times_of(method: Solver | Plan, denoiser: Denoiser, request: Request) -> tup
     # An adaptive solver refuses a budget.
     levels_asked = None if nfe is None else method.levels(nfe, finish=finish)
     if grid is not None and not isinstance(grid, str) and not callable(grid):
-        times = check_times(grid)
+        times = without_zero_noise(check_times(grid), process, finish)
         if levels_asked not in (None, len(times)):
             raise BudgetError(
                 f"the grid has {len(times)} levels; {type(method).__name__} needs {levels_asked}"
                 f" for nfe={nfe}"
             )
-        if t is not None and float(times[0]) != t:
+        if t is not None and not same_time(t, times[0]):
             raise GridError(
-                f"the grid starts at t={float(times[0]):g}, the state at t={t:g}: they must be the"
-                " same"
+                f"the grid starts at t={float(times[0]):.9g}, the state at t={float(t):.9g}: they"
+                " must be the same, to the precision of float32. Give the state at the first time"
+                " of the grid, or leave t= out"
             )
         return times, "given"
     count = levels_asked or (2 if method.adaptive else default_levels(method, finish))
@@ -70,6 +71,23 @@ def times_of(method: Solver | Plan, denoiser: Denoiser, request: Request) -> tup
             f"{type(method).__name__} needs {count} for nfe={nfe}"
         )
     return times, name
+
+
+def same_time(a: Any, b: Any) -> bool:
+    """Whether two times are the same to the precision of float32, in which one of them may have
+    been computed.
+    """
+    a, b = float(a), float(b)
+    return abs(a - b) <= 4e-7 * max(abs(a), abs(b))
+
+
+def without_zero_noise(times: Tensor, process: Process, finish: bool) -> Tensor:
+    """Given times, without a last one where no noise is left if `finish`: the step to zero noise
+    leads there.
+    """
+    if not finish or len(times) < 2 or times[-1] > times[0]:
+        return times
+    return times[:-1] if process.level(float(times[-1].detach())).sigma == 0.0 else times
 
 
 def default_levels(method: Solver, finish: bool) -> int:
@@ -110,6 +128,9 @@ def make_times(
 ) -> Tensor:
     """A grid of so many levels from `t` (or the end of time) down."""
     function = registry.grid_function(process.default_grid if grid is None else grid)
+    if t is not None:
+        ends = (process.t_min, process.t_max)
+        t = next((end for end in ends if same_time(t, end)), t)
     if t is not None and not process.t_min <= t <= process.t_max:
         raise GridError(
             f"{type(process).__name__} runs from t={process.t_min:g} to t={process.t_max:g}; got"

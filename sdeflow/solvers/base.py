@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -11,13 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdeflow._utils.checks import check_choices, whole_number
 from sdeflow._utils.math import value_of
+from sdeflow._utils.weak_cache import WeakTable
 from sdeflow.denoisers import Denoiser
 from sdeflow.errors import BudgetError, GridError, SolverError
 from sdeflow.grid.base import GridFunction
@@ -27,6 +29,7 @@ from sdeflow.plan.plan import Plan
 from sdeflow.plan.trace import Operand, Trace, optimise
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
+from sdeflow.solvers.plot import plot_solution
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Provenance:
     """How a solution was made: what was asked for, with the defaults filled in.
 
     `solver` is None for a plan. `times` are the levels of the grid, float64; `seconds` is the time
-    that the solve took.
+    that the solve took. `dtype` is that of the result, `computed_in` that of the states of the
+    solve: float32 where the result is in half precision.
     """
 
     solver: Solver | None = None
@@ -46,6 +50,7 @@ class Provenance:
     condition: dict[str, Any] = field(default_factory=dict)
     device: str = ""
     dtype: str = ""
+    computed_in: str = ""
     seconds: float = 0.0
     version: str = ""
 
@@ -54,7 +59,8 @@ class Provenance:
 class Solution:
     """The result of a solve; `provenance` says how it was made.
 
-    `x` is the result, `[n, *shape]`. `nfe` counts denoiser calls a batch; `network_calls` counts
+    `x` is the result, `[n, *shape]`. In half precision it is a float32 solve, cast at its end, and so
+    are `trajectory` and `x0s` (`provenance.computed_in`). `nfe` counts denoiser calls a batch; `network_calls` counts
     the forwards of networks in all, and `network_gradients` their gradients. `trajectory`
     (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there on request,
     `interpolant` from solvers with a dense output.
@@ -80,16 +86,26 @@ class Solution:
     condition = property(attrgetter("provenance.condition"))
     device = property(attrgetter("provenance.device"))
     dtype = property(attrgetter("provenance.dtype"))
+    computed_in = property(attrgetter("provenance.computed_in"))
     seconds = property(attrgetter("provenance.seconds"))
     version = property(attrgetter("provenance.version"))
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The samples as a `matplotlib` figure, with their trajectory where it was kept: images as
+        images, all else as points; as PNG in `path` too if given.
+
+        Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
+        """
+        return plot_solution(self, path)
 
     def __str__(self) -> str:
         """How it was made, in a few lines."""
         how = self.provenance
+        cast = "" if how.dtype == how.computed_in else f" (computed in {how.computed_in})"
         lines = [
-            f"{tuple(self.x.shape)} {how.dtype} on {how.device} in {how.seconds:.2f} s,"
+            f"{tuple(self.x.shape)} {how.dtype}{cast} on {how.device} in {how.seconds:.2f} s,"
             f" sdeflow {how.version}",
-            f"solver   {how.solver}",
+            f"solver   {how.solver or (self.plan and f'plan of {self.plan.solver}')}",
             f"process  {how.process}",
             f"NFE      {self.nfe} ({self.network_calls} network calls)",
         ]
@@ -105,6 +121,18 @@ class Solution:
             if not isinstance(value, Tensor)
         ]
         return "\n".join(lines)
+
+
+class Task(NamedTuple):
+    """What a solve was asked for: the arguments of `Solver.integrate`."""
+
+    reverse: Reverse
+    x: Tensor
+    times: Tensor
+    noise: Noise | None
+    finish: bool
+    record: bool
+    on_call: OnCall | None
 
 
 class Solver(ABC):
@@ -142,7 +170,6 @@ class Solver(ABC):
         nearest budgets.
         """
 
-    @abstractmethod
     def integrate(
         self,
         reverse: Reverse,
@@ -159,6 +186,25 @@ class Solver(ABC):
 
         `record` keeps the state at every level in `Solution.trajectory`.
         """
+        times = self.checked_times(times, finish)
+        return self._solve(Task(reverse, x, times, noise, finish, record, on_call))
+
+    def _solve(self, task: Task) -> Solution:
+        """The solve of a task with checked times; a solver has this, or its own `integrate`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it solves")
+
+    def checked_times(self, times: Tensor | Sequence[float], finish: bool) -> Tensor:
+        """`check_times(times)`; a `GridError` where the solver does not run in that direction."""
+        times = check_times(times)
+        upward = len(times) > 1 and bool(times[-1] > times[0])
+        if upward and not self.reversible:
+            raise GridError(
+                f"{type(self).__name__} only runs from noise to data; encode with a solver of the"
+                " ODE, such as Heun, and finish=False"
+            )
+        if upward and finish:
+            raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
+        return times
 
 
 class GridSolver(Solver):
@@ -223,11 +269,15 @@ class GridSolver(Solver):
             raise TypeError(
                 f"a plan is traced over times of a Process, such as VP(); got {process!r}"
             )
-        times = check_times(times)
-        self._check_direction(times, finish)
+        return self._planned(process, self.checked_times(times, finish), finish, record)
+
+    def _planned(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
+        """The plan, traced or known from before."""
         # Only plain values can be keys: others may have changed since.
-        if times.requires_grad or not (_plain(self) and _plain(process)):
+        if times.requires_grad or not _plain(self):
             return self._trace(process, times, finish, record)
+        if not _plain(process):
+            return self._plan_of_users(process, times, finish, record)
         key = (self, process, tuple(times.tolist()), finish, record)
         with _PLANS_LOCK:
             if (known := _PLANS.get(key)) is not None:
@@ -238,6 +288,24 @@ class GridSolver(Solver):
             _PLANS[key] = plan
             if len(_PLANS) > 128:
                 _PLANS.popitem(last=False)
+        return plan
+
+    def _plan_of_users(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
+        """The plan for a user's process, which may read anything, such as a global in a notebook: a
+        plan is used again only for the same object, with the same numbers at all levels.
+        """
+        process.check()
+        levels = process.levels(times)
+        if not all(isinstance(level.s, float) for level in levels):
+            return self._trace(process, times, finish, record)
+        key = (self, tuple(levels), finish, record)
+        try:
+            plan = _USERS_PLANS.get(process, key)
+            if plan is None:
+                plan = self._trace(process, times, finish, record)
+                _USERS_PLANS.put(process, key, plan)
+        except TypeError:  # no weak references to it
+            plan = self._trace(process, times, finish, record)
         return plan
 
     def _trace(self, process: Process, times: Tensor, finish: bool, record: bool) -> Plan:
@@ -273,19 +341,9 @@ class GridSolver(Solver):
             trace.record(len(levels) - 1, x)
         return self.finish(trace, x, levels[-1], trace.draw, state) if finish else x
 
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
-        plan = self.plan(reverse.process, times, finish=finish, record=record)
-        return run_plan(plan, reverse, x, noise, on_call)
+    def _solve(self, task: Task) -> Solution:
+        plan = self._planned(task.reverse.process, task.times, task.finish, task.record)
+        return run_plan(plan, task.reverse, task.x, task.noise, task.on_call)
 
     def textbook(
         self,
@@ -299,8 +357,7 @@ class GridSolver(Solver):
         """The same solve with the steps run on tensors, as they are written: what a plan is tested
         against.
         """
-        times = check_times(times)
-        self._check_direction(times, finish)
+        times = self.checked_times(times, finish)
         levels = check_levels(reverse.prepare(times), reverse.process)
         state = self.start(len(levels) - 1)
 
@@ -317,16 +374,6 @@ class GridSolver(Solver):
         for t, t_next in pairwise(levels):
             x, state = self.step(reverse, x, t, t_next, draw, state)
         return self.finish(reverse, x, levels[-1], draw, state) if finish else x
-
-    def _check_direction(self, times: Tensor, finish: bool) -> None:
-        upward = len(times) > 1 and bool(times[-1] > times[0])
-        if upward and finish:
-            raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
-        if upward and not self.reversible:
-            raise GridError(
-                f"{type(self).__name__} only runs from noise to data; encode with a solver of the"
-                " ODE, such as Heun"
-            )
 
 
 def search_levels(name: str, calls: Callable[[int], int], nfe: int, least: int) -> int:
@@ -364,14 +411,14 @@ def run_plan(
 
 _PLANS: OrderedDict[Any, Plan] = OrderedDict()
 _PLANS_LOCK = threading.Lock()
+_USERS_PLANS: WeakTable[Plan] = WeakTable(32)
 
 
 def _plain(value: Any) -> bool:
     """Whether `value` never changes: numbers, strings, and tuples and sdeflow's own frozen
     dataclasses of them.
 
-    A user's own class may read anything, such as a global in a notebook. It is traced again each
-    time.
+    A user's own class may read anything, such as a global in a notebook: see `_plan_of_users`.
     """
     if value is None or isinstance(value, int | float | str):
         return True

@@ -32,7 +32,10 @@ from sdeflow._utils.math import as_time
 from sdeflow.denoisers import Denoiser
 from sdeflow.process import Process
 
-TINY = 1e-30  # a variance: keeps 0 / 0 at 0 where a direction has neither data nor noise; its inverse fits float32
+TINY = 1e-30
+"""A variance: keeps 0 / 0 at 0 where a direction has neither data nor noise; its inverse fits
+float32.
+"""
 
 
 class Target(Denoiser):
@@ -93,7 +96,6 @@ class Target(Denoiser):
         """
         return self._log_prob(self._flat(self._check(x)), self._level(t, x)).to(x.dtype)
 
-    @abstractmethod
     def sample(
         self,
         n: int,
@@ -103,6 +105,17 @@ class Target(Denoiser):
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """`n` independent samples of `x(t)`, `[n, *shape]` on the CPU; without `t`, of the data."""
+        generator = as_generator(seed)
+        x = self._draw(n, generator)
+        s, sigma = (c.reshape(-1, 1) for c in self._kernel(t))
+        x = s * x
+        if bool(sigma.any()):
+            x = x + sigma * standard_normal(*x.shape, generator=generator)
+        return x.reshape(n, *self.shape).to(dtype)
+
+    @abstractmethod
+    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """`n` samples of the data, flat, `[n, dim]`, float64."""
 
     @property
     @abstractmethod
@@ -208,14 +221,6 @@ def standard_normal(*size: int, generator: torch.Generator) -> Tensor:
     return torch.randn(
         *size, generator=generator, dtype=torch.float64, device=generator.device
     ).cpu()
-
-
-def add_noise(x0: Tensor, kernel: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-    """`s x0 + sigma eps` with fresh normals `eps`; `kernel` is `(s, sigma)`."""
-    s, sigma = (c.reshape(-1, 1) for c in kernel)
-    if not bool(sigma.any()):
-        return s * x0
-    return s * x0 + sigma * standard_normal(*x0.shape, generator=generator)
 
 
 def finite_float64(name: str, value: Any) -> Tensor:

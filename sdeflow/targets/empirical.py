@@ -12,8 +12,6 @@ from sdeflow.process import EDM, Process
 from sdeflow.targets.base import (
     TINY,
     Target,
-    add_noise,
-    as_generator,
     compute_dtype,
     standard_normal,
 )
@@ -72,6 +70,9 @@ class Empirical(Target):
         if not bool(torch.isfinite(self.data).all()):
             raise ValueError("data has entries that are not finite")
         self.bandwidth = float(bandwidth)
+        with torch.no_grad():
+            norm = float(torch.linalg.vector_norm(self.data.flatten(), dtype=torch.float32))
+        self.data_std = math.hypot(norm / math.sqrt(self.data.numel()), self.bandwidth)
         self.chunk = max(1, 2**22 // self.dim) if chunk is None else int(chunk)
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -158,27 +159,19 @@ class Empirical(Target):
 
     def covariance(self) -> Tensor:
         """Covariance matrix of the flattened data, the kernel's included, `[dim, dim]`, float64."""
-        centre, total = self.mean.reshape(-1), torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        centre = self.mean.reshape(-1)
+        total = torch.zeros(self.dim, self.dim, dtype=torch.float64)
         for part in self.data.reshape(len(self.data), -1).split(self.chunk):
             centred = part.cpu().double() - centre
             total += centred.mT @ centred
         return total / len(self.data) + self.bandwidth**2 * torch.eye(self.dim, dtype=torch.float64)
 
-    def sample(
-        self,
-        n: int,
-        seed: int | torch.Generator = 0,
-        t: float | Tensor | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """`n` independent samples of `x(t)`, `[n, *shape]` on the CPU; without `t`, of the data."""
-        generator = as_generator(seed)
+    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         which = torch.randint(len(self.data), (n,), generator=generator, device=generator.device)
         x0 = self.data.reshape(len(self.data), -1)[which.to(self.data.device)].cpu().double()
         if self.bandwidth:
             x0 = x0 + self.bandwidth * standard_normal(n, self.dim, generator=generator)
-        return add_noise(x0, self._kernel(t), generator).reshape(n, *self.shape).to(dtype)
+        return x0
 
 
 # -------------------------------------------------------------------------------------------- input

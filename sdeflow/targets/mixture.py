@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,6 @@ from sdeflow.process import EDM, Process
 from sdeflow.targets.base import (
     TINY,
     Target,
-    add_noise,
-    as_generator,
     cast_like,
     finite_float64,
     standard_normal,
@@ -151,6 +150,15 @@ class GaussianMixture(Target):
             assert factor is not None
             self._factor = self._check_factor(finite_float64("factor", factor))
             self._variances = self._per_component("diag", 0.0 if diag is None else diag)
+        self.data_std = self._root_mean_square()
+
+    def _root_mean_square(self) -> float:
+        """Of the entries of the data."""
+        with torch.no_grad():
+            squares = self._centres.square().mean(-1) + self._variances.mean(-1)
+            if self._factor is not None:
+                squares = squares + self._factor.square().sum((-2, -1)) / self.dim
+            return math.sqrt(float((self.weights * squares).sum()))
 
     def __repr__(self) -> str:
         return (
@@ -202,17 +210,13 @@ class GaussianMixture(Target):
         s, sigma = s.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
         spread = (s**2 * self._variances + sigma**2).clamp_min(TINY)
         precision = 1.0 / spread
-        s_mean, gain = (
-            cast_like(s * self._centres, x),
-            cast_like(s * self._variances * precision, x),
-        )
+        cast = partial(cast_like, x=x)
+        s_mean, gain = cast(s * self._centres), cast(s * self._variances * precision)
         log_norm = self.weights.log() - 0.5 * (
             spread.log().sum(-1) + self.dim * math.log(2.0 * math.pi)
         )
         if self._factor is None:
-            return _Spectral(
-                s_mean, mean, gain, cast_like(precision, x), cast_like(log_norm, x), matrices
-            )
+            return _Spectral(s_mean, mean, gain, cast(precision), cast(log_norm), matrices)
         assert matrices is not None
         s4 = s.unsqueeze(-1)
         scaled = s4 * self._factor.mT * precision.unsqueeze(-2)
@@ -220,18 +224,10 @@ class GaussianMixture(Target):
             torch.eye(self._factor.shape[-1], dtype=torch.float64) + s4 * scaled @ self._factor
         )
         cholesky = torch.linalg.cholesky(capacity)
-        project = cast_like(torch.cholesky_solve(scaled, cholesky).mT, x)
+        project = cast(torch.cholesky_solve(scaled, cholesky).mT)
         log_norm = log_norm - cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return _LowRank(
-            s_mean,
-            mean,
-            matrices,
-            project,
-            cast_like(s, x),
-            gain,
-            cast_like(precision, x),
-            cast_like(log_norm, x),
-        )
+        precision, log_norm = cast(precision), cast(log_norm)
+        return _LowRank(s_mean, mean, matrices, project, cast(s), gain, precision, log_norm)
 
     def _mix(self, values: Tensor, log_joint: Tensor) -> Tensor:
         """The average of `[B, K, dim]` under the posterior weights of the components."""
@@ -279,40 +275,22 @@ class GaussianMixture(Target):
         within = torch.einsum("k,kij->ij", self.weights, self.covariances())
         return within + centred.mT @ (self.weights.unsqueeze(-1) * centred)
 
-    def sample(
-        self,
-        n: int,
-        seed: int | torch.Generator = 0,
-        t: float | Tensor | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """`n` independent samples of `x(t)`, `[n, *shape]` on the CPU; without `t`, of the data."""
-        generator = as_generator(seed)
+    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         which = torch.multinomial(
             self.weights.detach().to(generator.device), n, replacement=True, generator=generator
         ).cpu()
-        deviation = self._variances[which].sqrt() * standard_normal(
-            n, self.dim, generator=generator
-        )
-        along = (
-            None
-            if self._factor is None
-            else standard_normal(n, self._factor.shape[-1], generator=generator)
-        )
-        for (
-            k
-        ) in which.unique().tolist():  # the matrices of a component are large: never one a sample
+        size = (n, self.dim)
+        deviation = self._variances[which].sqrt() * standard_normal(*size, generator=generator)
+        if self._factor is not None:
+            along = standard_normal(n, self._factor.shape[-1], generator=generator)
+        # The matrices of a component are large: never one a sample.
+        for k in which.unique().tolist():
             rows = which == k
             if self._basis is not None:
                 deviation[rows] = deviation[rows] @ self._basis[min(k, len(self._basis) - 1)].mT
-            if self._factor is not None and along is not None:
+            if self._factor is not None:
                 deviation[rows] = deviation[rows] + along[rows] @ self._factor[k].mT
-        return (
-            add_noise(self._centres[which] + deviation, self._kernel(t), generator)
-            .reshape(n, *self.shape)
-            .to(dtype)
-        )
+        return self._centres[which] + deviation
 
 
 class Gaussian(GaussianMixture):

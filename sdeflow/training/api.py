@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sdeflow._utils import distributed
 from sdeflow._utils.files import check_writable
+from sdeflow._utils.lock import locked
 from sdeflow._utils.run_control import Log, Stop, attempted, machine
 from sdeflow.errors import CheckpointError, NonFiniteError
 from sdeflow.images.datasets import Images, Stream, load_images
@@ -34,7 +35,7 @@ from sdeflow.models.ema.posthoc import drop_snapshots, model_facts, write_snapsh
 from sdeflow.sampling.api import sample
 from sdeflow.sampling.inputs import named_device
 from sdeflow.training.config import TrainConfig
-from sdeflow.training.trainer import FIXED, Trainer, read_state
+from sdeflow.training.trainer import FIXED, Trainer, latest_state, previous
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
@@ -43,7 +44,9 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a call of `train` ended: after `images` images in total, with the last logged `loss`."""
+    """How a call of `train` ended: after `images` images in total, with the last logged `loss`.
+    `reason` says why it stopped early: `"SIGINT"`, `"SIGTERM"`, `"time limit"`.
+    """
 
     denoiser: Pretrained
     images: int
@@ -51,6 +54,7 @@ class TrainResult:
     loss: float
     finished: bool
     out: Path
+    reason: str = ""
 
 
 def train(
@@ -60,19 +64,21 @@ def train(
     resume: bool = False,
     export: str | Path | None = None,
 ) -> TrainResult:
-    """Train a UNet on `dataset` (anything that `load_images` takes; by default `config.data`) into
-    the folder `config.out`.
+    """Train a UNet on images, into the folder `config.out`.
 
-    The folder gets the state, the log, grids of samples and, at the end of each call, the
+    `dataset` is anything that `load_images` takes; by default `config.data`.
+
+    The folder gets the last two states, the log, grids of samples and, at the end of each call, the
     averaged network for inference (`model.safetensors`, copied to `export` too). With `resume` it
-    continues from the folder's state, if there is one. Under torchrun all processes train together.
+    continues from the folder's state, if there is one, and where that is damaged from the one before
+    it, with a warning. Under torchrun all processes train together.
     Raises `CheckpointError` if the folder holds a training and `resume` is not given or does not
     fit, and `NonFiniteError` if the loss is not finite; the last saved state then stays.
     """
     stop = Stop(config.max_seconds)
     rank = distributed.this_rank()
     out, device = Path(config.out), rank.device(named_device(config.device))
-    if (out / STATE).exists() and not resume:
+    if holds_state(out / STATE) and not resume:
         raise CheckpointError(
             f"{out} already holds a training; continue it with --resume, or choose another folder"
             " with --out"
@@ -82,22 +88,24 @@ def train(
     devices = [device] if device.type == "cuda" else []
     with (
         stop.listening(),
+        locked(out, "sdeflow train", rank.first),
         distributed.joined(rank, device),
         torch.random.fork_rng(devices=devices),
         torch.backends.cudnn.flags(enabled=True, benchmark=device.type == "cuda", allow_tf32=True),
     ):
-        images = load_images(
-            config.data if dataset is None else dataset,
-            split=config.split,
-            size=config.size,
-            progress=rank.first,
-        )
-        going_on = resume and (out / STATE).exists()
+        source = config.data if dataset is None else dataset
+        images = load_images(source, split=config.split, size=config.size, progress=rank.first)
+        going_on = resume and holds_state(out / STATE)
         init = None if going_on or config.init is None else load(config.init, "cpu")
         config = fit_to_data(config, images, init)
         trainer = Trainer(config, device, rank, init)
         if going_on:
             trainer.load(out / STATE)
+            if distributed.anyone(not trainer.keeps, device) and trainer.keeps:
+                raise CheckpointError(
+                    f"another process found {out / STATE} damaged, and this one did not: let all of"
+                    " them see the same folder, and resume again"
+                )
             if rank.first:
                 drop_snapshots(out, trainer.seen)
         try:
@@ -107,8 +115,9 @@ def train(
 
 
 def fit_to_data(config: TrainConfig, images: Images, init: Pretrained | None = None) -> TrainConfig:
-    """The configuration with the model's size and classes taken from the data, and all but its
-    dropout from `init`.
+    """The configuration with the model's size and classes taken from the data.
+
+    With `init` the model is like that one in all but its dropout.
     """
     if init is None:
         model = replace(config.model, size=images.size, num_classes=images.num_classes)
@@ -167,10 +176,13 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
                 window, window_began, window_step = torch.zeros_like(window), now, trainer.step
                 account()
                 if not math.isfinite(loss) or not math.isfinite(mean_norm):
+                    kept = "no state had been saved yet."
+                    if (out / STATE).exists():
+                        kept = f"the last good state is kept in {out / STATE}."
                     raise NonFiniteError(
                         f"the loss is {loss} and the gradients' norm {mean_norm} by step"
                         f" {trainer.step} (learning rate {config.lr_at(trainer.step - 1):.3g});"
-                        f" {_kept(out)} Try a smaller --lr, or --precision float32"
+                        f" {kept} Try a smaller --lr, or --precision float32"
                     )
                 bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.0f}", refresh=False)
                 if log:
@@ -209,15 +221,8 @@ def _run(trainer: Trainer, images: Images, stop: Stop, export: Path | None) -> T
                 f" {config.images} images; continue with: sdeflow train --out {out} --resume"
             )
     distributed.barrier()
-    return TrainResult(denoiser, trainer.images, trainer.seconds, loss, finished, out)
-
-
-def _kept(out: Path) -> str:
-    return (
-        f"the last good state is kept in {out / STATE}."
-        if (out / STATE).exists()
-        else "no state had been saved yet."
-    )
+    reason = "" if finished else stop.reason
+    return TrainResult(denoiser, trainer.images, trainer.seconds, loss, finished, out, reason)
 
 
 def crossed(images: int, batch: int, every: int) -> bool:
@@ -260,8 +265,9 @@ def store_averages(trainer: Trainer, images: Images) -> None:
 
 
 def export_model(trainer: Trainer, denoiser: Pretrained, paths: list[Path]) -> None:
-    """Write the averaged network in half precision to each of `paths`, with a model card in
-    Markdown beside it.
+    """Write the averaged network in half precision to each of `paths`.
+
+    A model card in Markdown is written beside each.
     """
     for path in paths:
         save_model(
@@ -309,4 +315,9 @@ def draw_grid(
 def stored_config(out: str | os.PathLike[str]) -> TrainConfig | None:
     """The configuration of the training in the folder `out`, or None if there is none."""
     path = Path(out) / STATE
-    return TrainConfig.from_dict(read_state(path)[1]["config"]) if path.exists() else None
+    return TrainConfig.from_dict(latest_state(path)[1]["config"]) if holds_state(path) else None
+
+
+def holds_state(path: Path) -> bool:
+    """Whether a training's state is there, or the one before it."""
+    return path.exists() or previous(path).exists()

@@ -39,8 +39,9 @@ VP or of rectified flow, within the network's range of noise).
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, for how long; a plain value that is stored with the training's
-    state.
+    """What to train, on what, for how long.
+
+    A plain value that is stored with the training's state.
 
     Lengths are counted in training images, so that they do not change with the batch size.
     `batch_size` is over all processes; `lr` rises over `warmup` images and then decays to zero at

@@ -23,8 +23,9 @@ WARM = 3
 
 
 class GraphedStep:
-    """`work`, captured at its fourth call and replayed from then on; images and labels keep their
-    shapes.
+    """`work`, captured at its fourth call and replayed from then on.
+
+    Images and labels keep their shapes.
 
     Its random numbers come from `generator` or the device's own generator, so that the seeds set
     before a replay determine them. Raises `SdeflowError` where the step cannot be captured.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow._utils import distributed
+from sdeflow._utils.checks import differing
 from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, NonFiniteError
 from sdeflow.images.datasets import Stream, mix, prepared
@@ -30,8 +32,9 @@ FIXED = (
 
 
 class Gradients:
-    """All gradients in one flat buffer, laid out as their parameters are: one all-reduce, one norm,
-    one scaling.
+    """All gradients in one flat buffer, laid out as their parameters are.
+
+    One all-reduce, one norm and one scaling serve for all of them.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -39,16 +42,14 @@ class Gradients:
         # Each begins at a multiple of 128 bytes.
         sizes = [-(-p.numel() // 32) * 32 for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), device=self.parameters[0].device)
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.views = [
-            self.flat.as_strided(p.shape, p.stride(), start)
-            for p, start in zip(self.parameters, starts, strict=True)
-        ]
+        parts = zip(self.parameters, self.flat.split(sizes), strict=True)
+        self.views = [part.as_strided(p.shape, p.stride()) for p, part in parts]
 
     @torch.no_grad()
     def collect(self, clip: float) -> Tensor:
-        """Average the gradients over processes, scale them down to norm `clip` if they are larger;
-        their norm before that.
+        """Average the gradients over processes and clip them to norm `clip`.
+
+        Returns their norm before the clipping.
         """
         for parameter in self.parameters:
             if parameter.grad is None:  # a part of the network that this batch did not use
@@ -63,8 +64,9 @@ class Gradients:
 
 
 class Trainer:
-    """The state of a training and its step: network, average, optimizer and the number of steps
-    done.
+    """The state of a training, and its step.
+
+    It holds network, averages, optimizer and the number of steps done.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Trainer:
         rank: distributed.Rank,
         init: Pretrained | None = None,
     ) -> None:
-        self.config, self.device, self.rank, self.step, self.seconds = config, device, rank, 0, 0.0
+        self.config, self.device, self.rank = config, device, rank
+        self.step, self.seconds = 0, 0.0
         self.runs: list[dict[str, Any]] = []
+        self.keeps = True
         self.begun_from = "" if init is None else describe_start(config.init or "", init)
         self.before = 0 if init is None else seen_by(init)
         torch.manual_seed(mix(config.seed, 0))  # the same network on every rank
@@ -106,16 +110,12 @@ class Trainer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
-        self.autocast: Callable[[], Any] = (
-            (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
-        )
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         self.precision = "bf16" if bf16 else "float32"
         self.compiled = config.compile if config.compile is not None else gpu
-        self.forward: Callable[..., Tensor] = (
-            torch.compile(self.network, fullgraph=True, dynamic=False)
-            if self.compiled
-            else self.network
-        )
+        self.forward: Callable[..., Tensor] = self.network
+        if self.compiled:
+            self.forward = torch.compile(self.network, fullgraph=True, dynamic=False)
         if config.graphs and not gpu:
             raise ValueError(
                 "graphs=True (--graphs) replays steps as CUDA graphs, and this training is on"
@@ -135,8 +135,9 @@ class Trainer:
 
     @property
     def seen(self) -> int:
-        """How many images the weights have seen, before this training too: the time of the
-        averages' profiles.
+        """How many images the weights have seen, before this training too.
+
+        This is the time of the averages' profiles.
         """
         return self.before + self.images
 
@@ -163,8 +164,9 @@ class Trainer:
         self.work = self._work
 
     def _work(self, pixels: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a step does on the device, and nothing else: once captured, this code does not run
-        again.
+        """What a step does on the device, and nothing else.
+
+        Once captured, this code does not run again.
         """
         x0 = prepared(pixels, self.generator if self.config.flip else None)
         with self.autocast():
@@ -188,8 +190,8 @@ class Trainer:
         return parts
 
     def save(self, path: Path) -> None:
-        """Write all of it, atomically; refuses (`NonFiniteError`) to replace a good state by one
-        that is not finite.
+        """Write all of it, atomically; the state before it stays as `previous(path)`. Refuses
+        (`NonFiniteError`) to replace a good state by one that is not finite.
         """
         weights = [p.detach() for p in self.network.parameters()]
         norm = torch.stack(torch._foreach_norm(weights)).sum()
@@ -206,22 +208,29 @@ class Trainer:
             "begun_from": self.begun_from,
             "before": self.before,
         }
-        write_tensors(path, self._tensors(), facts)
+        # A damaged state, which `load` has passed over, takes no sound one's place.
+        write_tensors(path, self._tensors(), facts, previous(path) if self.keeps else None)
+        self.keeps = True
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Continue from what `save` wrote; raises `CheckpointError` if it is damaged or of another
-        training.
+        """Continue from what `save` wrote, or from what it wrote before where that is damaged (with
+        a warning); raises `CheckpointError` if both are damaged, or it is another training.
         """
-        tensors, facts = read_state(path)
+        tensors, facts, passed_over = latest_state(path)
+        if passed_over and self.rank.first:
+            warnings.warn(
+                f"{passed_over}. The training goes on from the state before it, in"
+                f" {previous(path).name}, at {facts['step'] * self.config.batch_size} images",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self.keeps = not passed_over
         stored = TrainConfig.from_dict(facts["config"])
         for name in FIXED:
             old, new = getattr(stored, name), getattr(self.config, name)
-            if name == "model" and old != new:  # name the one that differs
-                old, new = (
-                    {k: v for k, v in a.to_dict().items() if v != b.to_dict()[k]}
-                    for a, b in ((old, new), (new, old))
-                )
+            if name == "model":  # say what of it differs
+                old, new = differing(old.to_dict(), new.to_dict())
             if old != new:
                 raise CheckpointError(
                     f"{path} was trained with {name}={old}, not {new}, which would be another"
@@ -238,7 +247,8 @@ class Trainer:
             value.copy_(tensors[name if name in tensors else weights])
         self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
         self.runs = list(facts["runs"])
-        self.begun_from, self.before = str(facts.get("begun_from", "")), int(facts.get("before", 0))
+        self.begun_from = str(facts.get("begun_from", ""))
+        self.before = int(facts.get("before", 0))
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step)
 
@@ -256,8 +266,9 @@ def _without_averages(names: Iterable[str]) -> set[str]:
 
 
 def describe_start(name: str, init: Pretrained) -> str:
-    """The checkpoint that a training begins with, in words: what it had seen, and where its own
-    training began.
+    """The checkpoint that a training begins with, in words.
+
+    It says what that one had seen, and where its own training began.
     """
     card = init.card
     before = f", begun from {card['begun_from']}" if card.get("begun_from") else ""
@@ -272,9 +283,33 @@ def seen_by(init: Pretrained) -> int:
     return int(init.card.get("images", 0)) + int(init.card.get("images_before", 0))
 
 
+def previous(path: Path) -> Path:
+    """Where the state before the one in `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def latest_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The tensors and facts of the newest sound state, and what is wrong with the one that was
+    passed over, if any. `CheckpointError` where neither `path` nor the one before it is sound.
+    """
+    try:
+        return *read_state(path), ""
+    except CheckpointError as error:
+        if not previous(path).is_file():
+            raise
+        try:
+            return *read_state(previous(path)), str(error)
+        except CheckpointError as other:
+            raise CheckpointError(f"{error}. So is the state before it: {other}") from error
+
+
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts of a training's state; raises `CheckpointError` if it is not one."""
-    tensors, facts = read_tensors(path)
+    remedy = (
+        "begin a new training in another folder; its averaged network, where model.safetensors is"
+        " there, is a beginning: --init FOLDER/model.safetensors"
+    )
+    tensors, facts = read_tensors(path, remedy)
     if facts.get("format") != STATE_FORMAT:
         raise CheckpointError(
             f"{path} is not the state of a training, but {facts.get('format', 'something else')!r}"

@@ -1,5 +1,6 @@
-r"""Grids computed from a model's own trajectories: dynamic programming over the local errors that
-the steps would make.
+r"""Grids computed from a model's own trajectories.
+
+Dynamic programming finds the grid with the least local errors of its steps.
 
 Fine trajectories of a teacher visit `nodes` levels. From each of them, `x_j`, one step of the
 student to a later level k makes the error
@@ -38,8 +39,9 @@ from sdeflow.solvers.ode.weights import has_signal, moment
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchedGrid:
-    """A grid that takes, for every number of levels, the best of the levels at which a model's
-    trajectories are known.
+    """A grid made of the best levels among those of a model's trajectories.
+
+    It takes the best ones for every number of levels.
 
     `times` are these levels, `single[j, k]` the error of a step by itself from level j to level k,
     `double[i, j, k]` that of a step of two points whose one before came from level i, or None where
@@ -67,11 +69,9 @@ class SearchedGrid:
         self, process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None
     ) -> Tensor:
         low, high = ends(process, n, t_min, t_max)
-        times = (
-            self.times
-            if process == self.process
-            else process.t_of_nsr(self.process.nsr(self.times))
-        )
+        times = self.times
+        if process != self.process:
+            times = process.t_of_nsr(self.process.nsr(times))
         start = 0 if t_max is None else max(int((times >= high).sum()) - 1, 0)
         end = len(times) - 1 if t_min is None else min(int((times > low).sum()), len(times) - 1)
         if n > end - start + 1:
@@ -100,9 +100,8 @@ class SearchedGrid:
         total = 0.0
         for m, (j, k) in enumerate(itertools.pairwise(levels)):
             alone = m == 0 or self.double is None
-            before = self.single if alone else self.double[levels[m - 1]]  # type: ignore[index]
-            step = before[j, k]
-            total += self.coefficient**m * float(step)
+            errors = self.single if alone else self.double[levels[m - 1]]  # type: ignore[index]
+            total += self.coefficient**m * float(errors[j, k])
         return total
 
 
@@ -125,8 +124,9 @@ def gits(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> SearchedGrid:
-    """A grid for this model, from its own trajectories: `grid=gits(model)` serves for every number
-    of levels up to `nodes`.
+    """A grid for this model, from its own trajectories.
+
+    `grid=gits(model)` serves for every number of levels up to `nodes`.
 
         best = gits(model, shape=(3, 32, 32))
         sample(model, solver="ddim", nfe=6, grid=best)
@@ -209,8 +209,9 @@ def _fine(fine: str | GridFunction | Tensor | Sequence[float], nodes: int) -> Gr
 def _errors(
     levels: Sequence[Level], x: Tensor, x0: Tensor, units: Sequence[float], order: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The mean errors of single steps `[M, M]`, and of steps of two points `[M, M, M]`; infinite
-    where there is no step.
+    """The mean errors of steps of one point `[M, M]` and of two `[M, M, M]`.
+
+    They are infinite where there is no step.
 
     `x` is `[M, B, D]` and `x0` `[M - 1, B, D]`.
     """
@@ -227,9 +228,8 @@ def _errors(
         single[j, j + 1 :] = square.sqrt().mean(-1).cpu().double() / root
         if double is None or j == 0:
             continue
-        double[:j, j, j + 1 :] = single[
-            j, j + 1 :
-        ]  # what a level without signal, which lam cannot reach, leaves
+        # What a level without signal, which lam cannot reach, leaves.
+        double[:j, j, j + 1 :] = single[j, j + 1 :]
         first = 0 if has_signal(levels[0]) else 1
         if first >= j:
             continue
@@ -238,12 +238,8 @@ def _errors(
         # level's unit.
         growth = [to.s * moment(1, to.lam - t.lam) * (to.lam - t.lam) / unit for to, unit in later]
         back = torch.tensor([t.lam - level.lam for level in levels[first:j]], dtype=torch.float64)
-        weight = (
-            (torch.tensor(growth, dtype=torch.float64) / back.unsqueeze(1))
-            .to(x.dtype)
-            .to(x.device)
-            .unsqueeze(-1)
-        )
+        slope = torch.tensor(growth, dtype=torch.float64) / back.unsqueeze(1)
+        weight = slope.to(x.dtype).to(x.device).unsqueeze(-1)
         both = torch.einsum("ibd,kbd->ikb", turn, miss)
         total = square + 2.0 * weight * both + weight.square() * turn.square().sum(-1).unsqueeze(1)
         double[first:j, j, j + 1 :] = total.clamp_min(0.0).sqrt().mean(-1).cpu().double() / root
@@ -255,8 +251,9 @@ def _column(numbers: Sequence[float], x: Tensor) -> Tensor:
 
 
 def _shortest(cost: Tensor, start: int, end: int, steps: int, g: float) -> list[int]:
-    """The path of so many steps from `start` to `end` with the least discounted cost; `cost[j, k]`
-    is infinite for `k <= j`.
+    """The path of so many steps from `start` to `end` with the least discounted cost.
+
+    `cost[j, k]` is infinite for `k <= j`.
     """
     value, choices = cost[:, end], []
     for _ in range(steps - 1):
@@ -271,8 +268,9 @@ def _shortest(cost: Tensor, start: int, end: int, steps: int, g: float) -> list[
 def _shortest_of_pairs(
     single: Tensor, double: Tensor, start: int, end: int, steps: int, g: float
 ) -> list[int]:
-    """The same where the cost of a step depends on the level before it too: a path through pairs of
-    levels.
+    """The same where the cost of a step depends on the level before it too.
+
+    It is a path through pairs of levels.
     """
     value, choices = double[:, :, end], []
     for _ in range(steps - 2):

@@ -37,15 +37,17 @@ class EMA:
         }
 
     def decay(self, images: int, batch: int) -> float:
-        """The factor that the old average keeps after `batch` images that end at image number
-        `images`.
+        """The factor that the old average keeps after a batch.
+
+        The batch has `batch` images and ends at image number `images`.
         """
         return 0.5 ** (batch / max(min(self.half_life, self.warmup * images), 1e-8))
 
     @torch.no_grad()
     def update(self, network: nn.Module, images: int, batch: int) -> None:
-        """Take in the parameters of `network`, which has now seen `images` images, the last `batch`
-        of them in this step.
+        """Take in the parameters of `network`.
+
+        It has now seen `images` images, the last `batch` of them in this step.
         """
         new = [p.detach() for p in network.parameters()]
         torch._foreach_lerp_(list(self.parameters.values()), new, 1 - self.decay(images, batch))
@@ -57,8 +59,9 @@ class EMA:
             parameter.copy_(self.parameters[name])
 
     def averaged(self, network: nn.Module) -> nn.Module:
-        """A copy of `network` with the averaged parameters, in evaluation mode and without
-        gradients.
+        """A copy of `network` with the averaged parameters.
+
+        It is in evaluation mode and without gradients.
         """
         other = deepcopy(network).eval().requires_grad_(False)
         self.copy_to(other)

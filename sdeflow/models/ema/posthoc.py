@@ -26,10 +26,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from sdeflow._utils.checks import differing
 from sdeflow.errors import CheckpointError
 from sdeflow.models.checkpoint import (
     HEADER,
     Pretrained,
+    about,
+    finite,
     network_of,
     read_tensors,
     save_model,
@@ -55,8 +58,10 @@ MAX_ERROR = 0.1
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored average: the file, its relative width, how many images the training had seen, and
-    the facts in its header.
+    """A stored average.
+
+    It holds the file, its relative width, how many images the training had seen, and the facts in
+    its header.
     """
 
     path: Path
@@ -74,8 +79,9 @@ def model_facts(
     class_names: Sequence[str] = (),
     card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a stored average must say so that a model can be made of it: the arguments of
-    `save_model`, JSON-ready.
+    """What a stored average must say so that a model can be made of it.
+
+    These are the arguments of `save_model`, JSON-ready.
 
     `training` tells this training from any other (its seed, batch size, ...): averages whose
     `training` differs are never combined, so it must not change during a training.
@@ -98,8 +104,9 @@ def write_snapshot(
     facts: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
-    """Store each of `averages`, which have seen `images` images, in a file of its own in `folder`;
-    their paths.
+    """Store each of `averages` in a file of its own in `folder`; their paths.
+
+    The averages have seen `images` images.
 
     `facts` is what `model_facts` gives. Each file is written completely or not at all. float16
     takes half the space and suffices where the model made of it is kept in half precision too.
@@ -112,21 +119,16 @@ def write_snapshot(
     for average in averages:
         std = np.format_float_positional(average.std, min_digits=3)
         path = Path(folder) / f"ema-{std}-{images:09d}.safetensors"
-        tensors = {n: value.detach().to("cpu", dtype) for n, value in average.state_dict().items()}
-        if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
-            raise CheckpointError(
-                f"not saved to {path}: {', '.join(bad[:3])} would not be finite in {dtype}"
-            )
-        write_tensors(
-            path, tensors, {**facts, "format": FORMAT, "std": average.std, "images": int(images)}
-        )
+        own = {"format": FORMAT, "std": average.std, "images": int(images)}
+        write_tensors(path, finite(average.state_dict(), dtype, path), {**facts, **own})
         paths.append(path)
     return paths
 
 
 def drop_snapshots(folder: str | os.PathLike[str], after: int) -> int:
-    """Remove the averages in `folder` that were stored after image number `after`, and return how
-    many there were.
+    """Remove the averages that were stored after image number `after`.
+
+    Returns how many there were.
 
     For a training that continues from a state older than they are: it may take another path.
     """
@@ -138,8 +140,9 @@ def drop_snapshots(folder: str | os.PathLike[str], after: int) -> int:
 
 
 def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
-    """The averages of a training that are stored in `folder`, by image and width; only their
-    headers are read.
+    """The averages of a training that are stored in `folder`.
+
+    They are sorted by image and width; only their headers are read.
 
     Raises `CheckpointError` if there is no such folder, none in it, one that is damaged, or
     averages of several trainings.
@@ -189,9 +192,8 @@ def _check_one_training(snapshots: Sequence[Snapshot]) -> None:
             value = snapshot.facts[name]
             if value == expected:
                 continue
-            if isinstance(value, dict) and isinstance(expected, dict):  # name what differs
-                keys = [k for k in sorted({*value, *expected}) if value.get(k) != expected.get(k)]
-                value, expected = ({k: v.get(k) for k in keys} for v in (value, expected))
+            if isinstance(value, dict):
+                value, expected = differing(value, expected)
             raise CheckpointError(
                 f"{snapshot.path} is of another training than most averages here: its {name} has"
                 f" {value}, theirs {expected}; averages of one training only can be combined: move"
@@ -200,8 +202,10 @@ def _check_one_training(snapshots: Sequence[Snapshot]) -> None:
 
 
 def fit(snapshots: Sequence[Snapshot], stds: Sequence[float], images: int) -> tuple[Floats, Floats]:
-    r"""The weights [n, m] of n snapshots for the profiles of m `stds` up to `images`, and the
-    profiles' relative errors [m].
+    r"""The weights of snapshots for the profiles of other lengths.
+
+    For n snapshots and m `stds` up to `images`: the weights [n, m], and the profiles' relative
+    errors [m].
 
     Minimises $\lVert p - \sum_i w_i p_i\rVert^2 + \lambda\,|w|^2$ under $\sum_i w_i = 1$, with time
     in units of `images` and $\lambda$ = `RIDGE`, in float64. The ridge keeps weights of opposite
@@ -256,36 +260,28 @@ class Reconstruction:
     def _network(self) -> UNet:
         return network_of(self.facts, self.parameters, self.snapshots[-1].path)
 
+    def _about(self) -> dict[str, Any]:
+        return about({**self.facts, "card": self.card})
+
     def denoiser(self, device: str | torch.device | None = None) -> Pretrained:
-        """The averaged network as a denoiser in float32; `device=None` is PyTorch's default
-        device.
+        """The averaged network as a denoiser in float32.
+
+        `device=None` is PyTorch's default device.
         """
         place = torch.get_default_device() if device is None else torch.device(device)
-        low, high = self.facts["nsr_range"]
-        names = self.facts["class_names"]
-        return Pretrained(
-            self._network().to(place), self.facts["sigma_data"], (low, high), names, self.card
-        )
+        return Pretrained(self._network().to(place), **self._about())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it for inference in half precision, as `save_model` does."""
-        low, high = self.facts["nsr_range"]
-        save_model(
-            path,
-            self._network(),
-            parameters=self.parameters,
-            sigma_data=self.facts["sigma_data"],
-            nsr_range=(low, high),
-            class_names=self.facts["class_names"],
-            card=self.card,
-        )
+        save_model(path, self._network(), parameters=self.parameters, **self._about())
 
 
 def select(
     snapshots: str | os.PathLike[str] | Sequence[Snapshot], images: int | None = None
 ) -> tuple[list[Snapshot], int]:
-    """The snapshots (in a folder, or given) up to `images`, and `images`: by default that of the
-    last one.
+    """The snapshots up to `images`, and `images`.
+
+    `snapshots` are in a folder, or given; by default `images` is that of the last one.
     """
     if isinstance(snapshots, str | os.PathLike):
         snapshots = find_snapshots(snapshots)
@@ -312,8 +308,9 @@ def reconstruct(
     max_error: float = MAX_ERROR,
     progress: bool = False,
 ) -> Reconstruction:
-    """The average of relative width `std` over a training up to `images`, made of its stored
-    averages.
+    """The average of relative width `std` over a training up to `images`.
+
+    It is made of the training's stored averages.
 
     `snapshots` is the training's folder, or what `find_snapshots` gave. By default `images` is that
     of the last snapshot; later ones are left out. The files are read one at a time. Raises
@@ -327,27 +324,26 @@ def reconstruct(
     if not error <= max_error:
         raise ValueError(_out_of_reach(chosen, std, images, error, max_error))
     total: dict[str, Tensor] = {}
-    pairs = list(zip(weights[:, 0].tolist(), chosen, strict=True))
-    for weight, snapshot in tqdm(pairs, unit="file", disable=not progress, leave=False):
+    used = tuple(weights[:, 0].tolist())
+    bar = tqdm(chosen, unit="file", disable=not progress, leave=False)
+    for weight, snapshot in zip(used, bar, strict=True):
         _add(total, snapshot, weight)
     latest = max(chosen, key=lambda s: s.images)
     parameters = {name: value.float() for name, value in total.items()}
-    used = tuple(weight for weight, _ in pairs)
     return Reconstruction(parameters, float(std), images, error, used, tuple(chosen), latest.facts)
 
 
 def _add(total: dict[str, Tensor], snapshot: Snapshot, weight: float) -> None:
-    """Add `weight` times a snapshot to `total`, in float64; the file's tensors are gone when this
-    returns.
+    """Add `weight` times a snapshot to `total`, in float64.
+
+    The file's tensors are gone when this returns.
     """
     try:
         tensors, _ = read_tensors(snapshot.path)
     except CheckpointError as fault:
         raise CheckpointError(f"{fault}; {_WITHOUT}") from fault
     if not total:
-        total.update(
-            {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in tensors.items()}
-        )
+        total.update({n: torch.zeros(v.shape, dtype=torch.float64) for n, v in tensors.items()})
     if {n: v.shape for n, v in tensors.items()} != {n: v.shape for n, v in total.items()}:
         raise CheckpointError(f"{snapshot.path} holds another network's tensors; {_WITHOUT}")
     for name, value in tensors.items():
@@ -360,17 +356,15 @@ def _out_of_reach(
     """Why the average of `std` is refused, with the nearest that is not."""
     grid = np.geomspace(0.005, WIDEST, 120)
     good = grid[fit(snapshots, grid.tolist(), images)[1] <= limit]
-    near = (
-        f"the nearest std within it is {good[np.abs(np.log(good / std)).argmin()]:.3f}"
-        if len(good)
-        else ""
-    )
-    last = max(s.images for s in snapshots)
+    near, last = "", max(s.images for s in snapshots)
     if last < images:
-        near = f"the last average before is of {last} images: ask for images={last}"
+        near = f"; the last average before is of {last} images: ask for images={last}"
+    elif len(good):
+        nearest = good[np.abs(np.log(good / std)).argmin()]
+        near = f"; the nearest std within it is {nearest:.3f}"
     stored = ", ".join(f"{v:g}" for v in sorted({s.std for s in snapshots}))
     return (
         f"std={std:g} after {images} images cannot be made of the {len(snapshots)} averages stored"
         f" by then (std {stored}): its profile would be off by {error:.1%}, the limit is"
-        f" {limit:.1%}" + (f"; {near}" if near else "")
+        f" {limit:.1%}{near}"
     )

@@ -1,5 +1,6 @@
-r"""Averages of a training's weights with a power profile, and what of their profiles is known in
-closed form.
+r"""Averages of a training's weights with a power profile.
+
+What of their profiles is known in closed form stands here too.
 
 The average of exponent $\gamma$ over a training up to image t is
 
@@ -36,8 +37,9 @@ Floats = NDArray[np.float64]
 
 
 def exponent(std: float) -> float:
-    r"""The $\gamma \ge 0$ of a profile of relative width `std`: the largest root of a cubic, in
-    closed form.
+    r"""The exponent $\gamma \ge 0$ of a profile of relative width `std`.
+
+    It is the largest root of a cubic, in closed form.
 
     $\gamma^3 + 7\gamma^2 + (16 - s)\gamma + 12 - s = 0$ with $s = \mathrm{std}^{-2}$. Raises
     `ValueError` unless 0.001 <= `std` <= 12^(-1/2) = 0.2887, the width of the plain mean.
@@ -60,8 +62,9 @@ def width(gamma: float) -> float:
 
 
 class PowerEMA(EMA):
-    """An average of the parameters of `network` with a power profile of relative width `std`, in
-    float32, on their device.
+    """An average of a network's parameters with a power profile.
+
+    `std` is the profile's relative width. The average is in float32, on the parameters' device.
 
     It is an average whose half-life grows with the training: ln 2/(gamma + 1) of the images seen.
     What came before the first `update` is forgotten in that update if it is the training's first;
@@ -73,15 +76,17 @@ class PowerEMA(EMA):
         super().__init__(network, half_life=math.inf, warmup=math.log(2) / (self.gamma + 1))
 
     def decay(self, images: int, batch: int) -> float:
-        """The factor that the old average keeps after `batch` images that end at image number
-        `images`.
+        """The factor that the old average keeps after a batch.
+
+        The batch has `batch` images and ends at image number `images`.
         """
         return max(0.0, 1 - batch / images) ** (self.gamma + 1)
 
 
 def inner(s: Floats, alpha: Floats, t: Floats, gamma: Floats) -> Floats:
-    r"""The inner products of the profiles up to s with exponent alpha and up to t with gamma;
-    arrays are broadcast.
+    r"""The inner products of profiles.
+
+    One profile is up to s with exponent alpha, the other up to t with gamma; arrays are broadcast.
 
     $$\frac{(\alpha+1)(\gamma+1)}{\alpha+\gamma+1}\,\frac{(s/t)^\gamma}{t},\qquad s \le t.$$
     """

@@ -21,8 +21,8 @@ from torch import Tensor
 from sdeflow._utils.math import batch_invariant, gauss_legendre
 from sdeflow._utils.renamed import renamed
 from sdeflow.process.clock import Clock, ClockRange
-from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
-from sdeflow.solvers.base import Solution
+from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, column, first_bad
+from sdeflow.solvers.base import Solution, Task
 from sdeflow.solvers.ode.dpm_solver import DPMPredicts, corrections
 
 RATIOS: dict[int, tuple[float, ...]] = {2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
@@ -98,8 +98,10 @@ class _Points(NamedTuple):
 
 
 class _Solve(PerSampleSolve):
-    """One solve under way. `stage` says where a sample needs the next prediction: 0 at its state,
-    1 and 2 at the stages, -1 not known before it tries a step, -2 nowhere.
+    """One solve under way.
+
+    `stage` says where a sample needs the next prediction: 0 at its state, 1 and 2 at the stages, -1
+    not known before it tries a step, -2 nowhere.
     """
 
     carried = ("x", "x0", "low", "first", "query", "query_at", "target", "stage")
@@ -138,9 +140,6 @@ class _Solve(PerSampleSolve):
         """`t` and the levels where the clock is at `lam` (of any shape)."""
         t, s, sigma = self.clock.read(lam, lambda _, *numbers: numbers)
         return t, _Points(lam, s, sigma)
-
-    def current_states(self) -> Tensor:
-        return self.gather("x").to(self.dtype)
 
     def run(self) -> Solution:
         self.retire(self.stage == -2)

@@ -33,13 +33,12 @@ from sdeflow.process.clock import Clock, ClockRange
 from sdeflow.solvers.adaptive.step_size import (
     PerSample,
     PerSampleSolve,
-    Task,
     column,
     combine,
     first_bad,
     row_rms,
 )
-from sdeflow.solvers.base import Solution
+from sdeflow.solvers.base import Solution, Task
 from sdeflow.solvers.ode import tableaus
 from sdeflow.solvers.ode.tableaus import Tableau
 
@@ -186,10 +185,7 @@ class _Solve(PerSampleSolve):
         # saved later.
         first = 0.4 * max(solver.atol, solver.rtol) ** (1.0 / solver.tableau.order)
         super().__init__(solver, task, clock, first)
-        s, sigma = (
-            torch.broadcast_to(c, self.times.shape) for c in clock.process.kernel(self.times)
-        )
-        self.scales = torch.hypot(s, sigma)
+        self.scales = torch.hypot(*clock.process.kernel(self.times))
         self.u = self.start * (1.0 / float(self.scales[0]))
         self.x0 = self.u  # until the first prediction
         self.segments: list[_Segment] = []

@@ -35,8 +35,8 @@ from torch import Tensor
 from sdeflow.errors import GridError, SolverError
 from sdeflow.noise import BrownianNoise, Noise
 from sdeflow.process.clock import Clock, ClockRange
-from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, Task, column, first_bad
-from sdeflow.solvers.base import Solution
+from sdeflow.solvers.adaptive.step_size import PerSample, PerSampleSolve, column, first_bad
+from sdeflow.solvers.base import Solution, Task
 
 Form = Literal["euler", "ancestral"]
 """The first-order step: Euler-Maruyama's in the time of the process, or the ancestral one."""
@@ -82,13 +82,6 @@ class AdaptiveSDE(PerSample):
     stochastic: ClassVar[bool] = True
     source: ClassVar[str] = "Jolicoeur-Martineau et al. 2021"
     cost: ClassVar[str] = "2 a step, adaptive"
-
-    def check_direction(self, times: Tensor, finish: bool) -> None:
-        if len(times) > 1 and times[-1] > times[0]:
-            raise GridError(
-                "AdaptiveSDE only runs from noise to data; encode with a solver of the ODE, such as"
-                " RK45, and finish=False"
-            )
 
     def begin(self, task: Task) -> PerSampleSolve:
         if self.form == "euler" and (first := task.reverse.level(float(task.times[0]))).s == 0.0:
@@ -275,6 +268,3 @@ class _Solve(PerSampleSolve):
         low = of_x * self.x + of_x0 * x0 + of_noise * dw
         shown = self.predict(low, there.t)
         return low, low + 0.5 * of_x0 * (shown - x0), shown
-
-    def current_states(self) -> Tensor:
-        return self.gather("x").to(self.dtype)

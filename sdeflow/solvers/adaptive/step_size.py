@@ -12,19 +12,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from sdeflow._utils.checks import whole_number
-from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError
-from sdeflow.noise import Noise
-from sdeflow.plan.execute import OnCall
+from sdeflow.errors import BudgetError, NonFiniteError, SolverError
 from sdeflow.plan.instructions import Call
 from sdeflow.process.clock import ClockRange
-from sdeflow.reverse import Reverse
-from sdeflow.solvers.base import Solution, Solver, check_levels, check_times
+from sdeflow.solvers.base import Solution, Solver, Task, check_levels
 
 
 @dataclass(frozen=True)
@@ -133,42 +130,13 @@ class PerSample(StepSize, Solver):
             " for an exact budget"
         )
 
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
-        times = check_times(times)
-        self.check_direction(times, finish)
-        check_levels(reverse.prepare(times), reverse.process)
-        return self.begin(Task(reverse, x, times, noise, finish, record, on_call)).run()
-
-    def check_direction(self, times: Tensor, finish: bool) -> None:
-        """Raise `GridError` where the solver cannot solve along `times`."""
-        if finish and len(times) > 1 and times[-1] > times[0]:
-            raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
+    def _solve(self, task: Task) -> Solution:
+        check_levels(task.reverse.prepare(task.times), task.reverse.process)
+        return self.begin(task).run()
 
     @abstractmethod
     def begin(self, task: Task) -> PerSampleSolve:
         """A solve, ready to run."""
-
-
-class Task(NamedTuple):
-    """What a solve was asked for: the arguments of `Solver.integrate`."""
-
-    reverse: Reverse
-    x: Tensor
-    times: Tensor
-    noise: Noise | None
-    finish: bool
-    record: bool
-    on_call: OnCall | None
 
 
 class PerSampleSolve(ABC):
@@ -226,9 +194,9 @@ class PerSampleSolve(ABC):
     def run(self) -> Solution:
         """Solve."""
 
-    @abstractmethod
     def current_states(self) -> Tensor:
         """The states of all samples, in their order, each at its own time: for `error.partial`."""
+        return self.gather("x").to(self.dtype)
 
     # --------------------------------------------------------------------------------------- a step
 
@@ -248,8 +216,9 @@ class PerSampleSolve(ABC):
         return self.reverse.forwards - self.forwards_before
 
     def check_budget(self, calls: int) -> None:
-        """Fail unless `calls` more calls can be made. An attempt that cannot be completed is not
-        begun.
+        """Fail unless `calls` more calls can be made.
+
+        An attempt that cannot be completed is not begun.
         """
         if self.calls + calls <= self.solver.max_nfe:
             return
@@ -263,8 +232,9 @@ class PerSampleSolve(ABC):
         )
 
     def propose(self) -> Tensor:
-        """The value of the clock after the step that each active sample tries next. The end is met
-        exactly.
+        """The value of the clock after the step that each active sample tries next.
+
+        The end is met exactly.
         """
         rest = (self.end - self.a).abs()
         left = (
@@ -341,8 +311,12 @@ class PerSampleSolve(ABC):
         if self.seen is None:
             self.seen = (x.detach().clone(), x0.detach().clone())
         rows = self.rows.to(x.device)
-        for whole, part in zip(self.seen, (x, x0), strict=True):
-            whole.index_copy_(0, rows, part.detach())
+        # New tensors, which `on_call` may keep.
+        seen_x, seen_x0 = self.seen
+        self.seen = (
+            seen_x.index_copy(0, rows, x.detach()),
+            seen_x0.index_copy(0, rows, x0.detach()),
+        )
         behind = int((self.sign * self.a).argmin())
         level = self.reverse.process.level(float(t[behind]))
         self.on_call(self.calls - 1, Call(1, 0, level.t, level.s, level.sigma), *self.seen)

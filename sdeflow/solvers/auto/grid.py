@@ -8,7 +8,7 @@ from torch import Tensor
 from sdeflow.grid.base import count, ends, falling
 from sdeflow.grid.continuous import place_two_powers
 from sdeflow.process import Process
-from sdeflow.solvers.auto.recipes import DATA_STD, Recipe, recipe
+from sdeflow.solvers.auto.recipes import DATA_STD, Recipe, Table, recipe
 
 
 def auto(
@@ -16,7 +16,7 @@ def auto(
     n: int,
     *,
     data_std: float = DATA_STD,
-    exact: bool = False,
+    table: Table = "network",
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
@@ -25,11 +25,11 @@ def auto(
 
     With few calls it ends at a higher noise than `t_min`: the step to zero noise goes further than
     to the process's end. A given `t_min` is honoured. `data_std` is the standard deviation of the
-    data; `exact` chooses the table for known densities.
+    data; `table` says for which kind of denoiser, as `Auto(table=)` does.
 
     Source: `benchmarks/defaults/tune_auto.py`.
     """
-    return lay(process, n, recipe(count(n), data_std, exact), t_min, t_max)
+    return lay(process, n, recipe(count(n), data_std, table), t_min, t_max)
 
 
 def lay(
@@ -41,7 +41,7 @@ def lay(
     if n == 1:
         return first
     end, start = process.nsr(torch.tensor([low, high], dtype=torch.float64)).tolist()
-    infront = start > 1.1 * r.nsr_top
+    infront = start > 1.5 * r.nsr_top
     top = r.nsr_top if infront else start
     # In proportion, where the start is below where the grid begins.
     bottom = end if t_min is not None else max(end, r.nsr_end * min(1.0, top / r.nsr_top))

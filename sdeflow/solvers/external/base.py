@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import GridError
-from sdeflow.noise import Noise
 from sdeflow.plan.instructions import Call
 from sdeflow.process import Level, Process
 from sdeflow.process.clock import Clock
@@ -20,8 +19,8 @@ from sdeflow.solvers.base import (
     OnCall,
     Solution,
     Solver,
+    Task,
     check_levels,
-    check_times,
     search_levels,
 )
 
@@ -42,54 +41,47 @@ class External(Solver):
         """Network calls on a grid of `levels`."""
 
     @abstractmethod
-    def check(self, times: Tensor, noise: Noise | None, finish: bool) -> None:
-        """Raise an error where the method cannot solve along `times`."""
-
-    @abstractmethod
-    def states(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        levels: list[Level],
-        noise: Noise | None,
-        record: bool,
-        on_call: OnCall | None,
-    ) -> list[Tensor]:
+    def states(self, task: Task, reverse: Watched, levels: list[Level]) -> list[Tensor]:
         """The states at the levels, at least two; without `record` the last one will do."""
 
     def levels(self, nfe: int, *, finish: bool = True) -> int:
         least = 1 if finish else 2
         return search_levels(self.title, partial(self.calls, finish=finish), nfe, least)
 
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
-        times = check_times(times)
-        self.check(times, noise, finish)
-        before, forwards = reverse.nfe, reverse.forwards
-        levels = check_levels(reverse.prepare(times), reverse.process)
-        states, dtype = [x.to(torch.promote_types(x.dtype, torch.float32))], x.dtype
-        if len(levels) > 1:
-            states = self.states(reverse, states[0], levels, noise, record, on_call)
-        if finish:
-            x0 = reverse(states[-1], levels[-1]).to(states[-1].dtype)
-            watch(on_call, reverse.nfe - before - 1, levels[-1], states[-1], x0)
-            states = [*states, x0]
+    def _solve(self, task: Task) -> Solution:
+        reverse, dtype = Watched(task.reverse, task.on_call), task.x.dtype
+        levels = check_levels(reverse.prepare(task.times), reverse.process)
+        before = reverse.forwards
+        task = task._replace(x=task.x.to(torch.promote_types(dtype, torch.float32)))
+        states = self.states(task, reverse, levels) if len(levels) > 1 else [task.x]
+        if task.finish:
+            states = [*states, reverse(states[-1], levels[-1])]
         return Solution(
             states[-1].to(dtype),
-            reverse.nfe - before,
-            reverse.forwards - forwards,
-            trajectory=torch.stack(states).to(dtype) if record else None,
+            reverse.made,
+            reverse.forwards - before,
+            trajectory=torch.stack(states).to(dtype) if task.record else None,
             statistics={"method": self.method},
         )
+
+
+class Watched(Reverse):
+    """A `Reverse` that shows every call to a callback, the prediction in the dtype of the state."""
+
+    def __init__(self, reverse: Reverse, on_call: OnCall | None):
+        vars(self).update(vars(reverse))  # one count, and the levels that are known
+        self.on_call, self._before = on_call, reverse.nfe
+
+    @property
+    def made(self) -> int:
+        """Calls that were made since."""
+        return self.nfe - self._before
+
+    def __call__(self, x: Tensor, t: Level) -> Tensor:
+        x0 = super().__call__(x, t).to(x.dtype)
+        if self.on_call is not None:
+            self.on_call(self.made - 1, Call(1, 0, t.t, t.s, t.sigma), x, x0)
+        return x0
 
 
 def finite_readings(clock: Clock, levels: list[Level]) -> Tensor:
@@ -106,17 +98,12 @@ def finite_readings(clock: Clock, levels: list[Level]) -> Tensor:
 def levels_at(
     clock: Clock, process: Process, values: Tensor, t_first: float, t_last: float
 ) -> list[Level]:
-    """The levels, between two times, where a clock has some values. Only the clock `t` needs, and
-    gets, the derivatives of the process.
+    """The levels, between two times, where a clock has some values.
+
+    Only the clock `t` needs, and gets, the derivatives of the process.
     """
     t = clock.times(process, values).clamp(min(t_first, t_last), max(t_first, t_last))
     if clock.name == "t":
         return process.levels(t)
-    s, sigma = (torch.broadcast_to(c, t.shape).tolist() for c in process.kernel(t))
+    s, sigma = (c.tolist() for c in process.kernel(t))
     return [Level(*row, math.nan, math.nan) for row in zip(t.tolist(), s, sigma, strict=True)]
-
-
-def watch(on_call: OnCall | None, index: int, t: Level, x: Tensor, x0: Tensor) -> None:
-    """Show a network call to a callback, if there is one."""
-    if on_call is not None:
-        on_call(index, Call(1, 0, t.t, t.s, t.sigma), x, x0)

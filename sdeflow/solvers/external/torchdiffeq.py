@@ -1,4 +1,6 @@
-r"""The methods of torchdiffeq on the probability-flow ODE, on states of any shape under any process.
+r"""The methods of torchdiffeq on the probability-flow ODE.
+
+States have any shape, under any process.
 
 torchdiffeq integrates it in one of four pairs of clock and state,
 
@@ -12,7 +14,7 @@ torchdiffeq integrates it in one of four pairs of clock and state,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -21,12 +23,11 @@ from torch import Tensor
 
 from sdeflow._utils.checks import whole_number
 from sdeflow.errors import BudgetError, GridError, NonFiniteError, SolverError, unknown
-from sdeflow.noise import Noise
 from sdeflow.process import Level
 from sdeflow.process.clock import Clock
 from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import OnCall
-from sdeflow.solvers.external.base import External, finite_readings, levels_at, watch
+from sdeflow.solvers.base import Task
+from sdeflow.solvers.external.base import External, Watched, finite_readings, levels_at
 
 
 class _Method(NamedTuple):
@@ -72,7 +73,9 @@ class TorchDiffEq(External):
 
     The Adams methods assume equal steps, and are refused on grids that are not uniform in the
     clock. Here they are of order 4 (`max_order` 5 and 4), as torchdiffeq's own 12 is unstable.
-    States in half precision are stepped in float32. Time is float64 on the CPU, and as precise as
+    States in half precision are stepped in float32. Gradients flow through the states and the
+    network; step sizes are constants to them, as with `RK45`, and they are those of the steps that
+    were taken. `scipy_solver` has none. Time is float64 on the CPU, and as precise as
     the state on accelerators.
 
     Errors: `UnknownNameError` for a method or a clock; `BudgetError` for an `nfe` of a method
@@ -128,22 +131,10 @@ class TorchDiffEq(External):
         # Adams starts with two steps of rk4, where there are more than two.
         return cost * steps + (3 * min(steps, 2) if self.method in _ADAMS else 0) + int(finish)
 
-    def check(self, times: Tensor, noise: Noise | None, finish: bool) -> None:
-        if finish and len(times) > 1 and times[-1] > times[0]:
-            raise GridError("a solve towards noise does not end at zero noise: pass finish=False")
-
-    def states(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        levels: list[Level],
-        noise: Noise | None,
-        record: bool,
-        on_call: OnCall | None,
-    ) -> list[Tensor]:
+    def states(self, task: Task, reverse: Watched, levels: list[Level]) -> list[Tensor]:
         from torchdiffeq import odeint
 
-        clock = Clock(self.clock)
+        x, clock = task.x, Clock(self.clock)
         shown = finite_readings(clock, levels)
         if self.method in _ADAMS and not torch.allclose(
             shown.diff(), shown.diff()[0], rtol=1e-5, atol=0.0
@@ -153,15 +144,24 @@ class TorchDiffEq(External):
                 f" {self.clock}: take one that is ('uniform_t' with clock='t', 'uniform_lam' with"
                 " clock='lam'), or another method"
             )
-        if self.adaptive and not record:
+        if self.adaptive and not task.record:
             shown, levels = shown[[0, -1]], [levels[0], levels[-1]]
-        rhs = _RightHandSide(self, clock, reverse, shown, levels, x.dtype, on_call)
+        rhs = _RightHandSide(self, clock, reverse, shown, levels, x.dtype)
         ticks = shown.to(torch.float64 if x.device.type == "cpu" else x.dtype).to(x.device)
         # Without step_t, an adaptive method steps over the last time, where there may be no
         # process, and interpolates.
         defaults: dict[str, Any] = {}
+        options = dict(self.options)
         if self.adaptive and self.method != "scipy_solver":
+            # Steps are constants to gradients: the first one is a function of the state, through
+            # the norm, and the time of a stage is not.
+            options["norm"] = _constant(self.options.get("norm", _rms))
             defaults = {"dtype": ticks.dtype, "step_t": ticks[-1:]}
+        if self.method == "scipy_solver" and _wants_gradients(reverse, x):
+            raise SolverError(
+                "torchdiffeq's scipy_solver computes in numpy, so that no gradient flows through it:"
+                " take another method, such as 'dopri5', or solver='rk45'"
+            )
         if self.method in _ADAMS:
             defaults = {"max_order": _ADAMS[self.method]}
         try:
@@ -172,7 +172,7 @@ class TorchDiffEq(External):
                 rtol=self.rtol,
                 atol=self.atol,
                 method=self.method,
-                options={**defaults, **self.options},
+                options={**defaults, **options},
             )
         except AssertionError as error:
             raise self._gave_up(str(error), rhs) from error
@@ -184,7 +184,9 @@ class TorchDiffEq(External):
     def _gave_up(self, reason: str, rhs: _RightHandSide) -> Exception:
         where = "torchdiffeq did not start"
         if rhs.t is not None:
-            where = f"{self.title} stopped at t={rhs.t.t:.6g}, after {rhs.calls} network calls"
+            where = (
+                f"{self.title} stopped at t={rhs.t.t:.6g}, after {rhs.reverse.made} network calls"
+            )
         if rhs.x0 is not None and not bool(torch.isfinite(rhs.x0).all()):
             bad = int((~torch.isfinite(rhs.x0).reshape(len(rhs.x0), -1).all(1)).nonzero()[0])
             return NonFiniteError(f"{where}: the network returned NaN or infinity for sample {bad}")
@@ -194,24 +196,42 @@ class TorchDiffEq(External):
         )
 
 
+def _rms(x: Tensor) -> Tensor:
+    return x.abs().pow(2).mean().sqrt()
+
+
+def _constant(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A norm without gradients."""
+
+    def detached(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return norm(x.detach())
+
+    return detached
+
+
+def _wants_gradients(reverse: Reverse, x: Tensor) -> bool:
+    weights = (p for network in reverse.denoiser.networks for p in network.parameters())
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights))
+
+
 class _RightHandSide:
-    """The function of the clock and the state that torchdiffeq integrates. It counts the calls,
-    shows them to the callback, and stops at `max_nfe`.
+    """The function of the clock and the state that torchdiffeq integrates.
+
+    It counts the calls, shows them to the callback, and stops at `max_nfe`.
     """
 
     def __init__(
         self,
         solver: TorchDiffEq,
         clock: Clock,
-        reverse: Reverse,
+        reverse: Watched,
         shown: Tensor,
         levels: list[Level],
         dtype: torch.dtype,
-        on_call: OnCall | None,
     ):
-        self.solver, self.clock, self.reverse, self.on_call = solver, clock, reverse, on_call
+        self.solver, self.clock, self.reverse = solver, clock, reverse
         self.ends = levels[0].t, levels[-1].t
-        self.calls = 0
         self.t: Level | None = None
         self.x0: Tensor | None = None
         self.low, self.high = float(shown.min()), float(shown.max())
@@ -223,11 +243,11 @@ class _RightHandSide:
         self.known = dict(zip(nodes.to(dtype).tolist(), found, strict=True))
 
     def __call__(self, tick: Tensor, y: Tensor) -> Tensor:
-        if self.calls >= self.solver.max_nfe:
+        if self.reverse.made >= self.solver.max_nfe:
             at = f" at t={self.t.t:.6g}" if self.t is not None else ""
             raise SolverError(
-                f"{self.solver.title} spent max_nfe={self.solver.max_nfe} network calls{at}: raise it,"
-                " or loosen rtol and atol"
+                f"{self.solver.title} spent max_nfe={self.solver.max_nfe} network calls{at}: raise"
+                " it, or loosen rtol and atol"
             )
         shown = float(tick.detach())
         level = self.known.get(shown)
@@ -237,8 +257,6 @@ class _RightHandSide:
             value = torch.tensor([inside], dtype=torch.float64)
             (level,) = levels_at(self.clock, self.reverse.process, value, *self.ends)
         x = y * self.clock.state_scale(level)
-        x0 = self.reverse(x, level).to(y.dtype)
+        x0 = self.reverse(x, level)
         self.t, self.x0 = level, x0
-        watch(self.on_call, self.calls, level, x, x0)
-        self.calls += 1
         return self.clock.slope(y, x0, eps_of(x, x0, level), level)

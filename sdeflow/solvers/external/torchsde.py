@@ -22,13 +22,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sdeflow.errors import GridError, SolverError, unknown
+from sdeflow.errors import SolverError, unknown
 from sdeflow.noise import Noise
 from sdeflow.process import Level
 from sdeflow.process.clock import Clock
-from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import OnCall
-from sdeflow.solvers.external.base import External, finite_readings, levels_at, watch
+from sdeflow.reverse import eps_of
+from sdeflow.solvers.base import Task
+from sdeflow.solvers.external.base import External, Watched, finite_readings, levels_at
+from sdeflow.solvers.ode.ddim import from_pure_noise
 
 
 class _SDEMethod(NamedTuple):
@@ -61,8 +62,8 @@ class TorchSDE(External):
     - `clock`: the variable of the steps, `"t"`, `"nsr"` or `"lam"`.
 
     Noise comes from sdeflow: the same seed gives the same sample whatever the batch, and
-    `BrownianNoise` the same path at every number of steps (SRK's second integral of it is random for
-    each step). Where no signal is left (`s = 0`) the first step is ancestral, in as many parts
+    `BrownianNoise` the same path at every number of steps (SRK's second integral of it is random
+    for each step). Where no signal is left (`s = 0`) the first step is ancestral, in as many parts
     as the method takes calls.
 
     Errors: `UnknownNameError` for a method or a clock; `SolverError` without a source of noise;
@@ -95,37 +96,27 @@ class TorchSDE(External):
         extra = 1 if self.method == "reversible_heun" and steps else 0
         return _SDE_METHODS[self.method].calls * steps + extra + int(finish)
 
-    def check(self, times: Tensor, noise: Noise | None, finish: bool) -> None:
-        if len(times) > 1 and times[-1] > times[0]:
-            raise GridError(
-                "the reverse SDE runs from noise to data; encode with a solver of the ODE, such as"
-                " 'heun'"
-            )
-        if noise is None and len(times) > 1:
+    def states(self, task: Task, reverse: Watched, levels: list[Level]) -> list[Tensor]:
+        if (noise := task.noise) is None:
             raise SolverError(f"{self.title} draws noise: give it a source of noise")
+        x = task.x
+        sde, states = _ReverseSDE(self, reverse, x.shape), [x]
 
-    def states(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        levels: list[Level],
-        noise: Noise | None,
-        record: bool,
-        on_call: OnCall | None,
-    ) -> list[Tensor]:
-        assert noise is not None
-        sde, states = _ReverseSDE(self, reverse, x.shape, on_call), [x]
+        def draw(t: Level, t_next: Level) -> Tensor:
+            return noise.draw(float(t.nsr), float(t_next.nsr)).to(x)
+
         for t, t_next in pairwise(levels):
             if t.s == 0.0:
+                # In as many parts as the method takes calls.
                 parts = (
                     _SDE_METHODS[self.method].calls
                     if len(levels) > 2
                     else self.calls(2, finish=False)
                 )
-                x = sde.ancestral(x, t, t_next, noise, parts)
+                x = from_pure_noise(reverse, x, t, t_next, parts, draw, eta=1.0)
             else:
                 x = sde.step(x, t, t_next, noise)
-            states = [*states, x] if record else [x]
+            states = [*states, x] if task.record else [x]
         return states
 
 
@@ -134,25 +125,16 @@ class _ReverseSDE:
 
     noise_type = "additive"
 
-    def __init__(
-        self, solver: TorchSDE, reverse: Reverse, shape: torch.Size, on_call: OnCall | None
-    ):
-        self.method, self.sign = _SDE_METHODS[solver.method], 1.0 if solver.clock == "lam" else -1.0
+    def __init__(self, solver: TorchSDE, reverse: Watched, shape: torch.Size):
+        self.method = _SDE_METHODS[solver.method]
+        self.sign = 1.0 if solver.clock == "lam" else -1.0
         self.name, self.sde_type = solver.method, self.method.kind
-        self.reverse, self.shape, self.on_call = reverse, shape, on_call
+        self.reverse, self.shape = reverse, shape
         self.clock = Clock(solver.clock)
         self.probe = False
-        self.calls = 0
         self.extra: Any = None
         self.known: dict[float, Level] = {}
         self.last: tuple[float, Tensor, Tensor] | None = None
-
-    def predict(self, x: Tensor, t: Level) -> Tensor:
-        """The prediction for a state in its own shape."""
-        x0 = self.reverse(x, t).to(x.dtype)
-        watch(self.on_call, self.calls, t, x, x0)
-        self.calls += 1
-        return x0
 
     def step(self, x: Tensor, t: Level, t_next: Level, noise: Noise) -> Tensor:
         """One step of the method."""
@@ -186,26 +168,6 @@ class _ReverseSDE:
         )
         return ys[-1].reshape(self.shape) * self.clock.state_scale(t_next)
 
-    def ancestral(self, x: Tensor, t: Level, t_next: Level, noise: Noise, parts: int) -> Tensor:
-        """From where no signal is left, by the exact ancestral step, in as many parts as the method
-        takes calls.
-        """
-        process = self.reverse.process
-        angle = math.atan2(t_next.sigma, t_next.s)
-        cuts = [angle + (math.pi / 2 - angle) * (1 - k / parts) for k in range(1, parts)]
-        between = [process.level(process.t_of_nsr(math.tan(cut))) for cut in cuts]
-
-        for a, b in pairwise([t, *between, t_next]):
-            x0 = self.predict(x, a)
-            ratio = b.nsr / a.nsr
-            z = noise.draw(float(a.nsr), float(b.nsr)).to(x)
-            x = (
-                b.s * x0
-                + (b.sigma * ratio) * eps_of(x, x0, a)
-                + (b.sigma * math.sqrt(1.0 - ratio**2)) * z
-            )
-        return x
-
     def f(self, tick: Tensor, y: Tensor) -> Tensor:
         """Drift in the rising clock."""
         if self.probe:  # torchsde looks at the shape
@@ -216,7 +178,7 @@ class _ReverseSDE:
             return self.last[2]
         t = self.level(shown)
         x = y.reshape(self.shape) * self.clock.state_scale(t)
-        eps = eps_of(x, self.predict(x, t), t)
+        eps = eps_of(x, self.reverse(x, t), t)
         match self.clock.name:
             case "t":
                 drift = (-t.f) * x - (t.g2 / t.sigma) * eps

@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.ode.ddim import STAGES
 from sdeflow.solvers.ode.dpm_solver import single_step
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
+from sdeflow.solvers.ode.to_zero import ToZero, seen_with
 from sdeflow.solvers.ode.weights import NodeClock, Predicts, adams, predicted
 
 StartUp = Literal["orders", "corrected", "singlestep"]
@@ -54,6 +54,8 @@ class ExponentialAdams(Multistep):
     - `predicts_scale`, `clock_scale`: the scale `c` of `sdeflow.solvers.ode.weights`, in units of
       the data: of the functions `"v"` and `"flow"`, and of the clocks `"angle"`, `"flow"` and
       `"bounded_lam"`.
+    - `to_zero`: the step to zero noise: `"prediction"`, `"linear"` or `"smooth"`, see
+      `sdeflow.solvers.ode.to_zero`.
 
     Cost: 1 call a step (with `start_up="singlestep"`, `p - 1` in the first `p - 2`). Order: `p`,
     with the corrector `p + 1`, but at most 2 with `start_up="orders"` (3 with the corrector), 3
@@ -69,6 +71,7 @@ class ExponentialAdams(Multistep):
     lower_final: bool = False
     predicts_scale: float = 1.0
     clock_scale: float = 1.0
+    to_zero: ToZero = field(default="prediction", kw_only=True)
 
     source: ClassVar[str] = "Hochbruck & Ostermann 2010; Zhang & Chen 2022"
 
@@ -105,20 +108,20 @@ class ExponentialAdams(Multistep):
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
-        left, history, _ = state
+        left, history, _, seen = state
         if len(history) >= self._single:
             return super().step(reverse, x, t, t_next, noise, state)
         x0 = reverse(x, t)
+        if self.to_zero != "prediction":
+            seen = seen_with(seen, x, x0, t)
         value = predicted(self.predicts, x, x0, t, self.predicts_scale)
         x_next = single_step(reverse, x, x0, t, t_next, STAGES[self.p - 1], taylor=self.p == 3)
-        return x_next, (left - 1, ((t, value), *history), None)
+        return x_next, (left - 1, ((t, value), *history), None, seen)
 
     def corrector_nodes(self, used: int) -> int:
         again = self.corrector or (self.start_up == "corrected" and used < self.p)
         return used + 1 if again else 0
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         scales = (self.predicts_scale, self.clock_scale)
         return adams(self.predicts, self.clock, nodes, t, t_next, process, scales=scales)[1]

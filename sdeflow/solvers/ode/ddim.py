@@ -3,7 +3,8 @@ prediction is held.
 
 With the prediction $x_0$ held constant over a step, the probability-flow ODE has the solution
 
-$$x_+ = \frac{\sigma_+}{\sigma} x + \Big(s_+ - s\frac{\sigma_+}{\sigma}\Big) x_0 = s_+ x_0 + \sigma_+ \varepsilon,$$
+$$x_+ = \frac{\sigma_+}{\sigma} x + \Big(s_+ - s\frac{\sigma_+}{\sigma}\Big) x_0
+= s_+ x_0 + \sigma_+ \varepsilon,$$
 
 which is DDIM. With $\varepsilon$ held constant it is the same map. With the prediction at stages
 within the step, the same integral gives exponential Runge-Kutta methods
@@ -12,8 +13,10 @@ within the step, the same integral gives exponential Runge-Kutta methods
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +25,7 @@ from sdeflow._utils import math as _math
 from sdeflow._utils.checks import is_number
 from sdeflow._utils.math import value_of
 from sdeflow.errors import GridError
-from sdeflow.process import Level
+from sdeflow.process import Clock, Level
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
 
@@ -99,14 +102,14 @@ class DDIM(GridSolver):
             return self._noised(x, x0, t, t_next, up, 1.0 - share * share, noise), state + 1
         if self.eta == 0.0:
             return t_next.s * x0 + t_next.sigma * eps_of(x, x0, t), state
-        ratio = ancestral_ratio(t, t_next)
-        up = self.eta * t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
-        # sqrt(sigma_next^2 - up^2), without cancellation.
-        if self.eta == 1.0:
-            down = t_next.sigma * ratio
-            return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
-        left = 1.0 - self.eta**2 + (self.eta * ratio) ** 2
-        return self._noised(x, x0, t, t_next, up, left, noise), state
+        if self.eta > 1.0:
+            ratio = ancestral_ratio(t, t_next)
+            up = self.eta * t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
+            left = 1.0 - self.eta**2 + (self.eta * ratio) ** 2
+            return self._noised(x, x0, t, t_next, up, left, noise), state
+        share, spread = ancestral_shares(t, t_next, self.eta)
+        down, up = t_next.sigma * share, t_next.sigma * spread
+        return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
 
     def _noised(
         self, x: Any, x0: Any, t: Level, t_next: Level, up: Any, left: Any, noise: Any
@@ -143,6 +146,29 @@ def ancestral_ratio(t: Level, t_next: Level) -> Any:
             f"an ancestral step runs from noise to data; nsr went from {t.nsr:g} to {t_next.nsr:g}"
         )
     return ratio
+
+
+def ancestral_shares(t: Level, t_next: Level, eta: float = 1.0) -> tuple[Any, Any]:
+    """What an ancestral step keeps of the noise and what it adds, in units of `sigma_next`; their
+    squares sum to 1.
+    """
+    ratio = ancestral_ratio(t, t_next)
+    kept = ratio if eta == 1.0 else _math.sqrt(1.0 - eta**2 + (eta * ratio) ** 2)
+    return kept, eta * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
+
+
+def from_pure_noise(
+    reverse: Reverse, x: Any, t: Level, t_next: Level, calls: int, noise: Any, eta: float = 0.0
+) -> Any:
+    """The way from a level where no signal is left, in `calls` steps of `DDIM(eta)`, evenly spaced
+    in the angle `atan nsr`.
+    """
+    clock = Clock("angle")
+    end = clock.reading(t_next)
+    lams = [clock.lam(math.pi / 2 + (end - math.pi / 2) * k / calls) for k in range(1, calls)]
+    for a, b in pairwise([t, *map(reverse.level_of_lam, lams), t_next]):
+        x, _ = DDIM(eta).step(reverse, reverse.materialise(x), a, b, noise, None)
+    return x
 
 
 STAGES: dict[int, tuple[float, ...]] = {1: (), 2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}

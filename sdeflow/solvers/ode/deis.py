@@ -5,7 +5,8 @@ With the scaled state $z = x/s$ the probability-flow ODE is $dz = \varepsilon\,d
 $\rho = \sigma/s$ is the noise-to-signal ratio (`nsr`). A step replaces $\varepsilon$ by the
 polynomial through its last `p` values:
 
-$$x_+ = \frac{s_+}{s}\,x + \sum_{j<p} b_j\,\varepsilon_j, \qquad b_j = s_+ \int_\rho^{\rho_+} \ell_j\,d\rho .$$
+$$x_+ = \frac{s_+}{s}\,x + \sum_{j<p} b_j\,\varepsilon_j,
+\qquad b_j = s_+ \int_\rho^{\rho_+} \ell_j\,d\rho .$$
 
 The methods differ only in the variable of the polynomial, their clock. LMS is the method in $\rho$
 with `p = 4`. All belong to the family of `sdeflow.solvers.ode.adams` (`predicts="eps"`, started by
@@ -19,17 +20,17 @@ the prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.runge_kutta import RK4, Heun, Midpoint, RungeKutta
 from sdeflow.solvers.ode.tableaus import Tableau
+from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import adams, has_signal
 
 DEISClock = Literal["t", "nsr", "lam"]
@@ -44,9 +45,11 @@ class EpsMultistep(Multistep):
     `x_next = (s_next / s) x + sum_j b_j eps_j`.
 
     The weights are those of the polynomial in the method's clock; subclasses may have others.
+    `to_zero` is the step to zero noise, see `sdeflow.solvers.ode.to_zero`.
     """
 
     p: int = 4
+    to_zero: ToZero = field(default="prediction", kw_only=True)
 
     predicts = "eps"
     most: ClassVar[int] = 4
@@ -55,9 +58,7 @@ class EpsMultistep(Multistep):
         super().__post_init__()
         check_p(self.p, self.most, type(self).__name__)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         return adams("eps", self.clock, nodes, t, t_next, process)[1]
 
 

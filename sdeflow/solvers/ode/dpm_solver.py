@@ -21,7 +21,7 @@ nothing cancels at small noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from sdeflow._utils.checks import is_whole
@@ -31,7 +31,8 @@ from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver
 from sdeflow.solvers.ode.ddim import STAGES
-from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p, from_differences
+from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import between, has_signal, moment
 
 DPMPredicts = Literal["eps", "x0"]
@@ -214,7 +215,7 @@ class DPMSolverPP(Multistep):
     With `r0 = (lam - lam_1)/h` and `r1 = (lam_1 - lam_2)/h` of the nodes before,
     `a = (F - F_1)/r0`, `b = (F_1 - F_2)/r1`:
 
-        2M   x_next = P + M_0/2 a                                                                    (or M_1 a: "heun")
+        2M   x_next = P + M_0/2 a    (or M_1 a: "heun")
         3M   x_next = P + M_1 (a + r0 c) + kappa M_2 c,    c = (a - b)/(r0 + r1)
 
     - `p`: predictions, 1 (DDIM), 2 or 3.
@@ -223,6 +224,7 @@ class DPMSolverPP(Multistep):
       1/2, with which 3M is of order 2 however it starts.
     - `predicts`: `"x0"`, the prediction; or `"eps"`, which is DPM-Solver's own multistep form.
     - `lower_final`: the last steps use fewer predictions, `min(p, steps left + 1)`. Published code
+    - `to_zero`: the step to zero noise, see `sdeflow.solvers.ode.to_zero`.
       does so only below 10 or 15 steps, so that more steps may end farther away. Here there is one
       rule for all.
 
@@ -238,6 +240,7 @@ class DPMSolverPP(Multistep):
     kappa: float = 0.5
     predicts: DPMPredicts = "x0"
     lower_final: bool = True
+    to_zero: ToZero = field(default="prediction", kw_only=True)
 
     source: ClassVar[str] = "Lu et al. 2022, alg. 2"
 
@@ -249,9 +252,7 @@ class DPMSolverPP(Multistep):
                 f"kappa is 1 for the exact parabola, 1/2 as published; got {self.kappa}"
             )
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         midpoint = self.solver_type == "midpoint"
         return taylor_weights(self.predicts, nodes, t_next, midpoint, self.kappa)
 

@@ -15,7 +15,9 @@ $x_c = x_+ + \sum_j (b^c_j - b^p_j) F_j$. A plan needs no second state for it.
 
 **The ends.** From and to a level without signal ($s = 0$) the prediction is held: DDIM's step, or
 with noise an ancestral step. In the clocks `lam` and `nsr` such a level has no reading and is left
-out of the nodes. The step to zero noise is the prediction.
+out of the nodes. The step to zero noise is the prediction, as published; or, with `to_zero=`, from
+the state at the last level, corrected where the method corrects, eps is integrated over the last
+predictions (`sdeflow.solvers.ode.to_zero`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ from sdeflow._utils.math import Scalar, is_tensor
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
+from sdeflow.solvers.ode.to_zero import ToZero, integrated, seen_with
 from sdeflow.solvers.ode.weights import has_signal, predicted, rho, step_weights
+
+Weights = Sequence[Scalar]
+"""What a step multiplies the values at its nodes by, in their order."""
 
 
 class Multistep(GridSolver):
@@ -40,6 +46,7 @@ class Multistep(GridSolver):
     - `clock`: the variable of the interpolating polynomial.
     - `lower_final`: the last steps use fewer predictions, `min(p, steps left + 1)`.
     - `again`: whether the network is called again at the corrected state (PECE).
+    - `to_zero`: the step to zero noise, see `sdeflow.solvers.ode.to_zero`.
     """
 
     p: int
@@ -48,15 +55,14 @@ class Multistep(GridSolver):
     clock: str = "lam"
     lower_final: bool = False
     again: bool = False
+    to_zero: ToZero = "prediction"
 
     @property
     def order(self) -> int:  # type: ignore[override]
         """Order of convergence; the first step, of order 1, bounds it by 2."""
         return min(self.p, 2)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         """`b_j` of the step from `t` to `t_next`, for each of `nodes`, newest first; `t` is one of
         them. Both ends of the step have signal, unless `again` is set.
         """
@@ -82,15 +88,18 @@ class Multistep(GridSolver):
         return self.clock not in ("lam", "nsr") or has_signal(t)
 
     def start(self, steps: int) -> Any:
-        # Steps left; (level, F) of the last calls, newest first; the step that may be corrected.
-        return steps, (), None
+        # Steps left; (level, F) of the last calls, newest first; the step that may be corrected;
+        # (level, eps) for the step to zero noise, where it wants them.
+        return steps, (), None, ()
 
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
-        left, history, last = state
+        left, history, last, seen = state
         process = reverse.process
         x0 = reverse(x, t)
+        if self.to_zero != "prediction":
+            seen = seen_with(seen, x, x0, t)
         value = predicted(self.predicts, x, x0, t, self.predicts_scale)
         if last is not None:
             x = self._corrected(process, x, value, t, last)
@@ -98,7 +107,7 @@ class Multistep(GridSolver):
         delta = self.delta(t, t_next)
         kept, whole, spread = step_weights(t, t_next, delta)
         nodes: Any = ((t, x0),)
-        b: Sequence[Scalar] = [whole]
+        b: Weights = [whole]
         used = 1
         if has_signal(t, t_next):
             nodes = tuple(node for node in history if self.readable(node[0]))
@@ -118,7 +127,20 @@ class Multistep(GridSolver):
         if last and self.again:
             x0_next = reverse(x_next, t_next)
             x_next, last = self._corrected(process, x_next, x0_next, t_next, last), None
-        return x_next, (left - 1, history, last)
+        return x_next, (left - 1, history, last, seen)
+
+    def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
+        _, _, last, seen = state
+        x0 = reverse(x, t)
+        if self.to_zero == "prediction":
+            return x0
+        seen = seen_with(seen, x, x0, t)
+        if last is not None:
+            value = predicted(self.predicts, x, x0, t, self.predicts_scale)
+            x = self._corrected(reverse.process, x, value, t, last)
+        elif len(seen) == 1:
+            return x0  # which is all there is, and finite where there is no signal
+        return integrated(self.to_zero, x, t, seen)
 
     def _corrected(self, process: Process, x: Any, value: Any, t: Level, last: Any) -> Any:
         """The state at `t`, after the step to it is taken again with the prediction there."""

@@ -29,6 +29,7 @@ from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.ode.deis import EpsMultistep
+from sdeflow.solvers.ode.multistep import Weights
 from sdeflow.solvers.ode.weights import has_signal, predicted
 
 ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
@@ -68,9 +69,7 @@ class IPNDM(EpsMultistep):
 
     source: ClassVar[str] = "Zhang & Chen 2022"
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         (whole,) = super().weights(nodes[:1], t, t_next, process)
         return [whole * c for c in ADAMS_BASHFORTH[len(nodes) - 1]]
 
@@ -100,9 +99,7 @@ class IPNDMv(EpsMultistep):
     clock = "nsr"
     source: ClassVar[str] = "Zhou et al. 2023, diff-sampler"
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         if self.exact_weights:
             return super().weights(nodes, t, t_next, process)
         (whole,) = super().weights(nodes[:1], t, t_next, process)
@@ -189,7 +186,7 @@ class PNDM(IPNDM):
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
-        left, history, _ = state
+        left, history, _, seen = state
         if len(history) >= self._first[0]:
             return super().step(reverse, x, t, t_next, noise, state)
         predicts = "eps" if has_signal(t, t_next) else "x0"
@@ -207,4 +204,4 @@ class PNDM(IPNDM):
             e3 = slope(carried(x, e2, t, middle, predicts), middle)
             e4 = slope(carried(x, e3, t, t_next, predicts), t_next)
             mean = (1 / 6) * (e1 + 2.0 * e2 + 2.0 * e3 + e4)
-        return carried(x, mean, t, t_next, predicts), (left - 1, ((t, eps), *history), None)
+        return carried(x, mean, t, t_next, predicts), (left - 1, ((t, eps), *history), None, seen)

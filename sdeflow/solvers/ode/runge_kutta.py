@@ -8,11 +8,12 @@ which is finite even where no signal is left (rectified flow at t = 1). Or, with
 $z = x/s$, in the noise-to-signal ratio, `clock="nsr"` (EDM's choice; Euler there is DDIM), or in
 its logarithm, `clock="lam"`:
 
-$$\frac{dz}{d\,\mathrm{nsr}} = \varepsilon, \qquad \frac{dz}{d\lambda} = -\mathrm{nsr}\,\varepsilon.$$
+$$\frac{dz}{d\,\mathrm{nsr}} = \varepsilon,
+\qquad \frac{dz}{d\lambda} = -\mathrm{nsr}\,\varepsilon.$$
 
-The same method in two clocks is two methods, see the table of `docs/benchmarks/defaults.md`; `clock=None` is
-the process's own choice (`Process.default_clock`): its time, save for `VE`, whose time is
-logarithmic in the noise.
+The same method in two clocks is two methods, see the table of `docs/benchmarks/defaults.md`;
+`clock=None` is the process's own choice (`Process.default_clock`): its time, save for `VE`, whose
+time is logarithmic in the noise.
 """
 
 from __future__ import annotations

@@ -5,13 +5,14 @@ coefficients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from sdeflow._utils.math import Scalar, expm1
+from sdeflow._utils.math import expm1
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
+from sdeflow.solvers.ode.to_zero import ToZero
 from sdeflow.solvers.ode.weights import adams
 
 
@@ -34,6 +35,7 @@ class UniPC(Multistep):
     - `corrector`: without it, this is UniP. The corrector of a step uses as many predictions as its
       predictor, and one more.
     - `lower_final`: the last steps use fewer predictions, `min(p, steps left + 1)`.
+    - `to_zero`: the step to zero noise, see `sdeflow.solvers.ode.to_zero`.
 
     The prediction at the predicted state serves the corrector and the next step. It is not
     evaluated again (PEC).
@@ -48,6 +50,7 @@ class UniPC(Multistep):
     predicts: Literal["x0", "eps"] = "x0"
     corrector: bool = True
     lower_final: bool = True
+    to_zero: ToZero = field(default="prediction", kw_only=True)
 
     source: ClassVar[str] = "Zhao et al. 2023"
 
@@ -64,9 +67,7 @@ class UniPC(Multistep):
     def corrector_nodes(self, used: int) -> int:
         return used + 1 if self.corrector else 0
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         if len(nodes) != 2:
             return adams(self.predicts, "lam", nodes, t, t_next, process)[1]
         # The one coefficient is 1/2, where the system's solution would differ from it by O(h).

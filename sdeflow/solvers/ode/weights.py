@@ -132,9 +132,9 @@ def adams(
     eta: float = 0.0,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Scalar, list[Scalar]]:
-    """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`. The weight of the first node
-    is the total minus the others.
+    """`(a, b)` of the step `x_next = a x + sum_j b_j F_j` over `nodes`.
 
+    The weight of the first node is the total minus the others.
     `eta` adds the SDE's drift where `x0` is interpolated: the exponential is then of
     `(1 + eta^2) lam`. `scales` are that of the function `F` and that of the clocks `angle`, `flow`
     and `bounded_lam`. Both levels need signal.

@@ -4,7 +4,8 @@ the published one.
 Over nodes $t_j$ with the predictions $D_j$ and their Lagrange polynomials $\ell_j$ in a clock $u$,
 and with $\eta$ the rate of noise, the step of `sdeflow.solvers.sde.exponential` has the weights
 
-$$b_j = s_+\, (1 + \eta) \int_\lambda^{\lambda_+} e^{-(1 + \eta)(\lambda_+ - l)}\, \ell_j(u(l))\, dl.$$
+$$b_j = s_+\, (1 + \eta) \int_\lambda^{\lambda_+}
+e^{-(1 + \eta)(\lambda_+ - l)}\, \ell_j(u(l))\, dl.$$
 
 The nodes up to $t$ make a predictor. A corrector takes the same step again over the next prediction
 too, see `sdeflow.solvers.ode.multistep`.
@@ -25,9 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sdeflow._utils.math import Scalar
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.weights import NodeClock, adams
 from sdeflow.solvers.sde.exponential import RateSolver, check_rate
 
@@ -37,7 +37,8 @@ class StochasticAdams(RateSolver, Multistep):
     r"""Stochastic exponential Adams: the last `p` predictions interpolated in any clock, with exact
     weights and any noise.
 
-        x_next = (sigma_next / sigma) e^{-eta h} x + sum_j b_j D_j + sigma_next sqrt(1 - e^{-2 eta h}) z
+        x_next = (sigma_next / sigma) e^{-eta h} x + sum_j b_j D_j
+                 + sigma_next sqrt(1 - e^{-2 eta h}) z
 
     with the weights of the module.
 
@@ -73,7 +74,5 @@ class StochasticAdams(RateSolver, Multistep):
     def corrector_nodes(self, used: int) -> int:
         return used + 1 if self.corrector else 0
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         return adams("x0", self.clock, nodes, t, t_next, process, math.sqrt(self.eta))[1]

@@ -21,7 +21,7 @@ from sdeflow.plan.plan import Plan
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
 from sdeflow.solvers.base import GridSolver, Solution, check_levels, check_times
-from sdeflow.solvers.ode.ddim import ancestral_ratio
+from sdeflow.solvers.ode.ddim import ancestral_shares
 from sdeflow.solvers.sde.optimal import Optimal
 
 
@@ -105,15 +105,14 @@ class DDPM(GridSolver):
         if self.variance == "learned":
             return self._learned(reverse, x, t, t_next, noise)[0], state
         x0 = reverse(x, t)
-        ratio = ancestral_ratio(t, t_next)
-        down = t_next.sigma * ratio  # sqrt(sigma_next^2 - u^2), without cancellation
+        share, spread = ancestral_shares(t, t_next)
+        down = t_next.sigma * share  # sqrt(sigma_next^2 - u^2), without cancellation
         # The forward step's variance is sigma^2 - (s / s_next)^2 sigma_next^2 = sigma^2 (1 -
         # ratio^2).
-        lost = (1.0 - ratio) * (1.0 + ratio)
-        up = (t if self.variance == "large" else t_next).sigma * _math.sqrt(lost)
+        up = (t if self.variance == "large" else t_next).sigma * spread
         if isinstance(self.variance, Optimal):
             error = self.variance.mean_squared_error(value_of(t.nsr))
-            up = _math.sqrt(t_next.sigma**2 * lost + (t_next.s * lost) ** 2 * error)
+            up = _math.sqrt(up**2 + (t_next.s * spread**2) ** 2 * error)
         return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
 
     def _learned(
@@ -121,8 +120,8 @@ class DDPM(GridSolver):
     ) -> tuple[Any, Any]:
         """The step with a learned variance, and the prediction."""
         x0, fraction = reverse.predict(x, t)[:2]
-        ratio = ancestral_ratio(t, t_next)
-        least = t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
+        share, spread = ancestral_shares(t, t_next)
+        least = t_next.sigma * spread
         # "large" is sigma / sigma_next times "small", on the network's own process.
         native = getattr(reverse.denoiser, "native", reverse.process)
         wide, narrow = t.sigma, t_next.sigma
@@ -131,7 +130,7 @@ class DDPM(GridSolver):
                 float(native.sigma(native.t_of_lam(level.lam))) for level in (t, t_next)
             )
         up = least * (fraction * math.log(wide / narrow)).exp()
-        mean = t_next.s * x0 + t_next.sigma * ratio * eps_of(x, x0, t)
+        mean = t_next.s * x0 + t_next.sigma * share * eps_of(x, x0, t)
         return mean + up * noise(t, t_next), x0
 
     def plan(
@@ -205,8 +204,8 @@ class AnnealedLangevin(GridSolver):
     Between levels the state is rescaled by the ratio of `s`. NCSN's `a_i = e sigma_i^2 / sigma_L^2`
     is `step_size = e / sigma_L^2` (0.2 in the paper, with 100 steps a level; the default of 5 mixes
     far modes poorly). It samples each level's distribution up to the bias of the moves. The bias
-    falls with `step_size` and not with the number of levels: the method has no order. Levels must be
-    close together, since the moves cannot remove the noise of a distant level: use hundreds.
+    falls with `step_size` and not with the number of levels: the method has no order. Levels must
+    be close together, since the moves cannot remove the noise of a distant level: use hundreds.
 
     Cost: `steps` calls a level, and 1. Order: 0. Source: Song & Ermon, "NCSN" (2019), algorithm 1.
     """

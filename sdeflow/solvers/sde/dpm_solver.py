@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sdeflow._utils import math as _math
-from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.ode.dpm_solver import taylor_weights
-from sdeflow.solvers.ode.multistep import Multistep, check_p
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p
 from sdeflow.solvers.ode.weights import between, check_ratio, has_signal
 from sdeflow.solvers.sde.exponential import RateSolver, check_rate, ratio_weights
 
@@ -28,12 +27,15 @@ class SDEDPMSolverPP(RateSolver, Multistep):
     With `H = (1 + eta) h`, the moments `I_k(H)` (`weights.moment`) and the slopes `a` and `b` of
     the last two intervals, in units of the step (`a = (D - D_1) / r0`, `b = (D_1 - D_2) / r1`):
 
-        x_next = (sigma_next / sigma) e^{-eta h} x + s_next (I_0 D + correction) + sigma_next sqrt(1 - e^{-2 eta h}) z
+        x_next = (sigma_next / sigma) e^{-eta h} x + s_next (I_0 D + correction)
+                 + sigma_next sqrt(1 - e^{-2 eta h}) z
 
         p   as published                     exact_weights=True, the polynomial's own integral
         1   0                                0
         2   (I_0 / 2) a      (midpoint)      I_1 a                               (heun)
-        3   I_1 c1 + (I_2 / 2) c2            I_1 c1 + I_2 c2                     c2 = (a - b) / (r0 + r1), c1 = a + r0 c2
+        3   I_1 c1 + (I_2 / 2) c2            I_1 c1 + I_2 c2
+
+        with c2 = (a - b) / (r0 + r1) and c1 = a + r0 c2
 
     - `p`: predictions that are interpolated, 1, 2 or 3; the first steps have fewer.
     - `eta`: the rate of noise: 0 is DPM-Solver++, 1 the reverse SDE. It is k-diffusion's `eta`, and
@@ -58,9 +60,7 @@ class SDEDPMSolverPP(RateSolver, Multistep):
         check_p(self.p, 3, "SDE-DPM-Solver++")
         check_rate("eta", self.eta)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         midpoint = self.p == 2 and not self.exact_weights
         kappa = 1.0 if self.exact_weights else 0.5
         return taylor_weights("x0", nodes, t_next, midpoint, kappa, self.eta)

@@ -27,8 +27,9 @@ from sdeflow._utils.math import Scalar
 from sdeflow._utils.renamed import renamed
 from sdeflow.errors import unknown
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
-from sdeflow.solvers.ode.weights import has_signal, step_weights
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p, from_differences
+from sdeflow.solvers.ode.weights import step_weights
+from sdeflow.solvers.sde.exponential import rate_fall
 
 _LOG_10 = math.log(10.0)
 _POINTS = 32
@@ -78,7 +79,8 @@ class ERSDE(Multistep):
     With `r = phi_next / phi` and the differences of the predictions
     `D' = (D - D_1) / (nsr - nsr_1)` and `D'' = 2 (D' - D'_1) / (nsr - nsr_2)`:
 
-        x_next = (s_next / s) r x + s_next ((1 - r) D + k_1 D' + k_2 D'') + s_next sqrt(nsr_next^2 - r^2 nsr^2) z
+        x_next = (s_next / s) r x + s_next ((1 - r) D + k_1 D' + k_2 D'')
+                 + s_next sqrt(nsr_next^2 - r^2 nsr^2) z
         k_1    = nsr_next - nsr + phi_next int dn / phi(n)                from nsr_next to nsr
         k_2    = (nsr_next - nsr)^2 / 2 + phi_next int (n - nsr) / phi(n) dn
 
@@ -87,9 +89,9 @@ class ERSDE(Multistep):
       paper: `"ode"`, `"sde"`, `"sde_1"`: `n (e^{-1/n} + 10)`, `"sde_2"`: `n^1.5`, `"sde_3"`:
       `n^2.5`, `"sde_4"`: `n^0.9 log10(1 + 100 n^1.5)`, or its choice `"sde_5"`:
       `n (e^{n^0.3} + 10)`.
-    - `exact_weights`: with three predictions, take as `D'` the parabola's slope at the step's start,
-      `D' + (nsr - nsr_1) D'' / 2`, in place of the published difference, which is its slope half a
-      step before; `p=3` then is the exact polynomial.
+    - `exact_weights`: with three predictions, take as `D'` the parabola's slope at the step's
+      start, `D' + (nsr - nsr_1) D'' / 2`, in place of the published difference, which is its slope
+      half a step before; `p=3` then is the exact polynomial.
 
     The integrals are taken by a Gauss-Legendre rule; the published code sums 100 points, to about
     one percent.
@@ -126,9 +128,7 @@ class ERSDE(Multistep):
         """The power of nsr that the noise scale is, if it is one."""
         return POWERS.get(self.phi) if isinstance(self.phi, str) else float(self.phi)
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         whole = step_weights(t, t_next, self.delta(t, t_next))[1]
         if len(nodes) == 1:
             return [whole]
@@ -151,10 +151,8 @@ class ERSDE(Multistep):
 
     def delta(self, t: Level, t_next: Level) -> Scalar:
         """By how much `log(phi / nsr)` falls over the step."""
-        if not self.stochastic:
-            return 0.0
         if (power := self._power) is not None:
-            return (power - 1.0) * (t_next.lam - t.lam) if has_signal(t) else math.inf
+            return rate_fall(t, t_next, power - 1.0)
         return self._log_scale(t.nsr)[0] - self._log_scale(t_next.nsr)[0]
 
     def _moments(self, t: Level, t_next: Level) -> tuple[Scalar, Scalar]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from sdeflow._utils.checks import is_whole
 from sdeflow._utils.math import Scalar, value_of
 from sdeflow.process import Level, Process
-from sdeflow.solvers.ode.multistep import Multistep, check_p, from_differences
+from sdeflow.solvers.ode.multistep import Multistep, Weights, check_p, from_differences
 from sdeflow.solvers.ode.weights import adams, has_signal
 from sdeflow.solvers.sde.exponential import check_rate, rate_fall, rate_weights
 
@@ -23,7 +23,8 @@ class SASolver(Multistep):
     With `T = 1 + tau^2`, nodes and Lagrange polynomials in `lam`, the newest prediction among the
     corrector's:
 
-        x_next = (sigma_next / sigma) e^{-tau^2 h} x + sum_j b_j D_j + sigma_next sqrt(1 - e^{-2 tau^2 h}) z
+        x_next = (sigma_next / sigma) e^{-tau^2 h} x + sum_j b_j D_j
+                 + sigma_next sqrt(1 - e^{-2 tau^2 h}) z
         b_j    = s_next T int e^{-T (lam_next - l)} l_j(l) dl  over the step
 
     - `p`, `c`: predictions that the predictor and the corrector interpolate; `c=0` for no
@@ -109,9 +110,7 @@ class SASolver(Multistep):
     def delta(self, t: Level, t_next: Level) -> Scalar:
         return rate_fall(t, t_next, self.rate(t_next))
 
-    def weights(
-        self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process
-    ) -> Sequence[Scalar]:
+    def weights(self, nodes: Sequence[Level], t: Level, t_next: Level, process: Process) -> Weights:
         rate = self.rate(t_next)
         whole = rate_weights(t, t_next, rate)[1]
         if not has_signal(t, t_next):

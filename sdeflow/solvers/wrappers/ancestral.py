@@ -13,9 +13,9 @@ from sdeflow._utils.math import value_of
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.ode.ddim import DDIM, ancestral_ratio
+from sdeflow.solvers.ode.ddim import DDIM, ancestral_shares, from_pure_noise
 from sdeflow.solvers.ode.weights import has_signal
-from sdeflow.solvers.wrappers.base import Stepwise, from_pure_noise
+from sdeflow.solvers.wrappers.base import Stepwise
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Ancestral(Stepwise):
     r"""Ancestral sampling around any solver of the ODE: step down past the next level, then add
     noise up to it.
 
-        nsr_down = nsr_next sqrt(1 - eta^2 (1 - nsr_next^2 / nsr^2)),  nsr_up^2 = nsr_next^2 - nsr_down^2
+        nsr_down = nsr_next sqrt(1 - eta^2 (1 - nsr_next^2 / nsr^2))
+        nsr_up^2 = nsr_next^2 - nsr_down^2
         x_next = s_next / s_down (step of `solver` from nsr to nsr_down) + s_next s_noise nsr_up z
 
     Around `DDIM()` (Euler's method in the clock nsr) this is `DDIM(eta)`, and `DDPM` at `eta=1`.
@@ -65,11 +66,8 @@ class Ancestral(Stepwise):
         if not has_signal(t):
             calls = self.one_step_calls
             return from_pure_noise(reverse, x, t, t_next, calls, self._scaled(noise), self.eta)
-        ratio = ancestral_ratio(t, t_next)
-        share = (
-            ratio if self.eta == 1.0 else _math.sqrt(1.0 - self.eta**2 + (self.eta * ratio) ** 2)
-        )
-        up = self.eta * t_next.sigma * _math.sqrt((1.0 - ratio) * (1.0 + ratio))
+        share, spread = ancestral_shares(t, t_next, self.eta)
+        up = t_next.sigma * spread
         down = reverse.level_of_lam(t_next.lam - _math.log(share))
         if abs(value_of(down.lam) - value_of(t_next.lam) + math.log(value_of(share))) > 1e-9:
             down, up = self._beyond(reverse.process, down, t_next, share, up)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sdeflow._utils.math import sqrt
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
-from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.ddim import from_pure_noise
 from sdeflow.solvers.ode.runge_kutta import RungeKutta
 from sdeflow.solvers.ode.weights import has_signal
 
@@ -113,23 +108,6 @@ class Stepwise(Nested):
     def finish(self, reverse: Reverse, x: Any, t: Level, noise: Any, state: Any) -> Any:
         inner = self.solver.start(0) if self.active else state
         return self.solver.finish(reverse, x, t, noise, inner)
-
-
-def from_pure_noise(
-    reverse: Reverse, x: Any, t: Level, t_next: Level, calls: int, noise: Any, eta: float = 0.0
-) -> Any:
-    """The way from a level where no signal is left, in `calls` steps of `DDIM(eta)`, evenly spaced
-    in the angle `atan nsr`.
-    """
-    flows = isinstance(t_next.s, Tensor)  # gradients, through the levels between too
-    end: Any = torch.atan2(t_next.sigma, t_next.s) if flows else math.atan2(t_next.sigma, t_next.s)
-    angles = [math.pi / 2 + (end - math.pi / 2) * k / calls for k in range(1, calls)]
-    lams = [
-        -torch.log(torch.tan(angle)) if flows else -math.log(math.tan(angle)) for angle in angles
-    ]
-    for a, b in pairwise([t, *map(reverse.level_of_lam, lams), t_next]):
-        x, _ = DDIM(eta).step(reverse, reverse.materialise(x), a, b, noise, None)
-    return x
 
 
 def noised(x: Any, t: Level, up: Level, s_noise: float, noise: Any) -> Any:

@@ -23,19 +23,21 @@ class Churn(Stepwise):
     r"""EDM's stochastic sampler around any solver: raise the noise by a factor `1 + gamma`, then
     step from there.
 
-        nsr_up = (1 + gamma) nsr,  gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= nsr <= s_tmax, else 0
-        x_up = (s_up / s) x + s_up s_noise sqrt(nsr_up^2 - nsr^2) z,  then a step of `solver` from nsr_up to nsr_next
+        nsr_up = (1 + gamma) nsr
+        gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= nsr <= s_tmax, else 0
+        x_up = (s_up / s) x + s_up s_noise sqrt(nsr_up^2 - nsr^2) z
+        then a step of `solver` from nsr_up to nsr_next
 
-    `N` is the number of levels: it counts the steps, the last one to zero noise included, as EDM and
-    k-diffusion do. All levels are in units of the signal and mean the same under every process. The
-    noise is never raised beyond `t_max`, where the network's range ends; a step from `t_max` itself
-    adds none. Each step is a solve of its own, so that a multistep method takes only first steps.
-    From a level without signal the steps are DDIM's, as many as the solver makes calls. With
+    `N` is the number of levels: it counts the steps, the last one to zero noise included, as EDM
+    and k-diffusion do. All levels are in units of the signal and mean the same under every process.
+    The noise is never raised beyond `t_max`, where the network's range ends; a step from `t_max`
+    itself adds none. Each step is a solve of its own, so that a multistep method takes only first
+    steps. From a level without signal the steps are DDIM's, as many as the solver makes calls. With
     `s_churn=0` the solver is `solver`, bit for bit.
 
     The defaults are EDM's for ImageNet-64, except for its `s_noise=1.003`. For CIFAR-10 EDM takes
-    `s_churn` of 30 or 80, `s_tmax=1` and `s_noise=1.007`. An `s_noise` slightly above 1 makes up for
-    the detail that an imperfect network removes. With an exact denoiser it is a bias.
+    `s_churn` of 30 or 80, `s_tmax=1` and `s_noise=1.007`. An `s_noise` slightly above 1 makes up
+    for the detail that an imperfect network removes. With an exact denoiser it is a bias.
 
     Cost: that of `solver`. Weak order: that of `solver`, where it needs no past; 0 unless
     `s_noise=1`, a bias that no grid removes. Source: Karras et al. (2022), algorithm 2 and section

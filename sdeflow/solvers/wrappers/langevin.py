@@ -19,10 +19,10 @@ class Langevin(Nested):
     r"""Predictor-corrector: `steps` Langevin moves at each level, then a step of `solver`.
 
     A move is `x += e score + sqrt(2 e) z` with `e = 2 (snr sigma)^2`. The paper takes
-    `e = 2 (snr |z| / |score|)^2`, with norms averaged over the batch. Here `sigma`, its expectation,
-    stands for `|z| / |score|`: the step is linear, and no sample depends on its batch. The moves
-    leave each level's distribution in place up to a bias. The bias falls with `snr` and not with the
-    grid, so that the order is 0.
+    `e = 2 (snr |z| / |score|)^2`, with norms averaged over the batch. Here `sigma`, its
+    expectation, stands for `|z| / |score|`: the step is linear, and no sample depends on its batch.
+    The moves leave each level's distribution in place up to a bias. The bias falls with `snr` and
+    not with the grid, so that the order is 0.
 
     Cost: `steps` more calls a step. Order: 0. Source: Song et al. (2021), algorithms 2-5;
     `snr=0.16` is their choice for CIFAR-10.

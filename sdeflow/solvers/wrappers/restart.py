@@ -16,9 +16,10 @@ from sdeflow.errors import GridError
 from sdeflow.process import Level
 from sdeflow.reverse import Reverse
 from sdeflow.solvers.base import GridSolver
+from sdeflow.solvers.ode.ddim import from_pure_noise
 from sdeflow.solvers.ode.runge_kutta import Heun
 from sdeflow.solvers.ode.weights import has_signal
-from sdeflow.solvers.wrappers.base import Nested, from_pure_noise, independent, noised
+from sdeflow.solvers.wrappers.base import Nested, independent, noised
 
 Interval = tuple[int, int, float, float]
 """`(steps, repeats, nsr_min, nsr_max)`."""
@@ -29,10 +30,11 @@ class Restart(Nested):
     r"""Restart sampling around any solver: `repeats` times, noise from `nsr_min` up to `nsr_max`,
     and down again in `steps` steps.
 
-        x_up = (s_up / s) x + s_up s_noise sqrt(nsr_max^2 - nsr^2) z,  then `solver` from nsr_max to nsr over `steps` steps
+        x_up = (s_up / s) x + s_up s_noise sqrt(nsr_max^2 - nsr^2) z
+        then `solver` from nsr_max to nsr over `steps` steps
 
-    The way up follows the forward process exactly. A correct marginal stays correct, and errors made
-    above shrink.
+    The way up follows the forward process exactly. A correct marginal stays correct, and errors
+    made above shrink.
 
     - `intervals`: each is `(steps, repeats, nsr_min, nsr_max)`. It is entered at the level of the
       grid that is nearest to `nsr_min` and below `nsr_max`. The paper's code counts points: its
@@ -40,9 +42,9 @@ class Restart(Nested):
     - `rho`: the levels of the passes are uniform in `nsr^(1/rho)`.
     - `s_noise`: as in `Churn`.
 
-    A multistep method forgets its predictions at each restart. After the last pass it continues down
-    the grid with the predictions of that pass. Every grid of two levels or more makes every pass, so
-    that the cost is known in advance.
+    A multistep method forgets its predictions at each restart. After the last pass it continues
+    down the grid with the predictions of that pass. Every grid of two levels or more makes every
+    pass, so that the cost is known in advance.
 
     Errors: `GridError` for a grid that starts below `nsr_min` or ends above `nsr_max`, and for a
     process that does not reach `nsr_max`. `ValueError` for a solver whose steps differ in cost.
