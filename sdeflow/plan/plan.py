@@ -460,7 +460,8 @@ class Plan:
         instead of writing into buffers. `on_call(k, call, input, x0)` is called after each network
         call; it may keep both, and change neither. A network may return its own input, or one
         tensor at every call. One that alternates between several is a `SolverError` where the solver
-        still needs what was overwritten. `networks` are the denoisers at the calls' times, if `reverse.calls(plan.times, x)` has prepared them already.
+        still needs what was overwritten. `networks` are the denoisers at the calls' times, if
+        `reverse.calls(plan.times, x)` has prepared them already.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())
