@@ -159,12 +159,11 @@ def log_likelihood(
     denoiser = as_denoiser(model, None if process is None else registry.process(process))
     one_of("divergence", divergence, ("exact", "hutchinson", "hutch++"))
     one_of("dequantise", dequantise, (None, "uniform", "truncated_normal"))
-    chosen = solver
     if solver is None:
-        chosen = RK45(rtol=1e-5, atol=1e-5) if nfe is None else FEW_CALLS
+        solver = RK45(rtol=1e-5, atol=1e-5) if nfe is None else FEW_CALLS
         if nfe is not None and grid is None:
             grid = few_calls
-    method = registry.solver(chosen).for_denoiser(denoiser)
+    method = registry.solver(solver).for_denoiser(denoiser)
     if not method.reversible:
         raise ValueError(
             f"{type(method).__name__} draws noise: a likelihood needs a solver of the ODE, such as"
