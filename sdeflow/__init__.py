@@ -36,6 +36,7 @@ from sdeflow.errors import (
     SolverError,
     UnknownNameError,
 )
+from sdeflow.likelihood import Bound, LogLikelihood, log_likelihood, variational_bound
 from sdeflow.models.checkpoint import load
 from sdeflow.noise import BrownianNoise, Noise, SeededNoise
 from sdeflow.plan.check import PlanReport
@@ -49,11 +50,13 @@ from sdeflow.process import (
     FromBetas,
     FromSDE,
     FromTable,
+    LearnedBetas,
     Level,
     Process,
     RectifiedFlow,
     Reversed,
     SubVP,
+    betas,
 )
 from sdeflow.reverse import Reverse
 from sdeflow.sampling.api import Step, encode, sample, solve
@@ -78,6 +81,7 @@ from sdeflow.solvers.sde.adams import StochasticAdams
 from sdeflow.solvers.sde.classic import DDPM, AnnealedLangevin, EulerMaruyama
 from sdeflow.solvers.sde.dpm_solver import SDEDPMSolverPP, SDEDPMSolverPPSingle
 from sdeflow.solvers.sde.er_sde import ERSDE
+from sdeflow.solvers.sde.optimal import Optimal
 from sdeflow.solvers.sde.sa_solver import SASolver
 from sdeflow.solvers.sde.seeds import SEEDS
 from sdeflow.solvers.wrappers.ancestral import Ancestral
@@ -108,6 +112,7 @@ __all__ = [
     "Auto",
     "BinaryEmpirical",
     "BinomialProcess",
+    "Bound",
     "BrownianNoise",
     "BudgetError",
     "CapturedSolve",
@@ -139,11 +144,14 @@ __all__ = [
     "Heun",
     "IPNDMv",
     "Langevin",
+    "LearnedBetas",
     "Level",
+    "LogLikelihood",
     "Midpoint",
     "MissingExtraError",
     "Noise",
     "NonFiniteError",
+    "Optimal",
     "OutOfMemoryError",
     "PerSample",
     "Plan",
@@ -176,15 +184,18 @@ __all__ = [
     "Unrolled",
     "Wrapper",
     "__version__",
+    "betas",
     "encode",
     "gits",
     "grid",
     "harmonic_betas",
     "load",
+    "log_likelihood",
     "sample",
     "simulate",
     "slerp",
     "solve",
+    "variational_bound",
 ]
 
 moved.install()

@@ -128,6 +128,12 @@ class Reverse:
         self.spent.add(self.denoiser, self.condition, t.reshape(-1), together=True)
         return self.denoiser(x, t, **self.condition)
 
+    def predict(self, x: Tensor, t: Level) -> tuple[Tensor, ...]:
+        """All that the denoiser says of a state, `x0` first: `Denoiser.outputs` names it."""
+        time = torch.as_tensor(t.t, dtype=torch.float64)
+        self.spent.add(self.denoiser, self.condition, time.reshape(-1), together=True)
+        return self.denoiser.predict(x, time, **self.condition)
+
     def count(self, times: Tensor) -> None:
         """Count one call of the denoiser at each of `times`, made by someone else."""
         self.spent.add(self.denoiser, self.condition, times)

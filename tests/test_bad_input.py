@@ -164,7 +164,7 @@ def test_what_a_model_predicts_is_not_guessed(
         (lambda: Process.from_betas([]), ValueError, "betas"),
         (lambda: Process.from_sde(lambda t: -1 / (1 - t), lambda t: t), ValueError, "f.1. = -inf"),
         (lambda: Process.from_sde(lambda t: 0 * t, lambda t: t - 0.5), ValueError, "g2"),
-        (lambda: DDIM(eta=1.5), ValueError, "eta"),
+        (lambda: DDIM(eta=-1.5), ValueError, "eta"),
         (lambda: DDPM("medium"), UnknownNameError, "small"),
         (lambda: Heun(clock="sigma"), UnknownNameError, "lam, nsr, t"),
         (lambda: AnnealedLangevin(steps=0), ValueError, "steps >= 1"),

@@ -24,7 +24,7 @@ plan
 solvers
 registry
 sampling
-tuning training generate
+tuning training generate likelihood
 evaluation
 cli
 __init__ __main__

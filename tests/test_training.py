@@ -155,6 +155,34 @@ def test_impossible_losses_are_told(change: dict[str, float]) -> None:
         EDMLoss(**change)
 
 
+def test_a_denoiser_s_loss_is_that_of_its_network_bit_for_bit() -> None:
+    """Noise levels, noise and labels are drawn in this order: a seed trains as it did."""
+    network, x0 = unet().eval(), torch.randn(6, 3, 8, 8)
+    label, loss = torch.arange(6) % 3, EDMLoss(label_dropout=0.5, null_label=3)
+    generator = torch.Generator().manual_seed(3)
+    nsr = loss.nsr(6, generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    expected = loss.at(network, x0, nsr, eps, loss.labels(label, generator))
+    generator.manual_seed(3)
+    found = loss(Preconditioned(network), x0, generator=generator, label=label)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("loss", ["flow", "min_snr"])
+def test_another_loss_trains_and_cannot_change_on_the_way(
+    loss: str, tmp_path: Path, data: Path
+) -> None:
+    out = tmp_path / "run"
+    settings = replace(config(out, 2), loss=loss)
+    result = train(settings, data)
+    assert result.finished
+    assert math.isfinite(result.loss)
+    described = settings.objective.describe()
+    assert ("FlowMatching" if loss == "flow" else "MinSNR") in described
+    with pytest.raises(CheckpointError, match="not edm"):
+        train(replace(config(out, 4), loss="edm"), data, resume=True)
+
+
 # ------------------------------------------------------------------------------------- the settings
 
 

@@ -368,13 +368,14 @@ def loss_of(
     """The training loss over all of `images`, each once, with its label and unflipped; the noise is
     the same for all networks.
     """
-    loss = replace(config.loss, label_dropout=0.0)
+    loss = replace(config.objective, label_dropout=0.0)
     generator = torch.Generator(device).manual_seed(0)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for indices in torch.arange(images.count).split(config.batch_size):
         x0, label = prepared(images.get(indices).to(device)), images.labels[indices].to(device)  # type: ignore[index]
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            total += loss(network, x0, label, generator).double().sum()
+            model = Preconditioned(network, config.sigma_data)
+            total += loss(model, x0, generator=generator, label=label).double().sum()
     return float(total) / images.count
 
 

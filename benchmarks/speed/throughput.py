@@ -274,7 +274,10 @@ def train_rows(names: list[str], batch: int = 256) -> tuple[list[list[Any]], dic
             generator: Any = generator, loss_of: Any = loss_of,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             with torch.autocast("cuda", torch.bfloat16):
-                loss = loss_of(called, prepared_pixels(x, generator), y, generator).mean()
+                model = Preconditioned(called)
+                given = {} if y is None else {"label": y}
+                x0 = prepared_pixels(x, generator)
+                loss = loss_of(model, x0, generator=generator, **given).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
             optimiser.step()

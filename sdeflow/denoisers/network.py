@@ -78,6 +78,9 @@ class Network(Denoiser):
     about.
     """
 
+    channels: int = 1
+    """How many times the channels of a state the network returns."""
+
     def __init__(
         self,
         network: Callable[..., Tensor],
@@ -136,14 +139,18 @@ class Network(Denoiser):
         return affine
 
     def __call__(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> Tensor:
+        skip, out, scale, time = self._placed(x, t)
+        return skip * x + out * self._run(x * scale, time, condition, self.dtype)
+
+    def _placed(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four numbers, shaped to multiply `x`, and the network's times."""
         t = as_time(t).to("cpu", torch.float64)
         # A time a sample: rounded the same way whatever the batch (see `_math.batch_invariant`).
         numbers = self.numbers(t if t.ndim == 0 else torch.cat([t, t[-1:].expand(-len(t) % 16)]))
         if t.ndim:
             numbers = Affine(*(c[: len(t)] if c.ndim else c for c in numbers))
         skip, out, scale = (expand(c, x) for c in numbers[:3])
-        time = self._network_time(numbers.time, x)
-        return skip * x + out * self._run(x * scale, time, condition, self.dtype)
+        return skip, out, scale, self._network_time(numbers.time, x)
 
     def at(
         self, times: Tensor, x: Tensor, /, **condition: Any
@@ -196,6 +203,15 @@ class Network(Denoiser):
     def _run(
         self, x: Tensor, time: Tensor, condition: dict[str, Any], dtype: torch.dtype | None
     ) -> Tensor:
+        output = self._output(x, time, condition, dtype)
+        return output if self.channels == 1 else output[:, : x.shape[1]]
+
+    def _output(
+        self, x: Tensor, time: Tensor, condition: dict[str, Any], dtype: torch.dtype | None
+    ) -> Tensor:
+        """All that the network returns, `channels` times the channels of `x`, in the dtype of
+        `x`.
+        """
         try:
             output = self.network(
                 x if dtype is None or dtype == x.dtype else x.to(dtype), time, **condition
@@ -208,8 +224,11 @@ class Network(Denoiser):
                 " gradients: write `with torch.enable_grad():` in it, and there"
                 " `x = x.detach().requires_grad_()`"
             ) from error
-        if not isinstance(output, Tensor) or output.shape != x.shape:
-            raise ValueError(_misfit(self.network, output, x))
+        expected = x.shape
+        if self.channels != 1:
+            expected = torch.Size((x.shape[0], self.channels * x.shape[1], *x.shape[2:]))
+        if not isinstance(output, Tensor) or output.shape != expected:
+            raise ValueError(_misfit(self.network, output, x, self.channels))
         if not output.is_floating_point():
             raise ValueError(
                 f"{_name(self.network)} returned {output.dtype}; it must return floating-point"
@@ -282,15 +301,16 @@ def _check_signature(network: Callable[..., Any]) -> None:
         )
 
 
-def _misfit(network: Callable[..., Any], output: Any, x: Tensor) -> str:
+def _misfit(network: Callable[..., Any], output: Any, x: Tensor, channels: int = 1) -> str:
     """What is wrong with an output that is no tensor, or not of the shape of the state."""
     hint = ""
     if isinstance(output, Tensor):
         got = f"shape {tuple(output.shape)}"
-        if x.ndim > 1 and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+        double = x.ndim > 1 and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]
+        if channels == 1 and double:
             hint = (
-                "; twice the channels is a learned variance: wrap the network so that it returns"
-                " the first half"
+                "; twice the channels is a learned variance: Prediction(..., learned_variance=True)"
+                " reads it"
             )
     else:
         got = type(output).__name__
@@ -309,9 +329,10 @@ def _misfit(network: Callable[..., Any], output: Any, x: Tensor) -> str:
                 f": take {within} of it, in a function (or module) `def network(x, t, **condition):"
                 f" return {_name(network).removeprefix('the network ')}(x, t, **condition){within}`"
             )
+    must = "the same shape" if channels == 1 else "twice the channels, for learned_variance=True"
     return (
         f"{_name(network)} returned {got} for a state of shape {tuple(x.shape)}; it must return"
-        f" the same shape{hint}"
+        f" {must}{hint}"
     )
 
 
@@ -331,6 +352,13 @@ class Prediction(Network):
 
         Prediction(unet, "eps", Process.from_betas(betas), time="index", shape=(3, 32, 32))
 
+    `learned_variance=True` is for a network that returns twice the channels, `[B, 2 C, ...]`. The
+    first half predicts, the second half `w` says the variance of a step of the chain: with
+    `fraction = (w + 1) / 2`, `log variance = fraction log beta + (1 - fraction) log beta_tilde`,
+    between the variances "large" and "small" of `DDPM`. `predict` then returns `(x0, fraction)`,
+    `outputs` is `("x0", "fraction")`, and `DDPM(variance="learned")` samples with it. All other
+    solvers use `x0` alone. Source: Nichol & Dhariwal 2021, equation 15.
+
     Errors: `ValueError` for an unknown prediction, for `time="index"` without a table and a table
     without `time`, for eps or the score of a table that ends without signal; in a call, for an
     output of another shape or a level where the prediction does not determine x0. `TypeError` for
@@ -347,6 +375,7 @@ class Prediction(Network):
         nsr_range: tuple[float, float] | None = None,
         shape: Sequence[int] | None = None,
         data_std: float | None = None,
+        learned_variance: bool = False,
     ):
         predicts = _ALSO.get(predicts, predicts)  # type: ignore[assignment]
         if predicts not in get_args(Parametrisation):
@@ -379,12 +408,22 @@ class Prediction(Network):
         if data_std is not None:
             self.data_std = positive_number("data_std", data_std)
         self.predicts, self.time = predicts, time
+        if learned_variance:
+            self.channels, self.outputs = 2, ("x0", "fraction")
 
     def __repr__(self) -> str:
         return (
             f"Prediction({type(self.network).__name__}, {self.predicts!r},"
             f" {type(self.native).__name__})"
         )
+
+    def predict(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> tuple[Tensor, ...]:
+        """`(x0,)`; with a learned variance `(x0, fraction)`, both of the shape of `x`."""
+        if self.channels == 1:
+            return (self(x, t, **condition),)
+        skip, out, scale, time = self._placed(x, t)
+        output, w = self._output(x * scale, time, condition, self.dtype).chunk(2, 1)
+        return skip * x + out * output, (w + 1.0) / 2.0
 
     def affine(self, t: Tensor) -> Affine:
         s, sigma = self.native.kernel(t)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,12 +100,20 @@ class Projected(Wrapper):
                 f" {projection!r}"
             )
         self.projection = projection
+        self.outputs = denoiser.outputs
 
     def __repr__(self) -> str:
         return f"Projected({self.inner!r}, {self.projection!r})"
 
     def combine(self, calls: Sequence[Prepared], x: Tensor, t: Tensor) -> Tensor:
-        x0 = calls[0](x)
+        return self._project(calls[0](x))
+
+    def predict(self, x: Tensor, t: float | Tensor, /, **condition: Any) -> tuple[Tensor, ...]:
+        """What the denoiser says, with `x0` projected."""
+        x0, *others = self.inner.predict(x, t, **condition)
+        return (self._project(x0), *others)
+
+    def _project(self, x0: Tensor) -> Tensor:
         projected = self.projection(x0)
         if not isinstance(projected, Tensor) or projected.shape != x0.shape:
             raise ValueError(

@@ -148,6 +148,13 @@ class Trace(Reverse):
         self.instructions.append(Call(out, given, t.t, t.s, t.sigma))
         return Operand({out: 1.0})
 
+    def predict(self, x: Any, t: Level) -> tuple[Any, ...]:
+        """An error: a call of a plan has one prediction, x0."""
+        raise SolverError(
+            "a step asked for more than x0 of the network, such as a learned variance: a plan holds"
+            " one prediction a call; sample with this solver by itself, without a plan"
+        )
+
     def draw(self, t: Level | None = None, t_next: Level | None = None) -> Operand:
         """A standard normal: between two levels, or independent."""
         out = self._new()

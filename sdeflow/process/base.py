@@ -269,6 +269,63 @@ class Process(ABC):
         s, sigma = self.kernel(t)
         return expand(s, x0) * x0 + expand(sigma, x0) * eps
 
+    def transition(self, t: float | Tensor, t_noisier: float | Tensor) -> tuple[Tensor, Tensor]:
+        r"""`(scale, std)` of the kernel between two times:
+        `x(t_noisier) | x(t) ~ N(scale x(t), std^2 I)`, float64.
+
+        `scale = s_noisier / s` and, with `ratio = nsr / nsr_noisier`,
+        `std^2 = sigma_noisier^2 (1 - ratio^2) = sigma_noisier^2 - scale^2 sigma^2`. On consecutive
+        entries of a table of betas these are `sqrt(1 - beta)` and `sqrt(beta)`. The times are
+        numbers, or tensors of one shape.
+
+        Errors: `ValueError` where `t_noisier < t`, or from a time at which no signal is left.
+        Source: Ho et al. (2020), equation 2, between any two times.
+        """
+        early, late = torch.broadcast_tensors(as_time(t), as_time(t_noisier))
+        if bool((late < early).any()):
+            raise ValueError(
+                "a transition goes from t to a noisier time, t_noisier >= t; got"
+                f" t={early.tolist()} and t_noisier={late.tolist()}: the way back is posterior"
+            )
+        (s, sigma), (s_late, sigma_late) = self.kernel(early), self.kernel(late)
+        same = early == late
+        if bool(((s == 0.0) & ~same).any()):
+            raise ValueError("no transition starts where no signal is left (s = 0)")
+        safe = torch.where(same, torch.ones_like(s), s)
+        scale = torch.where(same, torch.ones_like(s), s_late / safe)
+        ratio = torch.where(same, torch.ones_like(s), sigma * s_late / (safe * sigma_late))
+        return scale, sigma_late * ((1.0 - ratio) * (1.0 + ratio)).clamp_min(0.0).sqrt()
+
+    def posterior(
+        self, x: Tensor, x0: Tensor, t: float | Tensor, t_next: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""`(mean, std)` of `x(t_next)` given `x` at the noisier time `t` and `x0`: the forward
+        process seen backwards, `x(t_next) | x, x0 ~ N(mean, std^2 I)`.
+
+        With `ratio = nsr_next / nsr`:
+        `mean = (sigma_next / sigma) ratio x + s_next (1 - ratio^2) x0` and
+        `std^2 = sigma_next^2 (1 - ratio^2)`. On consecutive entries of a table of betas this is
+        DDPM's posterior, and `std^2` its beta-tilde. `mean` has the shape of `x`; `std` is float64,
+        one number or one a sample, as the times are.
+
+        Errors: `ValueError` where `t_next > t`. Source: Ho et al. (2020), equations 6 and 7.
+        """
+        late, early = torch.broadcast_tensors(as_time(t), as_time(t_next))
+        if bool((early > late).any()):
+            raise ValueError(
+                "the posterior goes from t to a time with less noise, t_next <= t; got"
+                f" t={late.tolist()} and t_next={early.tolist()}: towards noise it is transition,"
+                " which does not depend on x0"
+            )
+        (s, sigma), (s_next, sigma_next) = self.kernel(late), self.kernel(early)
+        same = early == late
+        one = torch.ones_like(sigma)
+        noise = torch.where(same, one, sigma)
+        ratio = torch.where(same, one, sigma_next * s / (torch.where(same, one, s_next) * noise))
+        lost = ((1.0 - ratio) * (1.0 + ratio)).clamp_min(0.0)
+        keep = torch.where(same, one, sigma_next / noise * ratio)
+        return expand(keep, x) * x + expand(s_next * lost, x) * x0, sigma_next * lost.sqrt()
+
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Drift `f(t) x` of the forward SDE $dx = f x dt + g dw$."""
         return expand(self.f(t), x) * x

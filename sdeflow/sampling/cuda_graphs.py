@@ -166,10 +166,9 @@ def refusal(
     if request.requires_grad:
         return "gradients are to flow through it"
     if not isinstance(method, Plan) and not is_planned(method):
-        return (
-            f"{type(method).__name__} looks at the state to choose its steps, so that it has no"
-            " plan to capture"
-        )
+        why = getattr(method, "without_plan", None)
+        why = why or f"{type(method).__name__} looks at the state to choose its steps"
+        return f"{why}, so that it has no plan to capture"
     for name, value in condition.items():
         if not isinstance(value, Tensor) and not _plain(value):
             return (
@@ -181,7 +180,7 @@ def refusal(
 
 def is_planned(method: Solver) -> bool:
     """Whether a solver is executed as a plan, and does nothing else."""
-    return isinstance(method, GridSolver) and type(method).integrate is GridSolver.integrate
+    return isinstance(method, GridSolver) and method.without_plan is None
 
 
 # ----------------------------------------------------------------------- what is fixed at a capture

@@ -249,6 +249,13 @@ class GridSolver(Solver):
 
     # ----------------------------------------------------------------------------------------------
 
+    @property
+    def without_plan(self) -> str | None:
+        """Why this solver has no plan, in words; None where it has one."""
+        if type(self).integrate is GridSolver.integrate:
+            return None
+        return f"{type(self).__name__} looks at the state to choose its steps"
+
     def plan(
         self,
         process: Process,

@@ -244,7 +244,7 @@ def card(trainer: Trainer, images: Images) -> dict[str, Any]:
         "runs": trainer.runs,
         **begun,
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
-        "loss": config.loss.describe(),
+        "loss": config.objective.describe(),
         "settings": config.to_dict(),
         "date": datetime.now(UTC).date().isoformat(),
     }

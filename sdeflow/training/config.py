@@ -9,10 +9,32 @@ from typing import Any
 
 from sdeflow._utils.checks import one_of, positive_number
 from sdeflow._utils.options import option
-from sdeflow.losses import EDMLoss
+from sdeflow.losses import (
+    P2,
+    EDMLoss,
+    FlowMatching,
+    LabelDropout,
+    Loss,
+    MinSNR,
+    Simple,
+)
 from sdeflow.models import UNetConfig
+from sdeflow.process import VP, RectifiedFlow
 
 LENGTH, MACHINE = "Length and optimizer", "Machine and files"
+
+LOSSES: dict[str, Loss] = {
+    "eps": Simple("eps", path=VP(), stratified=True),
+    "x0": Simple("x0", path=VP(), stratified=True),
+    "v": Simple("v", path=VP(), stratified=True),
+    "flow": FlowMatching(path=RectifiedFlow(), stratified=True),
+    "min_snr": Simple(weight=MinSNR(5.0), path=VP(), stratified=True),
+    "p2": Simple(weight=P2(), path=VP(), stratified=True),
+}
+"""What `--loss` names beside "edm". The network stands behind EDM's preconditioning in all of them:
+a loss chooses the weight of each noise level, and how often it is drawn (uniformly over the time of
+VP or of rectified flow, within the network's range of noise).
+"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,9 @@ class TrainConfig:
     beta2: float = 0.99
     weight_decay: float = 0.0
     grad_clip: float = option(1.0, "Largest norm of the gradients", LENGTH)
+    loss: str = option(
+        "edm", "edm, eps, x0, v, flow, min_snr or p2: weight and distribution of noise", LENGTH
+    )
     ema: int = option(500_000, "Half-life of the average, in images", LENGTH)
     ema_warmup: float = 0.05
     nsr_mean: float = -1.2
@@ -84,6 +109,7 @@ class TrainConfig:
         for name in ("images", "batch_size", "log_steps", "ema", "ema_warmup", "lr", "grad_clip"):
             positive_number(f"TrainConfig: {name}", getattr(self, name))
         one_of("TrainConfig: schedule", self.schedule, ("cosine", "linear", "constant"))
+        one_of("TrainConfig: loss", self.loss, ("edm", *LOSSES))
         one_of("TrainConfig: precision", self.precision, ("auto", "bf16", "float32"))
 
     @property
@@ -92,9 +118,12 @@ class TrainConfig:
         return math.ceil(self.images / self.batch_size)
 
     @property
-    def loss(self) -> EDMLoss:
+    def objective(self) -> Loss:
         """The loss that the network is trained with."""
         null = self.model.num_classes or None
+        if self.loss != "edm":
+            chosen = LOSSES[self.loss]
+            return chosen if null is None else LabelDropout(chosen, null, self.label_dropout)
         return EDMLoss(self.nsr_mean, self.nsr_std, self.sigma_data, self.label_dropout, null)
 
     def lr_at(self, step: int) -> float:

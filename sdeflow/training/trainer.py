@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdeflow._utils import distributed
 from sdeflow._utils.checks import differing
+from sdeflow.denoisers import Preconditioned
 from sdeflow.errors import CheckpointError, NonFiniteError
 from sdeflow.images.datasets import Stream, mix, prepared
 from sdeflow.models import EMA, UNet
@@ -25,7 +26,7 @@ from sdeflow.training.cuda_graph import GraphedStep, Work
 STATE_FORMAT = "sdeflow-training-1"
 FIXED = (
     *("model", "batch_size", "seed", "flip", "nsr_mean", "nsr_std", "sigma_data"),
-    *("label_dropout", "split", "size", "init"),
+    *("loss", "label_dropout", "split", "size", "init"),
 )
 """Settings that cannot change during a training: with others it would be another one."""
 
@@ -91,6 +92,7 @@ class Trainer:
         ]
         self.gradients = Gradients(self.network)
         self.generator = torch.Generator(device)
+        self.objective = config.objective
         gpu = device.type == "cuda"
         # On a GPU the learning rate is a tensor, which a CUDA graph can read.
         self.optimizer = torch.optim.AdamW(
@@ -168,7 +170,9 @@ class Trainer:
         """
         x0 = prepared(pixels, self.generator if self.config.flip else None)
         with self.autocast():
-            loss = self.config.loss(self.forward, x0, label, self.generator).mean()
+            model = Preconditioned(self.forward, self.config.sigma_data)
+            condition = {} if label is None else {"label": label}
+            loss = self.objective(model, x0, generator=self.generator, **condition).mean()
         loss.backward()
         norm = self.gradients.collect(self.config.grad_clip)
         self.optimizer.step()

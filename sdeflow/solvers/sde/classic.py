@@ -2,14 +2,27 @@ r"""Solvers of the reverse SDE, and Langevin sampling at falling noise."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from sdeflow._utils import math as _math
-from sdeflow.process import Level
+from sdeflow._utils.math import value_of
+from sdeflow.errors import SolverError, unknown
+from sdeflow.noise import Noise
+from sdeflow.plan.execute import OnCall
+from sdeflow.plan.instructions import Call
+from sdeflow.plan.plan import Plan
+from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import GridSolver
+from sdeflow.solvers.base import GridSolver, Solution, check_levels, check_times
 from sdeflow.solvers.ode.ddim import ancestral_shares
+from sdeflow.solvers.sde.optimal import Optimal
 
 
 @dataclass(frozen=True)
@@ -48,29 +61,139 @@ class DDPM(GridSolver):
     and `x0`, plus noise.
 
     With `u` the posterior's standard deviation, `u^2 = sigma_next^2 (1 - nsr_next^2 / nsr^2)`:
-    `x_next = s_next x0 + sqrt(sigma_next^2 - u^2) eps + u z`. `variance="large"` draws the noise of
-    the forward step instead, `u^2 = sigma^2 - (s / s_next)^2 sigma_next^2` (beta on consecutive
-    entries of a table), which suits only many small steps.
+    `x_next = s_next x0 + sqrt(sigma_next^2 - u^2) eps + v z`. `variance` says what `v` is:
 
-    Cost: 1 call a step. Weak order: 1. Source: Ho et al. (2020), algorithm 2 and section 3.2.
+    - `"small"`: `v = u`, DDPM's beta-tilde on consecutive entries of a table. It is exact for data
+      of a single point.
+    - `"large"`: the noise of the forward step, `v^2 = sigma^2 - (s / s_next)^2 sigma_next^2`, which
+      is beta on consecutive entries. It is exact for `N(0, I)` data under VP. With exact scores on
+      Gaussian data of standard deviation 0.5 it is nearer to the right law than `"small"` at all
+      step counts from 10 to 1000.
+    - `Optimal(moment)`: `v^2 = u^2 + s_next^2 (1 - nsr_next^2 / nsr^2)^2 e`, with the prediction's
+      mean squared error e (Analytic-DPM). It is exact for Gaussian data `N(m, c^2 I)`.
+    - `"learned"`: `log v^2` between those of "small" and "large", as a network with
+      `learned_variance=True` says for each entry. The fraction is read on the process that the
+      network was trained under. Such a solve has no plan: no capture, no tuning.
+
+    Errors: `ValueError` for an unknown variance, or `"learned"` with a denoiser that has none.
+
+    Cost: 1 call a step. Weak order: 1. Source: Ho et al. (2020), algorithm 2 and section 3.2; Bao
+    et al. (2022); Nichol & Dhariwal (2021), equation 15.
     """
 
-    variance: Literal["small", "large"] = "small"
+    variance: Literal["small", "large", "learned"] | Optimal = "small"
 
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
     source: ClassVar[str] = "Ho et al. 2020, alg. 2"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.variance, Optimal):
+            names = ("small", "large", "learned")
+            if self.variance not in names:
+                raise unknown("variance", self.variance, names)
+
+    @property
+    def without_plan(self) -> str | None:
+        if self.variance == "learned":
+            return "DDPM(variance='learned') draws noise of a variance that the network predicts"
+        return None
+
     def step(
         self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any, state: Any
     ) -> tuple[Any, Any]:
+        if self.variance == "learned":
+            return self._learned(reverse, x, t, t_next, noise)[0], state
         x0 = reverse(x, t)
         share, spread = ancestral_shares(t, t_next)
         down = t_next.sigma * share  # sqrt(sigma_next^2 - u^2), without cancellation
         # The forward step's variance is sigma^2 - (s / s_next)^2 sigma_next^2 = sigma^2 (1 -
         # ratio^2).
         up = (t if self.variance == "large" else t_next).sigma * spread
+        if isinstance(self.variance, Optimal):
+            error = self.variance.mean_squared_error(value_of(t.nsr))
+            up = _math.sqrt(up**2 + (t_next.s * spread**2) ** 2 * error)
         return t_next.s * x0 + down * eps_of(x, x0, t) + up * noise(t, t_next), state
+
+    def _learned(
+        self, reverse: Reverse, x: Any, t: Level, t_next: Level, noise: Any
+    ) -> tuple[Any, Any]:
+        """The step with a learned variance, and the prediction."""
+        x0, fraction = reverse.predict(x, t)[:2]
+        share, spread = ancestral_shares(t, t_next)
+        least = t_next.sigma * spread
+        # "large" is sigma / sigma_next times "small", on the network's own process.
+        native = getattr(reverse.denoiser, "native", reverse.process)
+        wide, narrow = t.sigma, t_next.sigma
+        if native != reverse.process:
+            wide, narrow = (
+                float(native.sigma(native.t_of_lam(level.lam))) for level in (t, t_next)
+            )
+        up = least * (fraction * math.log(wide / narrow)).exp()
+        mean = t_next.s * x0 + t_next.sigma * share * eps_of(x, x0, t)
+        return mean + up * noise(t, t_next), x0
+
+    def plan(
+        self,
+        process: Process,
+        times: Tensor | Sequence[float],
+        *,
+        finish: bool = True,
+        record: bool = False,
+    ) -> Plan:
+        if self.without_plan:
+            raise SolverError(
+                f"{self.without_plan}, so that it has no plan: sample with it directly, or choose"
+                " variance='small', 'large' or Optimal(...)"
+            )
+        return super().plan(process, times, finish=finish, record=record)
+
+    def integrate(
+        self,
+        reverse: Reverse,
+        x: Tensor,
+        times: Tensor,
+        noise: Noise | None,
+        *,
+        finish: bool = True,
+        record: bool = False,
+        on_call: OnCall | None = None,
+    ) -> Solution:
+        if not self.without_plan:
+            return super().integrate(
+                reverse, x, times, noise, finish=finish, record=record, on_call=on_call
+            )
+        if "fraction" not in reverse.denoiser.outputs:
+            raise ValueError(
+                "DDPM(variance='learned') needs a network that says its variance:"
+                f" Prediction(..., learned_variance=True); {reverse.denoiser!r} does not"
+            )
+        if noise is None:
+            raise SolverError("DDPM draws noise: give it a source of noise")
+        levels = check_levels(reverse.prepare(check_times(times)), reverse.process)
+        before, states = reverse.forwards, [x]
+
+        def draw(t: Level, t_next: Level) -> Tensor:
+            return noise.draw(value_of(t.nsr), value_of(t_next.nsr)).to(x)
+
+        for k, (t, t_next) in enumerate(pairwise(levels)):
+            given = x
+            x, x0 = self._learned(reverse, x, t, t_next, draw)
+            states.append(x)
+            if on_call is not None:
+                on_call(k, Call(0, 0, t.t, t.s, t.sigma), given, x0)
+        if finish:
+            given, t = x, levels[-1]
+            x = reverse(x, t)
+            states.append(x)
+            if on_call is not None:
+                on_call(len(levels) - 1, Call(0, 0, t.t, t.s, t.sigma), given, x)
+        return Solution(
+            x,
+            self.calls(len(levels), finish=finish),
+            reverse.forwards - before,
+            trajectory=torch.stack(states) if record else None,
+        )
 
 
 @dataclass(frozen=True)
