@@ -32,6 +32,7 @@ from sdeflow.process import EDM, VE, VP, Cosine, Process, RectifiedFlow, SubVP
 from sdeflow.solvers.base import GridSolver, Solver
 from sdeflow.solvers.ode.adams import ExponentialAdams
 from sdeflow.solvers.ode.ddim import DDIM
+from sdeflow.solvers.ode.deis import DEIS
 from sdeflow.solvers.ode.runge_kutta import Heun
 from sdeflow.solvers.sde.classic import DDPM
 from sdeflow.solvers.wrappers.ancestral import Ancestral
@@ -311,8 +312,11 @@ def variants() -> dict[str, Solver]:
     for name, entry in registry.SOLVERS.items():
         made = entry.make()
         found[name] = made
-        if isinstance(made, GridSolver) and any(
-            f.name == "clock" for f in dataclasses.fields(made)
+        # The registered names of DEIS are its clocks.
+        if (
+            isinstance(made, GridSolver)
+            and not isinstance(made, DEIS)
+            and any(f.name == "clock" for f in dataclasses.fields(made))
         ):
             found.update(
                 {f"{name}-{clock}": entry.make(clock=clock) for clock in ("t", "nsr", "lam")}

@@ -447,7 +447,7 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "callback": ({"callback": lambda step: None}, "a callback wants to be called"),
     "adaptive": ({"solver": "rk45"}, "RK45 looks at the state"),
     "gradients": ({"requires_grad": True}, "gradients are to flow"),
-    "list": ({"condition": {"words": ["a", "b"]}}, "the condition 'words' is a list"),
+    "list": ({"condition": {"words": ["a", "b", "c", "d"]}}, "the condition 'words' is a list"),
 }
 
 

@@ -410,9 +410,9 @@ def test_outputs_of_another_shape_are_explained():
     ("build", "error", "match"),
     [
         (
-            lambda: Prediction(Recorder(), "epsilon", VP()),
+            lambda: Prediction(Recorder(), "epsi", VP()),
             ValueError,
-            r"unknown prediction 'epsilon'; did you mean 'eps'",
+            r"unknown prediction 'epsi'; did you mean 'eps'",
         ),
         (
             lambda: Prediction(Recorder(), "eps", VP),

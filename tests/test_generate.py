@@ -552,8 +552,12 @@ def test_another_model_dtype_or_version_is_refused(tmp_path: Path, tiny: Path) -
 
 
 def test_models_are_told_apart_by_all_that_they_hold() -> None:
+    class Scaled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x)
+
     def wrapped(scale: float) -> Prediction:
-        network = torch.nn.Linear(2, 2)
+        network = Scaled(2, 2)
         torch.nn.init.constant_(network.weight, scale)
         torch.nn.init.zeros_(network.bias)
         return Prediction(network, "eps", VP(), shape=(3, 4, 4))

@@ -323,7 +323,7 @@ def test_a_start_in_the_middle_of_a_table(name: str) -> None:
     network = Recording()
     t = float(TABLE.time(499))
     solution = solve(
-        Prediction(network, "x0", TABLE),
+        Prediction(network, "x0", TABLE, time="continuous"),
         solver="ddim",
         nfe=10,
         grid=name,

@@ -83,10 +83,6 @@ SHOWS_LATER = {
     "dpmpp_3m": 96,
     "dpm_solver_3m": 96,
     "deis_tab3": 104,
-    "deis_tab3-t": 104,
-    "deis_tab3-lam": 160,
-    "deis_rho3-t": 104,
-    "deis_rho3-lam": 160,
     "ipndm_v": 128,
 }
 """Deterministic solvers whose order shows on finer grids, and their steps: three intervals long, or

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import partial
 from typing import Any
 
@@ -77,8 +78,7 @@ def same_time(a: Any, b: Any) -> bool:
     """Whether two times are the same to the precision of float32, in which one of them may have
     been computed.
     """
-    a, b = float(a), float(b)
-    return abs(a - b) <= 4e-7 * max(abs(a), abs(b))
+    return math.isclose(float(a), float(b), rel_tol=4e-7)
 
 
 def without_zero_noise(times: Tensor, process: Process, finish: bool) -> Tensor:

@@ -71,7 +71,8 @@ class Empirical(Target):
             raise ValueError("data has entries that are not finite")
         self.bandwidth = float(bandwidth)
         with torch.no_grad():
-            norm = float(torch.linalg.vector_norm(self.data.flatten(), dtype=torch.float32))
+            exact = self.data.to(torch.promote_types(self.data.dtype, torch.float32))
+            norm = float(torch.linalg.vector_norm(exact))
         self.data_std = math.hypot(norm / math.sqrt(self.data.numel()), self.bandwidth)
         self.chunk = max(1, 2**22 // self.dim) if chunk is None else int(chunk)
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}

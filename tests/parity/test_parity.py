@@ -90,7 +90,7 @@ def test_every_registered_solver_is_compared_or_said_not_to_be() -> None:
     registered = {entry.kind.__name__ for entry in registry.SOLVERS.values()}
     assert compared.isdisjoint(NO_PEER)
     assert registered - compared == {*NO_PEER}
-    page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks" / "parity.md").read_text()
     assert not [name for name in NO_PEER if f"`{name}`" not in page]
     assert not [
         name for name, version in PINS["packages"].items() if f"{name} {version}" not in page
