@@ -22,7 +22,7 @@ def provenance() -> dict[str, Any]:
     """How the figures were made."""
     cuda = torch.cuda.is_available()
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", *_module(), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": torch.cuda.get_device_name()
         if cuda
@@ -31,6 +31,16 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "sdeflow": sdeflow.__version__,
     }
+
+
+def _module() -> list[str]:
+    """How this process was started: `-m benchmarks.ROOM.FILE`, or the file itself."""
+    path = Path(sys.argv[0]).resolve()
+    try:
+        inside = path.relative_to(RESULTS.parents[1])
+    except ValueError:
+        return [path.name]
+    return ["-m", ".".join(inside.with_suffix("").parts)]
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
