@@ -9,8 +9,8 @@ r"""The training losses of the literature, as frozen values:
 times `t` `[B]`, and the noise `eps` of the shape of `x0`. All losses are means over a sample's
 values, not sums.
 
-Every regression loss is one: with $x = s\,x_0 + \sigma\,\varepsilon$ and a prediction that is affine
-in $\hat x_0$, whatever is predicted, it is $w(t)\,|\hat x_0 - x_0|^2$.
+Every regression loss is one: with $x = s\,x_0 + \sigma\,\varepsilon$ and a prediction that is
+affine in $\hat x_0$, whatever is predicted, it is $w(t)\,|\hat x_0 - x_0|^2$.
 
 | predicted | $w$ |
 |---|---|
@@ -25,10 +25,10 @@ So what a network predicts and what a loss weighs are two choices. The loss is c
 network's own output $F$ and the target $F^*$ that belongs to $x_0$, as $w\,\mathrm{out}^2\,|F -
 F^*|^2$, with coefficients that have no small differences of large numbers.
 
-Source. Ho et al. 2020, equation 14; Vincent 2011; Hyvarinen 2005; Song et al. 2019 (sliced); Song et
-al. 2021; Karras et al. 2022, equation 8; Lipman et al. 2022; Hang et al. 2023 (min-SNR); Choi et al.
-2022 (P2); Ning et al. 2023 (input perturbation); Nichol and Dhariwal 2021 (hybrid); Kingma et al.
-2021, appendix I.1 (stratified noise levels); Ho and Salimans 2021 (label dropout).
+Source. Ho et al. 2020, equation 14; Vincent 2011; Hyvarinen 2005; Song et al. 2019 (sliced); Song
+et al. 2021; Karras et al. 2022, equation 8; Lipman et al. 2022; Hang et al. 2023 (min-SNR); Choi et
+al. 2022 (P2); Ning et al. 2023 (input perturbation); Nichol and Dhariwal 2021 (hybrid); Kingma et
+al. 2021, appendix I.1 (stratified noise levels); Ho and Salimans 2021 (label dropout).
 """
 
 from __future__ import annotations
@@ -303,8 +303,8 @@ class Simple(Regression):
     relatives.
 
     - `predicts`: whose squared error; the network may predict something else.
-    - `weight`: a weight of `|x0_hat - x0|^2` in place of that one: `MinSNR()`, `P2()`, or a function
-      of the level.
+    - `weight`: a weight of `|x0_hat - x0|^2` in place of that one: `MinSNR()`, `P2()`, or a
+      function of the level.
     - `path`: the process whose time is uniform and whose quantities are meant, by default the
       model's own.
     - `stratified`: times from equal slices of the batch.
@@ -336,9 +336,9 @@ class FlowMatching(Regression):
     that is `eps - x0`.
 
     `logit_std=None` draws the time uniformly. A number draws `log nsr` normally, with `logit_mean`
-    and that standard deviation: under rectified flow that is the logit of t. `path` and `stratified`
-    as in `Simple`. Source: Lipman et al. 2022; Liu et al. 2022; Esser et al. 2024 (logit-normal
-    times).
+    and that standard deviation: under rectified flow that is the logit of t. `path` and
+    `stratified` as in `Simple`. Source: Lipman et al. 2022; Liu et al. 2022; Esser et al. 2024
+    (logit-normal times).
     """
 
     logit_mean: float = 0.0
@@ -497,8 +497,9 @@ class EDMLoss(Regression):
 # ----------------------------------------------------------------------------------- score matching
 
 Lambda = Literal["sigma2", "g2", "one"]
-"""The weight of a score-matching loss: `sigma^2`, the squared diffusion coefficient `g^2` (for which
-denoising score matching bounds the likelihood), or 1."""
+"""The weight of a score-matching loss: `sigma^2`, the squared diffusion coefficient `g^2` (for
+which denoising score matching bounds the likelihood), or 1.
+"""
 
 
 def _lambda(name: Lambda, process: Process, t: Tensor, sigma: Tensor) -> Tensor:
@@ -586,8 +587,8 @@ class ESM(Loss):
 
 @dataclass(frozen=True)
 class SSM(Loss):
-    r"""Sliced score matching: $\lambda\,(|s_\theta|^2 + 2\,v^T (\nabla s_\theta)\,v)/d$, the average
-    over `probes` random directions $v$; no score of the data is needed.
+    r"""Sliced score matching: $\lambda\,(|s_\theta|^2 + 2\,v^T (\nabla s_\theta)\,v)/d$, the
+    average over `probes` random directions $v$; no score of the data is needed.
 
     In expectation it is exact score matching less $\lambda E|\nabla\log p|^2/d$: its least value is
     minus that. Each probe costs one product with the Jacobian, a backward pass through the network
@@ -663,7 +664,7 @@ class SSM(Loss):
         return value if training else value.detach()
 
 
-# ---------------------------------------------------------------------------- losses that hold losses
+# -------------------------------------------------------------------------- losses that hold losses
 
 
 @dataclass(frozen=True)
@@ -770,11 +771,11 @@ def dropped(
 
 @dataclass(frozen=True)
 class Hybrid(Loss):
-    r"""The hybrid loss of learned variances: `L_simple + weight L_vlb`, where the mean is held fixed
-    in the second part, so that it trains the variance alone.
+    r"""The hybrid loss of learned variances: `L_simple + weight L_vlb`, where the mean is held
+    fixed in the second part, so that it trains the variance alone.
 
-    `model` is a `Prediction` with `learned_variance=True` on a table of betas. At entry i the second
-    part is T times the term of the bound, in bits per dimension:
+    `model` is a `Prediction` with `learned_variance=True` on a table of betas. At entry i the
+    second part is T times the term of the bound, in bits per dimension:
     $\mathrm{KL}(q(x_{i-1}|x_i, x_0)\,\|\,N(\hat\mu, v))$ for i > 1, and the decoder's
     $-\log_2 p(x_0 | x_1)$ for i = 1. `decoder` is "discretised" (data of 256 values from -1 to 1)
     or "gaussian". The optimum of the variance is `Optimal`'s. Source: Nichol & Dhariwal 2021,

@@ -6,8 +6,8 @@ $$-\log p(x_0) \le \underbrace{\mathrm{KL}(q(x_N|x_0)\,\|\,p(x_N))}_{\text{prior
 + \sum_{i=2}^N \underbrace{E_q\,\mathrm{KL}(q(x_{i-1}|x_i, x_0)\,\|\,p(x_{i-1}|x_i))}_{\text{terms}}
 \underbrace{-\,E_q\log p(x_0|x_1)}_{\text{decoder}} .$$
 
-With $r = \mathrm{nsr}_{i-1}/\mathrm{nsr}_i$, $u^2 = \sigma_{i-1}^2(1 - r^2)$, $b = s_{i-1}(1 - r^2)$
-and the variance $v$ of the reverse step, a term is, summed over the entries,
+With $r = \mathrm{nsr}_{i-1}/\mathrm{nsr}_i$, $u^2 = \sigma_{i-1}^2(1 - r^2)$,
+$b = s_{i-1}(1 - r^2)$ and the variance $v$ of the reverse step, a term is, summed over the entries,
 
 $$\tfrac12\Big(\frac{u^2}{v} - 1 - \log\frac{u^2}{v} + \frac{b^2 (\hat x_0 - x_0)^2}{v}\Big).$$
 
@@ -140,7 +140,8 @@ def variational_bound(
         one_of("variance", variance, ("small", "large", "learned"))
     if variance == "learned" and "fraction" not in denoiser.outputs:
         raise ValueError(
-            "variance='learned' needs a network that says it: Prediction(..., learned_variance=True)"
+            "variance='learned' needs a network that says it: Prediction(...,"
+            " learned_variance=True)"
         )
     continuous = isinstance(times, str)
     if continuous:
@@ -172,8 +173,8 @@ def _times(process: Process, times: Any) -> Tensor:
     table = getattr(process, "betas", None)
     if table is None:
         raise ValueError(
-            f"{process!r} has no table of steps: give times=, or times='continuous' for the limit of"
-            " infinitely many"
+            f"{process!r} has no table of steps: give times=, or times='continuous' for the limit"
+            " of infinitely many"
         )
     n = len(table)
     return torch.arange(n, 0, -1, dtype=torch.float64) / n

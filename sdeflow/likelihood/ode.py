@@ -16,8 +16,8 @@ one more entry.
 
 **A Gaussian part taken out.** For data of standard deviation c the trace is
 $s\,\mathrm{tr} J = d\,c^2/(c^2 + \mathrm{nsr}^2)$, with a closed integral. `reference_std=c` leaves
-only the difference to the solver: then
-$d\log(\sigma_1/\sigma_0)$ becomes $\frac d2\log\frac{s_1^2c^2 + \sigma_1^2}{s_0^2c^2 + \sigma_0^2}$.
+only the difference to the solver: then $d\log(\sigma_1/\sigma_0)$ becomes
+$\frac d2\log\frac{s_1^2c^2 + \sigma_1^2}{s_0^2c^2 + \sigma_0^2}$.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def few_calls(
     t_min: float | None = None,
     t_max: float | None = None,
 ) -> Tensor:
-    """The grid of a likelihood with a budget: `dense_lam` with center 1.2 and width 1.5, dense where
-    data of standard deviation 0.3 to 1 have their structure.
+    """The grid of a likelihood with a budget: `dense_lam` with center 1.2 and width 1.5, dense
+    where data of standard deviation 0.3 to 1 have their structure.
     """
     return dense_lam(process, n, center=1.2, width=1.5, t_min=t_min, t_max=t_max)
 
@@ -151,10 +151,10 @@ def log_likelihood(
 
     `LogLikelihood.of` says what the value speaks of, and `prior_gap` how far the prior may be off.
 
-    Errors: `ValueError` for a solver of the SDE, probes that do not fit, or data outside [-1, 1] with
-    `dequantise`. Cost: `nfe` calls and as many times the gradients of the divergence. Source: Song
-    et al. 2021, section 4.3 and appendix D.2; Grathwohl et al. (FFJORD) 2019; Meyer et al. (Hutch++)
-    2021; Zheng et al. (i-DODE) 2023 for the truncated normal.
+    Errors: `ValueError` for a solver of the SDE, probes that do not fit, or data outside [-1, 1]
+    with `dequantise`. Cost: `nfe` calls and as many times the gradients of the divergence. Source:
+    Song et al. 2021, section 4.3 and appendix D.2; Grathwohl et al. (FFJORD) 2019; Meyer et al.
+    (Hutch++) 2021; Zheng et al. (i-DODE) 2023 for the truncated normal.
     """
     denoiser = as_denoiser(model, None if process is None else registry.process(process))
     one_of("divergence", divergence, ("exact", "hutchinson", "hutch++"))
@@ -255,7 +255,9 @@ def _times(method: Solver, denoiser: Denoiser, grid: Any, nfe: int | None) -> Te
 def _dequantised(
     x0: Tensor, kind: Dequantise | None, nsr: float, levels: int, source: SeededNoise
 ) -> tuple[Tensor, float, str]:
-    """The point at which the density is taken, what is added to its logarithm, and what the sum is."""
+    """The point at which the density is taken, what is added to its logarithm, and what the sum
+    is.
+    """
     if kind is None:
         return x0, 0.0, f"log density of x0 + {nsr:.3g} eps, at x0"
     whole_number("levels", levels, 2, of="values")
@@ -273,7 +275,8 @@ def _dequantised(
 
 
 def truncated_normal_entropy(std: float, reach: float) -> float:
-    """`E log q` of `std z` with `z` normal and cut off at `|z| < reach`: minus the entropy, in nats.
+    """`E log q` of `std z` with `z` normal and cut off at `|z| < reach`: minus the entropy, in
+    nats.
 
     `-(1 + log(2 pi std^2)) / 2 - log Z + reach phi(reach) / Z` with `Z = erf(reach / sqrt 2)`.
     """

@@ -81,8 +81,8 @@ def verified(data: dict[str, Any]) -> dict[str, Any]:
     if DIGEST in data and data[DIGEST] != (found := _digest({}, facts)):
         raise ValueError(
             f"its content has SHA-256 {found[:12]}..., and its entry {DIGEST!r} says"
-            f" {str(data[DIGEST])[:12]}...; take a sound copy (whoever changed it on purpose deletes"
-            " that entry)"
+            f" {str(data[DIGEST])[:12]}...; take a sound copy (whoever changed it on purpose"
+            " deletes that entry)"
         )
     return facts
 

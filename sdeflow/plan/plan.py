@@ -431,8 +431,8 @@ class Plan:
             source = kinds[str(noise)](each, x.shape[1:], device=x.device, dtype=x.dtype)
         if source is not None and (len(source.seeds), *source.shape) != tuple(x.shape):
             raise ValueError(
-                f"the noise is of {len(source.seeds)} samples of shape {source.shape}, and the state"
-                f" has shape {tuple(x.shape)}: they must fit"
+                f"the noise is of {len(source.seeds)} samples of shape {source.shape}, and the"
+                f" state has shape {tuple(x.shape)}: they must fit"
             )
         return Run(self, x, source, model, requires_grad)
 
@@ -459,9 +459,9 @@ class Plan:
         On a device nothing here waits for it. Where gradients flow, combinations make new tensors
         instead of writing into buffers. `on_call(k, call, input, x0)` is called after each network
         call; it may keep both, and change neither. A network may return its own input, or one
-        tensor at every call. One that alternates between several is a `SolverError` where the solver
-        still needs what was overwritten. `networks` are the denoisers at the calls' times, if
-        `reverse.calls(plan.times, x)` has prepared them already.
+        tensor at every call. One that alternates between several is a `SolverError` where the
+        solver still needs what was overwritten. `networks` are the denoisers at the calls' times,
+        if `reverse.calls(plan.times, x)` has prepared them already.
         """
         if self._tensors and not torch.is_grad_enabled():
             plain = self.with_numbers(self.coefficients.detach(), self.times.detach())

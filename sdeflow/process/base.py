@@ -231,7 +231,7 @@ class Process(ABC):
 
         check_process(self)
 
-    # ------------------------------------------------------------------- the time that networks know
+    # ------------------------------------------------------------------ the time that networks know
 
     def network_time(self, t: Tensor) -> Tensor:
         """The time that a network of this process is given at `t`: `t` itself, and for a reversed
@@ -248,8 +248,8 @@ class Process(ABC):
         return Reversed(self, self.t_min + self.t_max if total is None else total)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """The process as a `matplotlib` figure: `s` and `sigma`, `nsr` and `g2` over time; as PNG in
-        `path` too if given.
+        """The process as a `matplotlib` figure: `s` and `sigma`, `nsr` and `g2` over time; as PNG
+        in `path` too if given.
 
         Errors: `MissingExtraError` without matplotlib (`pip install 'sdeflow[plot]'`).
         """

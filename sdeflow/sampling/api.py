@@ -104,8 +104,8 @@ def sample(
     `finished`, a `Solution`.
 
     Errors: `UnknownNameError`, `BudgetError`, `GridError`, `TypeError`/`ValueError` for impossible
-    requests, before any network call; `NonFiniteError` where the network returned NaN, at which call
-    and for which samples. All of them say what to do.
+    requests, before any network call; `NonFiniteError` where the network returned NaN, at which
+    call and for which samples. All of them say what to do.
     """
     return run(Request(**locals())).x
 
@@ -164,9 +164,9 @@ def encode(
     `sample(x=..., t=t_max)` takes it back to data.
 
     `x0` is taken for the state at `t_min`. `nfe` counts network calls; a grid of given times must
-    increase. A solver that errs on Gaussian data by more than a quarter, and by more than three times
-    what DDIM does, is refused (`SolverError`): methods that extrapolate in `nsr`, such as `lms`, do
-    not encode on most grids.
+    increase. A solver that errs on Gaussian data by more than a quarter, and by more than three
+    times what DDIM does, is refused (`SolverError`): methods that extrapolate in `nsr`, such as
+    `lms`, do not encode on most grids.
     """
     request = Request(**locals())
     if torch.compiler.is_compiling():

@@ -32,10 +32,11 @@ def check_encoding(plan: Plan, solver: str) -> None:
         error, simple = (abs(gain / exact - 1.0) for gain in (_gain(plan, std), _ddim(plan, std)))
         if not error <= max(MOST, 3.0 * simple):
             raise SolverError(
-                f"{solver} does not encode on this grid of {len(plan.grid)} levels: on Gaussian data"
-                f" of standard deviation {std:g} its result is off by {error:.2g} of its size, and"
-                f" one-step methods (DDIM) by {simple:.2g}. Its steps towards noise grow, and it"
-                " extrapolates over them. Take 'auto', 'heun', 'ddim' or 'adams3', or more calls"
+                f"{solver} does not encode on this grid of {len(plan.grid)} levels: on Gaussian"
+                f" data of standard deviation {std:g} its result is off by {error:.2g} of its size,"
+                f" and one-step methods (DDIM) by {simple:.2g}. Its steps towards noise grow, and"
+                " it extrapolates over them. Take 'auto', 'heun', 'ddim' or 'adams3', or more"
+                " calls"
             )
 
 

@@ -44,9 +44,9 @@ class Stopped(Exception):
 class Faults:
     """Watches the predictions of a batch for NaN and infinity.
 
-    On the CPU each prediction is read once, as a sum. On an accelerator two numbers a sample stay on
-    the device; they come over at the calls 1, 2, 4, 8, ... without waiting for them.
-    A batch goes on while a sample of it is finite, and raises `Stopped` where none is.
+    On the CPU each prediction is read once, as a sum. On an accelerator two numbers a sample stay
+    on the device; they come over at the calls 1, 2, 4, 8, ... without waiting for them. A batch
+    goes on while a sample of it is finite, and raises `Stopped` where none is.
     """
 
     def __init__(self, device: torch.device):
@@ -120,7 +120,9 @@ class Faults:
         self._seen = []
 
     def error(self, x: Tensor, start: int) -> NonFiniteError:
-        """The error for a batch whose first sample is number `start`, with its states at the end."""
+        """The error for a batch whose first sample is number `start`, with its states at the
+        end.
+        """
         self.settle()
         bad = (~_finite(x)).cpu()
         if self._bad is not None and bool(self._bad.all()):

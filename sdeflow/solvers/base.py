@@ -59,11 +59,11 @@ class Provenance:
 class Solution:
     """The result of a solve; `provenance` says how it was made.
 
-    `x` is the result, `[n, *shape]`. In half precision it is a float32 solve, cast at its end, and so
-    are `trajectory` and `x0s` (`provenance.computed_in`). `nfe` counts denoiser calls a batch; `network_calls` counts
-    the forwards of networks in all, and `network_gradients` their gradients. `trajectory`
-    (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there on request,
-    `interpolant` from solvers with a dense output.
+    `x` is the result, `[n, *shape]`. In half precision it is a float32 solve, cast at its end, and
+    so are `trajectory` and `x0s` (`provenance.computed_in`). `nfe` counts denoiser calls a batch;
+    `network_calls` counts the forwards of networks in all, and `network_gradients` their gradients.
+    `trajectory` (`[levels, n, *shape]`, the result last) and `x0s` (`[nfe, n, *shape]`) are there
+    on request, `interpolant` from solvers with a dense output.
     """
 
     x: Tensor

@@ -70,10 +70,10 @@ def train(
 
     The folder gets the last two states, the log, grids of samples and, at the end of each call, the
     averaged network for inference (`model.safetensors`, copied to `export` too). With `resume` it
-    continues from the folder's state, if there is one, and where that is damaged from the one before
-    it, with a warning. Under torchrun all processes train together.
-    Raises `CheckpointError` if the folder holds a training and `resume` is not given or does not
-    fit, and `NonFiniteError` if the loss is not finite; the last saved state then stays.
+    continues from the folder's state, if there is one, and where that is damaged from the one
+    before it, with a warning. Under torchrun all processes train together. Raises `CheckpointError`
+    if the folder holds a training and `resume` is not given or does not fit, and `NonFiniteError`
+    if the loss is not finite; the last saved state then stays.
     """
     stop = Stop(config.max_seconds)
     rank = distributed.this_rank()

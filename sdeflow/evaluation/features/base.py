@@ -1,8 +1,8 @@
 """What images are compared by: networks whose activations stand for an image.
 
 An extractor is a value with a name, a dimension, the SHA-256 of its weights' file, the rule by
-which images are resized, and the range of pixels that it takes. Two scores can be compared only where all
-of these are the same.
+which images are resized, and the range of pixels that it takes. Two scores can be compared only
+where all of these are the same.
 """
 
 from __future__ import annotations

@@ -159,8 +159,8 @@ class TorchDiffEq(External):
             defaults = {"dtype": ticks.dtype, "step_t": ticks[-1:]}
         if self.method == "scipy_solver" and _wants_gradients(reverse, x):
             raise SolverError(
-                "torchdiffeq's scipy_solver computes in numpy, so that no gradient flows through it:"
-                " take another method, such as 'dopri5', or solver='rk45'"
+                "torchdiffeq's scipy_solver computes in numpy, so that no gradient flows through"
+                " it: take another method, such as 'dopri5', or solver='rk45'"
             )
         if self.method in _ADAMS:
             defaults = {"max_order": _ADAMS[self.method]}

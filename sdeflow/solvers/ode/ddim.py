@@ -42,8 +42,8 @@ class DDIM(GridSolver):
     `std` sets `u` freely, in place of `eta`: a number for each step, or a function
     `std(t, t_next)` of two levels. These are the paper's `sigma_t`, on any sub-sequence of times.
 
-    Errors: `GridError` where `u > sigma_next` (the paper's `sigma_t^2 > 1 - alpha_bar_{t-1}`): there
-    is no such process. `ValueError` for an `eta` below 0, or `std` that does not fit.
+    Errors: `GridError` where `u > sigma_next` (the paper's `sigma_t^2 > 1 - alpha_bar_{t-1}`):
+    there is no such process. `ValueError` for an `eta` below 0, or `std` that does not fit.
 
     Cost: 1 call a step. Order: 1. Source: Song, Meng & Ermon, "DDIM" (2020), equations 12 and 16.
     """
