@@ -318,7 +318,7 @@ def test_what_is_held_for_a_sample_goes_with_it(solver: str, start: str) -> None
     how: dict[str, Any] = {"condition": condition}
     given_x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
     if start == "encode":
-        if not method.reversible:
+        if not method.reversible or solver == "ipndm_v":  # it is refused on every grid
             return
 
         def run(size: int) -> Tensor:
