@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -76,6 +77,30 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_model(path, UNet(config), class_names=NAMES, card={"data": "none"})
     return path
+
+
+def test_ctrl_c_writes_the_images_of_the_finished_batches(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    forward = UNet.forward
+
+    def interrupted(self: UNet, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(1)
+        if len(seen) > 10:  # in the third batch of five calls each
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(UNet, "forward", interrupted)
+    out = tmp_path / "a.png"
+    options = {"--model": tiny, "--n": 6, "--nfe": 5, "--batch-size": 2, "--out": out}
+    with pytest.raises(SystemExit) as end:
+        main(["sample", "--quiet", *(str(part) for pair in options.items() for part in pair)])
+    assert end.value.code == 130
+    assert "stopped with 4 of 6 images finished" in capsys.readouterr().err
+    facts = read_facts(out)
+    assert facts["seeds"] == [0, 1, 2, 3]
+    assert facts["labels"] == [0, 1, 2, 0]
 
 
 def test_sample_writes_a_labelled_picture_and_says_how(tiny: Path, tmp_path: Path) -> None:

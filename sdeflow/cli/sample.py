@@ -95,7 +95,8 @@ def sample(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompileWarning)  # the summary says it
-        solution = run(request)
+        solution, stopped = _run(request)
+    names = None if names is None else names[: len(solution.x)]
     sheet = partial(images.grid, columns=columns if 1 < columns <= 12 else None, labels=names)
     facts = _facts(solution, model, denoiser, half)
     images.save_png(out, sheet(solution.x.cpu(), caption=_caption(solution)), facts=facts)
@@ -107,6 +108,20 @@ def sample(
     if not quiet:
         typer.echo(str(solution))
         typer.echo(f"written  {out}" + (f", {gif}" if gif is not None else ""))
+    if stopped:
+        typer.echo(f"stopped with {len(solution.x)} of {n} images finished: {out}", err=True)
+        raise typer.Exit(130)
+
+
+def _run(request: Request) -> tuple[Solution, bool]:
+    """The solution, and whether Ctrl-C stopped it: then it is that of the finished batches."""
+    try:
+        return run(request), False
+    except KeyboardInterrupt as error:
+        finished = getattr(error, "finished", None)
+        if finished is None:
+            raise
+        return finished, True
 
 
 def _names(labels: Labels, n: int, denoiser: Pretrained) -> list[str] | None:
@@ -133,6 +148,7 @@ def _solver(solution: Solution) -> str:
 def _facts(solution: Solution, model: str, denoiser: Pretrained, half: bool) -> dict[str, Any]:
     """How the images were made, to be kept in the file; equal for two equal runs."""
     how = solution.provenance
+    label = how.condition.get("label")
     return {
         "model": model,
         "solver": _solver(solution),
@@ -144,5 +160,5 @@ def _facts(solution: Solution, model: str, denoiser: Pretrained, half: bool) -> 
         "version": how.version,
         "dtype": "bfloat16" if half else "float32",
         "class_names": list(denoiser.class_names),
-        "labels": how.condition["label"].tolist() if "label" in how.condition else None,
+        "labels": None if label is None else label.tolist()[: len(solution.x)],
     }
