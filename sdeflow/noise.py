@@ -3,7 +3,8 @@ batch.
 
 Every draw is one call of a sample's own shape, contiguous, in float32, on the CPU; only then is it
 cast and moved. The noise of a row is therefore bit-identical alone, in any batch, in any order, in
-any dtype and on any device.
+any dtype and on any device of one machine. torch draws normals with the vector instructions of the
+CPU: another kind of CPU may change last digits (by 2e-6 between AVX2 and none).
 
 `SeededNoise` draws in sequence. `BrownianNoise` draws the increments of a Brownian path that the
 seed alone fixes: as $g^2 = s^2\,d\,\mathrm{nsr}^2/dt$, the noise that a reverse SDE adds between

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +360,16 @@ def test_the_device_does_not_change_what_is_drawn(kind):
     # Many draws in flight at once: pinned memory must not be reused before its copy is done.
     moved, local = kind(range(4), (500, 500), device="cuda"), kind(range(4), (500, 500))
     assert all(torch.equal(a.cpu(), local.draw()) for a in [moved.draw() for _ in range(20)])
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_another_kind_of_cpu_changes_last_digits_only(capability: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from sdeflow.noise import SeededNoise; "
+        "torch.save(SeededNoise(range(8), (3, 32, 32)).draw(), sys.argv[1])"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    path = tmp_path / "drawn.pt"
+    subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=True)
+    here = SeededNoise(range(8), (3, 32, 32)).draw()
+    torch.testing.assert_close(torch.load(path, weights_only=True), here, rtol=0, atol=1e-5)

@@ -14,13 +14,11 @@ from torch import Tensor
 from sdeflow._utils import math as _math
 from sdeflow._utils.math import value_of
 from sdeflow.errors import SolverError, unknown
-from sdeflow.noise import Noise
-from sdeflow.plan.execute import OnCall
 from sdeflow.plan.instructions import Call
 from sdeflow.plan.plan import Plan
 from sdeflow.process import Level, Process
 from sdeflow.reverse import Reverse, eps_of
-from sdeflow.solvers.base import GridSolver, Solution, check_levels, check_times
+from sdeflow.solvers.base import GridSolver, Solution, Task, check_levels
 from sdeflow.solvers.ode.ddim import ancestral_shares
 from sdeflow.solvers.sde.optimal import Optimal
 
@@ -148,21 +146,10 @@ class DDPM(GridSolver):
             )
         return super().plan(process, times, finish=finish, record=record)
 
-    def integrate(
-        self,
-        reverse: Reverse,
-        x: Tensor,
-        times: Tensor,
-        noise: Noise | None,
-        *,
-        finish: bool = True,
-        record: bool = False,
-        on_call: OnCall | None = None,
-    ) -> Solution:
+    def _solve(self, task: Task) -> Solution:
         if not self.without_plan:
-            return super().integrate(
-                reverse, x, times, noise, finish=finish, record=record, on_call=on_call
-            )
+            return super()._solve(task)
+        reverse, x, noise, on_call = task.reverse, task.x, task.noise, task.on_call
         if "fraction" not in reverse.denoiser.outputs:
             raise ValueError(
                 "DDPM(variance='learned') needs a network that says its variance:"
@@ -170,29 +157,26 @@ class DDPM(GridSolver):
             )
         if noise is None:
             raise SolverError("DDPM draws noise: give it a source of noise")
-        levels = check_levels(reverse.prepare(check_times(times)), reverse.process)
+        levels = check_levels(reverse.prepare(task.times), reverse.process)
         before, states = reverse.forwards, [x]
 
         def draw(t: Level, t_next: Level) -> Tensor:
             return noise.draw(value_of(t.nsr), value_of(t_next.nsr)).to(x)
 
-        for k, (t, t_next) in enumerate(pairwise(levels)):
+        for k, (t, t_next) in enumerate(pairwise([*levels, *levels[-1:] * task.finish])):
             given = x
-            x, x0 = self._learned(reverse, x, t, t_next, draw)
-            states.append(x)
+            if k == len(levels) - 1:  # the step to zero noise
+                x = x0 = reverse(x, t)
+            else:
+                x, x0 = self._learned(reverse, x, t, t_next, draw)
+            states = [*states, x] if task.record else [x]
             if on_call is not None:
                 on_call(k, Call(0, 0, t.t, t.s, t.sigma), given, x0)
-        if finish:
-            given, t = x, levels[-1]
-            x = reverse(x, t)
-            states.append(x)
-            if on_call is not None:
-                on_call(len(levels) - 1, Call(0, 0, t.t, t.s, t.sigma), given, x)
         return Solution(
             x,
-            self.calls(len(levels), finish=finish),
+            self.calls(len(levels), finish=task.finish),
             reverse.forwards - before,
-            trajectory=torch.stack(states) if record else None,
+            trajectory=torch.stack(states) if task.record else None,
         )
 
 
